@@ -1,0 +1,1 @@
+"""Variational Joint Embedding in Pyro."""
