@@ -1,0 +1,24 @@
+"""Data sets, views and loaders; knows no model."""
+
+from pyro_vje.data.datasets import DATASETS, load_dataset
+from pyro_vje.data.images import ImageError, decode_image, list_images
+from pyro_vje.data.imageset import ImageSet, LazyImages
+from pyro_vje.data.loaders import ResidentLoader, derive_seed
+from pyro_vje.data.views import RECIPES, CleanView, Recipe, TwoViews, views_for
+
+__all__ = [
+    "DATASETS",
+    "RECIPES",
+    "CleanView",
+    "ImageError",
+    "ImageSet",
+    "LazyImages",
+    "Recipe",
+    "ResidentLoader",
+    "TwoViews",
+    "decode_image",
+    "derive_seed",
+    "list_images",
+    "load_dataset",
+    "views_for",
+]
