@@ -3,7 +3,7 @@
 from pyro_vje.data.datasets import DATASETS, load_dataset
 from pyro_vje.data.images import ImageError, decode_image, list_images
 from pyro_vje.data.imageset import ImageSet, LazyImages
-from pyro_vje.data.loaders import ResidentLoader, derive_seed
+from pyro_vje.data.loaders import ResidentLoader, StreamingLoader, derive_seed, iter_batches, make_loader
 from pyro_vje.data.views import RECIPES, CleanView, Recipe, TwoViews, views_for
 
 __all__ = [
@@ -15,10 +15,13 @@ __all__ = [
     "LazyImages",
     "Recipe",
     "ResidentLoader",
+    "StreamingLoader",
     "TwoViews",
     "decode_image",
     "derive_seed",
+    "iter_batches",
     "list_images",
     "load_dataset",
+    "make_loader",
     "views_for",
 ]

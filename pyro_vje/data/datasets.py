@@ -118,13 +118,15 @@ def _digits(request: Request) -> ImageSet:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    labels = torch.from_numpy(data.target).long()
     grey = torch.from_numpy((data.images * (255 / 16)).round().astype(np.uint8))
+    labels = torch.from_numpy(data.target).long()
     rank = (labels[:, None] == labels).tril().sum(1) - 1  # position of each image in its class
-    images = _from_memory(request, "all", grey[:, None].expand(-1, 3, -1, -1), labels, tuple("0123456789"))
-    if request.split == "all":
-        return images
-    return images.select((rank % 5 == 4) == (request.split == "test"))
+
+    def read(split: str) -> Arrays:
+        here = (rank % 5 == 4) == (split == "test")
+        return grey[here, None].expand(-1, 3, -1, -1), labels[here], tuple("0123456789")
+
+    return _in_memory(request, read)
 
 
 def _cifar(request: Request) -> ImageSet:
@@ -132,25 +134,27 @@ def _cifar(request: Request) -> ImageSet:
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[request.name]
 
-    def load(split: str) -> ImageSet:
+    def read(split: str) -> Arrays:
         data = _torchvision(kind, request, kind.base_folder, train=split == "train")
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-        return _from_memory(request, split, images, torch.tensor(data.targets), tuple(data.classes))
+        return (
+            torch.from_numpy(data.data).permute(0, 3, 1, 2),
+            torch.tensor(data.targets),
+            tuple(data.classes),
+        )
 
-    return _of_splits(request, load)
+    return _in_memory(request, read)
 
 
 def _stl10(request: Request) -> ImageSet:
+    """STL-10; the 100,000 images without labels (-1) come with the split ``pretrain`` only."""
     from torchvision.datasets import STL10
 
-    def load(split: str) -> ImageSet:
+    def read(split: str) -> Arrays:
         data = _torchvision(STL10, request, STL10.base_folder, split=split)
         labels = torch.from_numpy(np.asarray(data.labels)).long()
-        return _from_memory(request, split, torch.from_numpy(data.data), labels, tuple(data.classes))
+        return torch.from_numpy(data.data), labels, tuple(data.classes)
 
-    if request.split != "pretrain":
-        return _of_splits(request, load)
-    return _concatenate([load("train"), load("unlabeled")])
+    return _in_memory(request, read, pretrain=("train", "unlabeled"))
 
 
 def _imagenet(request: Request) -> ImageSet:
@@ -158,8 +162,8 @@ def _imagenet(request: Request) -> ImageSet:
     missing = [str(request.root / part) for part in ("train", "val") if not (request.root / part).is_dir()]
     if missing:
         raise FileNotFoundError(
-            f"imagenet: no folder {' and no '.join(missing)}. ImageNet cannot be downloaded without an account: "
-            "get ILSVRC2012 from image-net.org, extract it to train/<class>/ and val/<class>/, "
+            f"imagenet: no folder {' and no '.join(missing)}. ImageNet cannot be downloaded without an "
+            "account: get ILSVRC2012 from image-net.org, extract it to train/<class>/ and val/<class>/, "
             "and give the folder that holds both as data_dir"
         )
     return _folder(request)
@@ -181,7 +185,9 @@ def _folder(request: Request) -> ImageSet:
     if held_out is not None and (root / "train").is_dir():
         folders = {"train": root / "train", "test": root / held_out}
         names = sorted({name for folder in folders.values() for name in _class_folders(folder)})
-        wanted = ["train", "test"] if request.split == "all" else [_evaluation_split(request.split)]
+        wanted = (
+            ["train", "test"] if request.split == "all" else ["test" if request.split == "test" else "train"]
+        )
         files = [(path, folders[part]) for part in wanted for path in list_images(folders[part])]
         size = request.image_size or _typical_size(list_images(folders["train"]))
     else:
@@ -193,8 +199,8 @@ def _folder(request: Request) -> ImageSet:
             files = [(path, root) for path, root in files if _is_test(path.relative_to(root)) == test]
             if not files:
                 raise ValueError(
-                    f"{root} has too few images for the split {request.split!r} (a tenth of them, by a hash of "
-                    "their paths): add images, sort them into train/ and test/, or take the split 'all'"
+                    f"{root} has no image in the split {request.split!r}: about a tenth are test images, by "
+                    "a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
                 )
     index = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([index.get(_class_of(path, base), -1) for path, base in files])
@@ -222,56 +228,50 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def _evaluation_split(split: str) -> str:
-    """Return the labelled split: that of ``pretrain`` is ``train``."""
-    return "train" if split == "pretrain" else split
+Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # uint8 images (N, 3, H, W), labels (N,), class names
 
 
-def _of_splits(request: Request, load: Callable[[str], ImageSet]) -> ImageSet:
-    if request.split == "all":
-        return _concatenate([load("train"), load("test")])
-    return load(_evaluation_split(request.split))
-
-
-def _concatenate(sets: list[ImageSet]) -> ImageSet:
-    images = [s.images for s in sets if isinstance(s.images, Tensor)]
-    labels = [s.labels for s in sets if s.labels is not None]
-    return ImageSet(torch.cat(images), sum((s.paths for s in sets), []), torch.cat(labels), sets[0].classes)
-
-
-def _from_memory(
-    request: Request, split: str, images: Tensor, labels: Tensor, classes: tuple[str, ...]
+def _in_memory(
+    request: Request, read: Callable[[str], Arrays], pretrain: tuple[str, ...] = ("train",)
 ) -> ImageSet:
-    """Make an ImageSet of uint8 images (N, 3, H, W) at the size asked for."""
-    size = request.image_size or images.shape[-1]
-    out = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
-    for rows in torch.arange(len(images)).split(1000):  # in parts: the temporary copies stay small
-        part = images[rows]
-        if size != part.shape[-1]:
-            part = interpolate(part.contiguous(), (size, size), mode="bilinear", antialias=True)
-        out[rows] = part
-    paths = [f"{request.name}/{split}/{i:05d}" for i in range(len(images))]
-    return ImageSet(out, paths, labels, classes)
+    """Make an ImageSet of what ``read`` returns for ``"train"``, ``"test"`` and the names in ``pretrain``."""
+    splits = {"pretrain": pretrain, "all": ("train", "test")}.get(request.split, (request.split,))
+    parts = [read(split) for split in splits]
+    size = request.image_size or parts[0][0].shape[-1]
+    out = torch.empty((sum(len(images) for images, _, _ in parts), 3, size, size), dtype=torch.uint8)
+    filled = 0
+    for images, _, _ in parts:
+        for block in images.split(1000):  # in blocks: the temporary copies stay small
+            if size != block.shape[-1]:
+                block = interpolate(block.contiguous(), (size, size), mode="bilinear", antialias=True)
+            out[filled : filled + len(block)] = block
+            filled += len(block)
+    paths = [
+        f"{request.name}/{split}/{i:05d}"
+        for split, part in zip(splits, parts, strict=True)
+        for i in range(len(part[0]))
+    ]
+    return ImageSet(out, paths, torch.cat([labels for _, labels, _ in parts]), parts[0][2])
 
 
 def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: Any) -> Any:
-    """Read a torchvision data set from ``request.root``, downloading it if it is absent and that is wanted."""
+    """Read a torchvision data set from ``request.root``, downloading it if absent and wanted."""
     place = (request.root / folder).absolute()
     try:
         return kind(str(request.root), download=False, **arguments)
     except (RuntimeError, OSError) as error:  # absent, incomplete, or files with other checksums
         if not request.download:
             raise FileNotFoundError(
-                f"{request.name}: not found, or incomplete, in {place}. Allow the download, or give the folder "
-                f"that holds {folder}/ as data_dir"
+                f"{request.name}: not found, or incomplete, in {place}. Allow the download, or give the "
+                f"folder that holds {folder}/ as data_dir"
             ) from error
     try:
         request.root.mkdir(parents=True, exist_ok=True)
         return kind(str(request.root), download=True, **arguments)
     except Exception as error:  # what a failing network or disk raises is not one type
         raise FileNotFoundError(
-            f"{request.name}: not found in {place}, and the download failed ({type(error).__name__}: {error}). "
-            f"Fetch {kind.url} on a machine with a connection, and unpack it there so that {place} exists"
+            f"{request.name}: not found in {place}, and the download failed ({type(error).__name__}: "
+            f"{error}). Fetch {kind.url} where there is a connection, and unpack it so that {place} exists"
         ) from error
 
 

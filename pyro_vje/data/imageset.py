@@ -94,7 +94,9 @@ class ImageSet:
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         paths = [self.paths[i] for i in index.tolist()]
         return ImageSet(
-            LazyImages(paths, self.images.size) if isinstance(self.images, LazyImages) else self.images[index],
+            LazyImages(paths, self.images.size)
+            if isinstance(self.images, LazyImages)
+            else self.images[index],
             paths,
             None if self.labels is None else self.labels[index],
             self.classes,
@@ -123,7 +125,9 @@ class ImageSet:
             return classes.index(which)
         if str(which).isdecimal() and int(which) < len(classes):
             return int(which)
-        known = ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100])) or "none, they are unlabelled"
+        known = (
+            ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100])) or "none, they are unlabelled"
+        )
         raise ValueError(f"no class {which!r} in these images; classes: {known}")
 
     def of_class(self, which: str | int) -> ImageSet:
@@ -200,7 +204,9 @@ def read_images(
     failed = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason is not None]
     good = [i for i, reason in enumerate(reasons) if reason is None]
     if not good:
-        raise ValueError(f"not one of {len(paths)} images could be decoded; the first: {': '.join(failed[0])}")
+        raise ValueError(
+            f"not one of {len(paths)} images could be decoded; the first: {': '.join(failed[0])}"
+        )
     if failed:
         for to, source in enumerate(good):  # close the gaps in place: a copy would double the peak memory
             if to != source:

@@ -126,3 +126,164 @@ class ResidentLoader(_EpochLoader):
     def __iter__(self) -> Iterator[Tensor]:
         for index in self._indices():
             yield self.images[index]
+
+
+class StreamingLoader(_EpochLoader):
+    """Shuffled batches of images that worker processes decode ahead of their use.
+
+    Iterating yields uint8 (batch_size / world_size, 3, S, S) in host memory, pinned where there is a GPU, for
+    ``batch.to(device, non_blocking=True)``. The order is that of a :class:`ResidentLoader` on a CPU. In the
+    place of an image that cannot be decoded stands another one of its batch; it is noted in
+    ``image_set.failed``.
+
+    Parameters
+    ----------
+    image_set
+        With :class:`LazyImages`.
+    batch_size, seed, rank, world_size, drop_last
+        As for :class:`ResidentLoader`.
+    num_workers
+        Decoding processes; by default one a CPU core, at most 16. With 0 this process decodes.
+    """
+
+    def __init__(
+        self, image_set: ImageSet, batch_size: int, *, num_workers: int | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(len(image_set), batch_size, **arguments)
+        if not isinstance(image_set.images, LazyImages):
+            raise ValueError("these images are in memory already: take ResidentLoader, or make_loader")
+        workers = min(16, _cpu_count()) if num_workers is None else num_workers
+        self.image_set = image_set
+        self._batches = DataLoader(
+            _Decoded(image_set.images),
+            batch_sampler=_EpochBatches(self),
+            collate_fn=_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        batch = None
+        for decoded, failed in self._batches:
+            self.image_set.add_failed(failed)
+            if decoded is not None:
+                batch = decoded
+            elif batch is None:
+                raise ValueError(f"not one image of the first batch could be decoded: {failed[0]}")
+            yield batch  # the one before, where a whole batch is damaged: every rank makes the same steps
+
+
+def make_loader(
+    image_set: ImageSet,
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    residency: str = "auto",
+    num_workers: int | None = None,
+    **arguments: Any,
+) -> ResidentLoader | StreamingLoader:
+    """Choose the loader for a set of images and log the choice.
+
+    Parameters
+    ----------
+    image_set, batch_size
+        What to read, and how many images make one global batch.
+    device
+        Where training takes place. The batches of a set that is not held there lie in host memory.
+    residency
+        ``"memory"``: on the device. ``"stream"``: in host memory, or decoded when read, for a lazy set.
+        ``"auto"``: on the device when the images take at most half of its free memory.
+    num_workers
+        See :class:`StreamingLoader`.
+    **arguments
+        ``seed``, ``rank``, ``world_size``, ``drop_last``: see :class:`ResidentLoader`.
+    """
+    if residency not in RESIDENCIES:
+        raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
+    device = torch.device(device)
+    if isinstance(image_set.images, LazyImages):
+        if residency == "memory":
+            raise ValueError("these images are decoded when read: load them with residency='memory' first")
+        logger.info("%d images: decoded by worker processes when read", len(image_set))
+        return StreamingLoader(image_set, batch_size, num_workers=num_workers, **arguments)
+    need = image_set.images.nbytes
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    on_device = residency == "memory" or device.type == "cpu" or (residency == "auto" and need <= free // 2)
+    place = device if on_device else torch.device("cpu")
+    logger.info(
+        "%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB; residency %s)",
+        *(len(image_set), need / 1e9, place, device, free / 1e9, residency),
+    )
+    return ResidentLoader(image_set.images, batch_size, device=place, **arguments)
+
+
+def iter_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield all images in order, for evaluation and scoring.
+
+    At most two batches of decoded images are held. Images that cannot be decoded are left out and noted in
+    ``image_set.failed``.
+
+    Yields
+    ------
+    tuple[Tensor, Tensor]
+        Indices int64 (B,) into the set, and uint8 images (B, 3, S, S), B at most ``batch_size``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    parts = torch.arange(len(image_set)).split(batch_size)
+    if isinstance(image_set.images, Tensor):
+        for index in parts:
+            yield index, image_set.images[index[0] : index[-1] + 1]
+        return
+    decoder = _Decoded(image_set.images)
+    with ThreadPoolExecutor(min(32, _cpu_count())) as pool:
+        ahead = pool.map(decoder.__getitem__, parts[0].tolist())
+        for i, index in enumerate(parts):
+            now = ahead
+            if i + 1 < len(parts):
+                ahead = pool.map(decoder.__getitem__, parts[i + 1].tolist())
+            items = list(now)
+            image_set.add_failed([item for item in items if not isinstance(item, Tensor)])
+            good = [k for k, item in enumerate(items) if isinstance(item, Tensor)]
+            if good:
+                yield index[good], torch.stack([items[k] for k in good])  # type: ignore[misc]
+
+
+class _Decoded(Dataset[Any]):
+    """Each image, or (path, reason) where it cannot be decoded."""
+
+    def __init__(self, images: LazyImages) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
+        try:
+            return self.images[index]
+        except ImageError as error:
+            return error.path, error.reason
+
+
+class _EpochBatches:
+    """The index lists of the loader's current epoch."""
+
+    def __init__(self, loader: StreamingLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (index.tolist() for index in self.loader._indices())
+
+
+def _collate(items: list[Tensor | tuple[str, str]]) -> tuple[Tensor | None, list[tuple[str, str]]]:
+    """Stack what was decoded, repeated up to the full batch, beside what failed."""
+    good = [item for item in items if isinstance(item, Tensor)]
+    failed = [item for item in items if not isinstance(item, Tensor)]
+    batch = torch.stack([good[i % len(good)] for i in range(len(items))]) if good else None
+    return batch, failed
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

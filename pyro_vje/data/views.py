@@ -182,7 +182,7 @@ class TwoViews(CleanView):
         self.kernel = max(3, image_size // 10 // 2 * 2 + 1)
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, images: Tensor, generator: torch.Generator | None = None, *, rank: int = 0, world_size: int = 1
     ) -> Tensor:
         """Draw two views of each image.
@@ -205,15 +205,17 @@ class TwoViews(CleanView):
         check_images(images)
         batch, _, height, width = images.shape
         draws = torch.rand((world_size, batch, 2, _DRAWS), generator=generator, device=images.device)[rank]
+        drawn = [draw_parameters(draws[:, view], (height, width), self.recipe, view) for view in (0, 1)]
         out = torch.empty((2, batch, 3, self.image_size, self.image_size), device=images.device)
-        chunk = batch if images.is_cuda else max(1, _CHUNK // (3 * max(height * width, self.image_size**2)))
-        with torch.autocast(images.device.type, enabled=False):  # the pixels are float32 in any training run
-            for rows in range(0, batch, max(chunk, 1)):
-                part = slice(rows, rows + chunk)
+        side = max(height, width, self.image_size)
+        chunk = max(1, _CHUNK // (3 * side**2)) if images.device.type == "cpu" else max(1, batch)
+        with torch.autocast(images.device.type, enabled=False):  # grid_sample and conv2d would lose precision
+            for start in range(0, batch, chunk):
+                part = slice(start, start + chunk)
                 floats = images[part].float().div_(255)
                 for view in (0, 1):
-                    drawn = draw_parameters(draws[part, view], (height, width), self.recipe, view)
-                    out[view, part] = self._normalise_(self.augment(floats, drawn))
+                    parameters = ViewParameters(*(p[part] for p in drawn[view]))
+                    out[view, part] = self._normalise_(self.augment(floats, parameters))
         return out
 
     def augment(self, images: Tensor, p: ViewParameters) -> Tensor:
@@ -231,7 +233,7 @@ class TwoViews(CleanView):
         if recipe.grey:
             x = pixels.greyscale_(x, p.grey)
         if any(recipe.blur):
-            x = pixels.blur(x, p.sigma, p.blur, self.kernel)
+            x = pixels.blur_(x, p.sigma, p.blur, self.kernel)
         if any(recipe.solarise):
             x = pixels.solarise_(x, p.solarise)
         return x
@@ -257,7 +259,8 @@ def draw_parameters(
         0 or 1: the first and the second view may differ in blur and solarisation.
     """
     full_height, full_width = image_shape
-    area, ratio, u = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=1)
+    area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=1)
+    u = rest.unbind(1)
     area = _between(area, *recipe.scale) * (full_height * full_width)
     ratio = _between(ratio, math.log(recipe.ratio[0]), math.log(recipe.ratio[1])).exp_()
     widths, heights = (area * ratio).sqrt_().round_(), (area / ratio).sqrt_().round_()
@@ -268,7 +271,6 @@ def draw_parameters(
     spare_height = min(full_height, round(full_width / recipe.ratio[0]))
     width = torch.where(fitted, widths.gather(1, first).squeeze(1), spare_width)
     height = torch.where(fitted, heights.gather(1, first).squeeze(1), spare_height)
-    u = u.unbind(1)  # type: ignore[assignment]
     # floor(u (n + 1)) is uniform on 0..n
     top = torch.where(fitted, (u[0] * (full_height - height + 1)).floor(), (full_height - spare_height) // 2)
     left = torch.where(fitted, (u[1] * (full_width - width + 1)).floor(), (full_width - spare_width) // 2)
