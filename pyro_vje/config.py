@@ -1,0 +1,167 @@
+"""Settings of a pretraining run, with their defaults. Imports nothing heavy, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a pretraining run; ``None`` means the data set's default (`DATASET_DEFAULTS`).
+
+    Attributes
+    ----------
+    dataset, data_dir, download :
+        What to pretrain on, where it lies, and whether it may be downloaded.
+    normal_class :
+        Pretrain on this class alone (name or index): the one-class protocol.
+    image_size :
+        Pixels of a square view.
+    encoder, embedding_dim, hidden_dim :
+        Encoder by name or ``module:factory``; D; hidden width of projector and posterior network.
+    likelihood, df, unit_radius, radius, kl_weight, shared_variance :
+        The model's probabilistic settings, as in `pyro_vje.VJE`.
+    epochs, batch_size, lr, weight_decay, warmup_epochs :
+        SGD with momentum 0.9 and a cosine schedule after linear warm-up. ``lr`` is for 256 images and is scaled by
+        ``batch_size / 256``; weights of one dimension (biases, batch norm) are not decayed.
+    num_particles :
+        Samples of z for each image and direction.
+    devices, precision, compile :
+        Number of devices; ``auto``, ``32`` or ``bf16``; whether the encoder is compiled.
+    residency, workers :
+        ``auto``, ``memory`` or ``stream``: where the images live; processes that decode a streamed set.
+    knn_every :
+        Epochs between k-NN evaluations during training (0: never).
+    seed :
+        Seed of every random draw.
+    """
+
+    dataset: str = "digits"
+    data_dir: str | None = None
+    download: bool = True
+    normal_class: str | None = None
+    image_size: int | None = None
+    encoder: str | None = None
+    embedding_dim: int = 128
+    hidden_dim: int = 512
+    likelihood: str = "polar-student-t"
+    df: float = 5.0
+    unit_radius: str = "sqrt-d"
+    radius: str | None = "student-t"
+    kl_weight: float = 0.1
+    shared_variance: bool = True
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float = 0.06
+    weight_decay: float = 5e-4
+    warmup_epochs: float | None = None
+    num_particles: int = 1
+    devices: int = 1
+    precision: str = "auto"
+    compile: bool = False
+    residency: str = "auto"
+    workers: int = 2
+    knn_every: int | None = None
+    seed: int = 0
+
+    def resolved(self) -> TrainConfig:
+        """A copy in which the data set's defaults stand in for ``None``, and every value has been checked.
+
+        Raises
+        ------
+        ValueError
+            If a value is out of its range.
+        """
+        defaults = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        config = dataclasses.replace(self, **missing)
+        if config.warmup_epochs is None:
+            config = dataclasses.replace(config, warmup_epochs=min(10.0, 0.1 * (config.epochs or 0)))
+        if config.knn_every is None:
+            config = dataclasses.replace(config, knn_every=max(1, (config.epochs or 0) // 10))
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "epochs": (1, math.inf),
+            "batch_size": (2, math.inf),  # batch norm needs two images
+            "embedding_dim": (2, math.inf),
+            "hidden_dim": (1, math.inf),
+            "num_particles": (1, math.inf),
+            "devices": (1, math.inf),
+            "workers": (0, math.inf),
+            "knn_every": (0, math.inf),
+            "lr": (0, math.inf),
+            "weight_decay": (0, math.inf),
+            "kl_weight": (0, math.inf),
+            "warmup_epochs": (0, math.inf),
+            "seed": (0, 2**31 - 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not (low <= value < high if math.isinf(high) else low <= value <= high):
+                upper = "" if math.isinf(high) else f" and at most {high:.0f}"
+                raise ValueError(f"{name} must be at least {low:g}{upper}, not {value}")
+        if self.image_size is not None and self.image_size < 8:
+            raise ValueError(f"image_size must be at least 8 pixels, not {self.image_size}")
+        if not self.df > 0:
+            raise ValueError(f"df must be positive (inf for the Gaussian limit), not {self.df}")
+        choices = {
+            "unit_radius": ("1", "sqrt-d"),
+            "radius": ("student-t", "log-student-t", None),
+            "precision": ("auto", "32", "bf16"),
+            "residency": ("auto", "memory", "stream"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""
+        values = dataclasses.asdict(self)
+        if math.isinf(self.df):
+            values["df"] = "inf"  # JSON has no infinity
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Settings from `to_dict`'s form.
+
+        Raises
+        ------
+        ValueError
+            If a setting is unknown or has a value of another type.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown settings {', '.join(unknown)}: written by a newer version?")
+        values = dict(values)
+        for name, value in values.items():
+            kinds = str(known[name].type)
+            allowed = [kind for kind in (str, bool, int, float) if kind.__name__ in kinds.split(" | ")]
+            if float in allowed:
+                allowed.append(int)
+                if value == "inf":
+                    values[name] = value = math.inf
+            if value is None and "None" in kinds:
+                continue
+            # bool is an int to isinstance, and true is no number of epochs
+            if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
+                raise ValueError(f"setting {name} must be {kinds}, not {value!r}")
+        return cls(**values)
+
+
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"encoder": "resnet-small", "epochs": 30, "batch_size": 128},
+    "cifar10": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
+    "cifar100": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
+    "stl10": {"encoder": "resnet18", "epochs": 200, "batch_size": 256},
+    "imagenet": {"encoder": "resnet50", "epochs": 100, "batch_size": 256},
+    "folder": {"encoder": "resnet18", "epochs": 100, "batch_size": 256},
+}
+"""What a run on each data set uses where nothing is said."""

@@ -1,0 +1,68 @@
+"""Running a model over a set of images: features, embeddings and posteriors, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vje.data import CleanView, ImageSet, iter_batches
+from pyro_vje.model import VJE
+
+
+class Encoded(NamedTuple):
+    """What a model says of N images, all float32 on the CPU unless said.
+
+    Attributes
+    ----------
+    indices : int64 tensor, (N,)
+        Positions in the image set; an image that could not be decoded is missing.
+    features : tensor, (N, F)
+        The encoder's output.
+    embeddings, loc, scale : tensors, (N, D)
+        Embeddings and the posterior given each.
+    """
+
+    indices: Tensor
+    features: Tensor
+    embeddings: Tensor
+    loc: Tensor
+    scale: Tensor
+
+
+def encode_batches(
+    vje: VJE, images: ImageSet, view: CleanView, *, batch_size: int = 256, device: str | torch.device = "cpu"
+) -> Iterator[Encoded]:
+    """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device."""
+    was_training = vje.training
+    vje.eval()
+    try:
+        for indices, batch in iter_batches(images, batch_size):
+            with torch.no_grad():
+                features = vje.features(view(batch.to(device)))
+                embeddings = vje.project(features)
+                loc, scale = vje.posterior(embeddings)
+            yield Encoded(indices, features, embeddings, loc, scale)
+    finally:
+        vje.train(was_training)
+
+
+def encode(
+    vje: VJE, images: ImageSet, view: CleanView, *, batch_size: int = 256, device: str | torch.device = "cpu"
+) -> Encoded:
+    """Encode all of ``images``, collected on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If not one image could be decoded.
+    """
+    batches = [
+        Encoded(*(tensor.cpu() for tensor in batch))
+        for batch in encode_batches(vje, images, view, batch_size=batch_size, device=device)
+    ]
+    if not batches:
+        raise ValueError("no image could be encoded: not one of them could be decoded")
+    return Encoded(*(torch.cat(parts) for parts in zip(*batches, strict=True)))

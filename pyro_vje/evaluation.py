@@ -1,0 +1,139 @@
+"""Evaluation of frozen representations: k-NN and linear probe, trained against untrained against raw pixels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vje import metrics
+from pyro_vje.data import CleanView, ImageSet, iter_batches, load_dataset
+from pyro_vje.encoding import encode
+from pyro_vje.files import write_json
+from pyro_vje.runs import LoadedRun, build_model, load_run
+
+log = logging.getLogger("pyro_vje")
+
+
+def load_split(run: LoadedRun, split: str, dataset: str | None, data_dir: str | None, *, download: bool = True) -> ImageSet:
+    """Load a split of the run's own data set, or of another one, at the run's image size."""
+    config = run.info.config
+    own = dataset is None or dataset == config.dataset
+    return load_dataset(
+        dataset or config.dataset,
+        data_dir if data_dir is not None or not own else config.data_dir,
+        split,
+        image_size=run.info.image_size,
+        download=download,
+    )
+
+
+def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
+    """Flattened normalised pixels ``(N, 3·S·S)`` and the indices ``(N,)`` of the images they belong to."""
+    batches = [(indices, view(batch).flatten(1)) for indices, batch in iter_batches(images, 1024)]
+    return torch.cat([indices for indices, _ in batches]), torch.cat([values for _, values in batches])
+
+
+def evaluate(
+    ckpt: str | Path,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    download: bool = True,
+    k: int = 200,
+    temperature: float = 0.1,
+    batch_size: int = 256,
+    trust_plugins: bool = False,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Weighted k-NN and linear probe on the labelled splits, for the last epoch's weights and two controls.
+
+    Parameters
+    ----------
+    ckpt : path
+        Run folder or weights file.
+    dataset, data_dir, download :
+        What to evaluate on; by default the run's own data set.
+    k, temperature :
+        Neighbours and temperature of the k-NN (Wu et al. 2018: cosine, weights exp(similarity / T)).
+    batch_size : int
+        Images in a forward pass.
+    trust_plugins : bool
+        See `pyro_vje.runs.load_run`.
+    out : path, optional
+        Where to write the JSON; by default ``eval.json`` in the run folder.
+
+    Returns
+    -------
+    dict
+        ``rows`` (one for each representation, with ``knn`` and ``linear`` accuracy), the ``protocols`` behind the
+        numbers, and what they were measured on.
+
+    Raises
+    ------
+    ValueError
+        If the data have no labels.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
+    config = run.info.config
+    train_set = load_split(run, "train", dataset, data_dir, download=download).labelled()
+    test_set = load_split(run, "test", dataset, data_dir, download=download).labelled()
+    untrained = build_model(config, run.info.image_size).to(device).eval()
+
+    def features_of(vje: torch.nn.Module) -> Callable[[ImageSet], tuple[Tensor, Tensor]]:
+        def extract(images: ImageSet) -> tuple[Tensor, Tensor]:
+            encoded = encode(vje, images, run.info.view, batch_size=batch_size, device=device)  # type: ignore[arg-type]
+            return encoded.indices, encoded.features
+
+        return extract
+
+    representations: dict[str, Callable[[ImageSet], tuple[Tensor, Tensor]]] = {
+        "trained encoder": features_of(run.vje),
+        "untrained encoder": features_of(untrained),
+        "raw pixels": lambda images: pixels(images, run.info.view),
+    }
+    rows: list[dict[str, Any]] = []
+    protocols: dict[str, Any] = {}
+    for name, extract in representations.items():
+        log.info("evaluating %s", name)
+        train_index, train = extract(train_set)
+        test_index, test = extract(test_set)
+        labels = train_set.labels[train_index], test_set.labels[test_index]  # type: ignore[index]
+        knn = metrics.knn_accuracy(train, labels[0], test, labels[1], k=k, temperature=temperature)
+        linear = metrics.linear_probe(train, labels[0], test, labels[1], seed=config.seed)
+        rows.append({"representation": name, "dim": train.shape[1], "knn": knn.accuracy, "linear": linear["accuracy"]})
+        protocols = {"knn": knn, "linear": linear}
+    result = {
+        "dataset": dataset or config.dataset,
+        "train_images": len(train_set),
+        "test_images": len(test_set),
+        "image_size": run.info.image_size,
+        "weights": f"epoch {config.epochs} of {config.epochs} (the last)",
+        "seed": config.seed,
+        "rows": rows,
+        "protocols": protocols,
+    }
+    target = Path(out) if out is not None else (run.folder / "eval.json" if run.folder else None)
+    if target is not None:
+        write_json(target, result)
+    return result
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """`evaluate`'s result as text: a row for each representation, then the protocols."""
+    knn, linear = result["protocols"]["knn"], result["protocols"]["linear"]
+    lines = [
+        f"{result['dataset']}: {result['train_images']} training and {result['test_images']} test images, "
+        f"weights of {result['weights']}",
+        f"{'representation':<20}{'dim':>6}{'k-NN':>9}{'linear':>9}",
+    ]
+    for row in result["rows"]:
+        lines.append(f"{row['representation']:<20}{row['dim']:>6}{row['knn']:>9.4f}{row['linear']:>9.4f}")
+    lines.append("k-NN:   " + ", ".join(f"{name} {value}" for name, value in knn.items()))
+    lines.append("linear: " + ", ".join(f"{name} {value}" for name, value in linear.items()))
+    return "\n".join(lines)

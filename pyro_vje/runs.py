@@ -1,0 +1,261 @@
+"""The run folder: what training leaves behind, and how it becomes a model again.
+
+::
+
+    RUN/config.json           settings, image size, classes, versions
+    RUN/weights.safetensors   weights; its header repeats config.json, so that the file stands alone
+    RUN/metrics.csv           a row for each epoch
+    RUN/checkpoints/          what resuming needs
+    RUN/pictures/             training curves, embedding, scores
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from pyro_vje.config import TrainConfig
+from pyro_vje.data import DATASETS, CleanView, ImageSet
+from pyro_vje.encoders import build_encoder, describe_stem, feature_dim
+from pyro_vje.files import write_atomic, write_json
+from pyro_vje.model import VJE
+from pyro_vje.plugins import is_reference
+
+SCHEMA_VERSION = 1
+CONFIG, WEIGHTS, METRICS, CHECKPOINTS, PICTURES = (
+    "config.json",
+    "weights.safetensors",
+    "metrics.csv",
+    "checkpoints",
+    "pictures",
+)
+HEADER_KEY = "pyro_vje"
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a run was trained with and on: the content of ``config.json`` and of the weights' header.
+
+    Attributes
+    ----------
+    config : TrainConfig
+        The settings, with the data set's defaults filled in.
+    image_size : int
+        Pixels of the square images that the encoder saw.
+    mean, std : tuple of float
+        Pixel normalisation of each channel, in [0, 1].
+    classes : tuple of str or None
+        Class names of the training data, if it has labels.
+    train_images : int
+        Number of images pretrained on.
+    stem : str
+        The encoder's stem in words.
+    """
+
+    config: TrainConfig
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] | None
+    train_images: int
+    stem: str
+
+    @property
+    def view(self) -> CleanView:
+        """The deterministic view of an image that evaluation and scoring encode."""
+        return CleanView(self.image_size, self.mean, self.std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, with the schema version and the versions of what made it."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["config"] = self.config.to_dict()
+        packages = ("pyro-vje", "torch", "torchvision", "pyro-ppl", "lightning")
+        versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+        return {"schema_version": SCHEMA_VERSION, **values, "versions": versions}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> RunInfo:
+        """Read `to_dict`'s form.
+
+        Raises
+        ------
+        ValueError
+            If it is of another schema version, or something is missing or of another type.
+        """
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise ValueError("no schema_version: not written by pyro-vje")
+        if values["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema version {values['schema_version']!r}, but this pyro-vje reads {SCHEMA_VERSION}: "
+                "use the version that wrote it"
+            )
+        kinds: dict[str, Any] = {
+            "config": dict,
+            "image_size": int,
+            "mean": list,
+            "std": list,
+            "classes": list | None,
+            "train_images": int,
+            "stem": str,
+        }
+        for name, kind in kinds.items():
+            if name not in values or not isinstance(values[name], kind):
+                raise ValueError(f"{name} is missing or no {getattr(kind, '__name__', kind)}")
+        kept = {name: values[name] for name in kinds}
+        kept["config"] = TrainConfig.from_dict(kept["config"])
+        kept["classes"] = None if kept["classes"] is None else tuple(map(str, kept["classes"]))
+        for name in ("mean", "std"):
+            kept[name] = tuple(map(float, kept[name]))
+        kept["stem"] = str(kept["stem"])
+        return cls(**kept)
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model in evaluation mode, what it was trained with, and its run folder if it has one."""
+
+    vje: VJE
+    info: RunInfo
+    folder: Path | None
+
+
+def build_model(config: TrainConfig, image_size: int) -> VJE:
+    """A freshly initialised model; the same configuration gives the same weights.
+
+    Raises
+    ------
+    ValueError
+        If a name in the configuration is unknown or a value out of range.
+    """
+    if config.encoder is None:
+        raise ValueError("the configuration names no encoder: use TrainConfig.resolved()")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = build_encoder(config.encoder, image_size)
+        return VJE(
+            encoder,
+            feature_dim(encoder, image_size),
+            embedding_dim=config.embedding_dim,
+            hidden_dim=config.hidden_dim,
+            likelihood=config.likelihood,
+            df=config.df,
+            unit_radius=config.unit_radius,
+            radius=config.radius,
+            kl_weight=config.kl_weight,
+            shared_variance=config.shared_variance,
+        )
+
+
+def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
+    """Collect what a new run will be described by."""
+    dataset = DATASETS[config.dataset]
+    size = train_set.image_size
+    stem = describe_stem(config.encoder or "", size)
+    return RunInfo(config, size, dataset.mean, dataset.std, train_set.classes, len(train_set), stem)
+
+
+def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
+    """Write ``weights.safetensors`` (with the run's description in its header) and ``config.json``."""
+    state = {name: value.detach().cpu().contiguous() for name, value in vje.state_dict().items()}
+    header = {HEADER_KEY: json.dumps(info.to_dict())}
+    write_json(folder / CONFIG, info.to_dict())
+    return write_atomic(folder / WEIGHTS, safetensors_bytes(state, header))
+
+
+def read_info(folder: Path) -> RunInfo:
+    """Read a run folder's ``config.json``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder is missing or is no run folder.
+    ValueError
+        If ``config.json`` cannot be understood.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"no such run folder: {folder}")
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it holds no {CONFIG}")
+    try:
+        return RunInfo.from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_run(ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu") -> LoadedRun:
+    """Load a trained model from a run folder or a weights file; nothing in either is executed.
+
+    Parameters
+    ----------
+    ckpt : path
+        A run folder, or a ``.safetensors`` file that `save_weights` wrote.
+    trust_plugins : bool
+        Whether ``module:attribute`` names in the configuration may be imported.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such folder or file, or the folder holds no weights.
+    ValueError
+        If a file is damaged, of another version, does not fit the model, or needs plug-ins that are not trusted.
+    """
+    ckpt = Path(ckpt)
+    folder = ckpt if ckpt.is_dir() else None
+    path = ckpt
+    if folder is not None or not ckpt.exists():
+        read_info(ckpt)  # says what is wrong with the folder, if anything
+        path = ckpt / WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(f"{ckpt} holds no {WEIGHTS}: has its training finished? (train --resume goes on)")
+    info, state = _read_weights(path)
+    for setting in ("encoder", "likelihood"):
+        name = getattr(info.config, setting)
+        if is_reference(name) and not trust_plugins:
+            raise ValueError(
+                f"{path} uses the {setting} {name!r}, which is code outside this package: if you trust it, say so "
+                "(--trust-plugins, or trust_plugins=True)"
+            )
+    vje = build_model(info.config, info.image_size)
+    _check_state(path, state, vje.state_dict())
+    vje.load_state_dict(state)
+    return LoadedRun(vje.to(device).eval().requires_grad_(False), info, folder)
+
+
+def _read_weights(path: Path) -> tuple[RunInfo, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER_KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    if header is None:
+        raise ValueError(f"{path} was not written by pyro-vje: its header has no {HEADER_KEY!r} entry")
+    try:
+        return RunInfo.from_dict(json.loads(header)), state
+    except ValueError as error:
+        raise ValueError(f"header of {path}: {error}") from None
+
+
+def _check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    if state.keys() != wanted.keys():
+        names = sorted(state.keys() ^ wanted.keys())
+        raise ValueError(f"{path} does not fit its configuration: tensors missing or too many: {', '.join(names[:5])}")
+    for name, tensor in state.items():
+        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but the configuration asks for "
+                f"{wanted[name].dtype} {tuple(wanted[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds non-finite values")

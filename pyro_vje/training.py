@@ -1,0 +1,445 @@
+"""Pretraining: a Lightning module around the symmetric ELBO, and `train`, which leaves a run folder behind."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import logging
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import pyro
+import torch
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_vje import metrics, pictures
+from pyro_vje.config import TrainConfig
+from pyro_vje.data import (
+    CleanView,
+    ImageSet,
+    ResidentLoader,
+    StreamingLoader,
+    derive_seed,
+    load_dataset,
+    make_loader,
+    views_for,
+)
+from pyro_vje.encoding import encode
+from pyro_vje.files import write_atomic, write_json
+from pyro_vje.model import VJE
+from pyro_vje.objective import SymmetricELBO
+from pyro_vje.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    PICTURES,
+    RunInfo,
+    build_model,
+    describe_run,
+    read_info,
+    save_weights,
+)
+
+log = logging.getLogger("pyro_vje")
+
+LAST = "last.ckpt"
+PART_EVERY = 5
+"""Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
+HEALTH_IMAGES = 2048
+"""Training images on which effective rank, spread and signal-to-noise are measured."""
+MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
+"""Most images that the k-NN monitor uses; `evaluate` uses all."""
+
+COLUMNS = (
+    "epoch",
+    "loss",
+    "log_likelihood",
+    "log_direction",
+    "log_radius",
+    "kl",
+    "knn_accuracy",
+    "effective_rank",
+    "spread",
+    "posterior_snr",
+    "lr",
+    "images_per_second",
+    "seconds",
+)
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+class Pretraining(lightning.LightningModule):
+    """VJE pretraining as a Lightning module: views, symmetric ELBO, SGD with a cosine schedule.
+
+    All random draws of a step (views, latents) come from generators seeded by (seed, step, rank), so a resumed run
+    draws what an uninterrupted one would.
+
+    Parameters
+    ----------
+    vje : VJE
+        The model to train.
+    config : TrainConfig
+        Resolved settings.
+    train_set : ImageSet
+        The images.
+    """
+
+    def __init__(self, vje: VJE, config: TrainConfig, train_set: ImageSet) -> None:
+        super().__init__()
+        self.objective = SymmetricELBO(config.num_particles, vectorize_particles=config.num_particles > 1)
+        self.elbo = self.objective(vje.model, vje.guide)
+        self.config = config
+        self.train_set = train_set
+        self.views, _ = views_for(config.dataset, train_set.image_size)
+        self.batch_size = config.batch_size or 0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self._generator: torch.Generator | None = None
+        self._validated = False
+
+    @property
+    def vje(self) -> VJE:
+        """The model being trained, which the ELBO module owns."""
+        return self.elbo.vje  # type: ignore[return-value]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with momentum; decay on matrices and kernels only; linear warm-up, then cosine to zero."""
+        parameters = [p for p in self.vje.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        lr = self.config.lr * self.batch_size / 256
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+        steps_per_epoch = len(self.train_set) // self.batch_size
+        warmup = round((self.config.warmup_epochs or 0) * steps_per_epoch)
+        total = (self.config.epochs or 1) * steps_per_epoch
+
+        def schedule(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> ResidentLoader | StreamingLoader:
+        """This process's share of every global batch, in the order of (seed, epoch)."""
+        return make_loader(
+            self.train_set,
+            self.batch_size,
+            device=self.device,
+            residency=self.config.residency if self.train_set.in_memory else "auto",
+            num_workers=self.config.workers,
+            seed=self.config.seed,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """Choose the epoch's order, also after resuming."""
+        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of a uint8 image batch ``(B, 3, H, W)``, in nats an image."""
+        generator = self._seeded_generator(batch.device)
+        views = self.views(batch, generator, rank=self.global_rank, world_size=self.trainer.world_size)
+        self.objective.monitor = self._record_parts if batch_idx % PART_EVERY == 0 else None
+        # Validation reads back from the device at every site; the shapes it checks do not change after step one.
+        with pyro.validation_enabled(not self._validated):
+            loss = self.elbo(views)
+        self._validated = True
+        self._add("loss", loss.detach())
+        if batch_idx % PART_EVERY == 0:
+            for name in ("loss", "log_direction", "log_radius", "kl"):
+                if name in self.sums:
+                    self.log(name.removeprefix("log_"), self.sums[name] / self.counts[name], prog_bar=True, logger=False)
+        return loss
+
+    def _seeded_generator(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device)
+        step = (self.config.seed, self.global_step)
+        torch.manual_seed(derive_seed("latents", *step, self.global_rank))
+        # Equal on every rank: the views of a global batch do not depend on how many processes share it.
+        return self._generator.manual_seed(derive_seed("views", *step))
+
+    def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
+        posterior = guide_trace.nodes["z"]["fn"].base_dist
+        target = model_trace.nodes["target"]
+        kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
+        self._add("kl", kl.mean())
+        self._add("log_likelihood", target["fn"].log_prob(target["value"]).mean())
+        for part in ("direction", "radius"):
+            factor = getattr(target["fn"], f"log_prob_{part}", None)
+            if factor is not None:
+                value = target["value"] if part == "direction" else torch.linalg.vector_norm(target["value"], dim=-1)
+                self._add(f"log_{part}", factor(value).mean())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def epoch_means(self) -> dict[str, float]:
+        """Means of what was recorded since the last call: the one place that reads back from the device."""
+        means = {name: (value / self.counts[name]).item() for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+class EpochReport(lightning.pytorch.Callback):
+    """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite."""
+
+    def __init__(
+        self, folder: Path, train_set: ImageSet, knn_sets: tuple[ImageSet, ImageSet] | None, view: CleanView
+    ) -> None:
+        self.path = folder / METRICS
+        self.view = view
+        self.health_set = train_set.select(_spread(len(train_set), HEALTH_IMAGES))
+        self.knn_sets = knn_sets
+        self.rows: list[dict[str, Any]] = []
+        self.started = 0.0
+        self.warned = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, so that a resumed run's file holds each epoch once."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows of the run that is resumed."""
+        self.rows = state_dict["rows"]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Pretraining) -> None:
+        """Write the row, print a line where there is no progress bar, and check the run's health."""
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **pl_module.epoch_means()}
+        seconds = time.perf_counter() - self.started
+        row["seconds"] = round(seconds, 3)
+        row["images_per_second"] = round(trainer.num_training_batches * pl_module.batch_size / seconds, 1)
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if not math.isfinite(row["loss"]):
+            raise TrainingDiverged(
+                f"the loss became {row['loss']} in epoch {row['epoch']}: lower lr (now {pl_module.config.lr}), raise "
+                f"warmup_epochs (now {pl_module.config.warmup_epochs:g}), or train with precision 32"
+            )
+        every = pl_module.config.knn_every or 0
+        last = row["epoch"] == trainer.max_epochs
+        if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
+            row.update(self._measure(pl_module.vje))
+            self._warn(row, pl_module.vje.embedding_dim)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            self._write()
+            if not sys.stderr.isatty():
+                log.info(_line(row, trainer.max_epochs or 0))
+
+    def _measure(self, vje: VJE) -> dict[str, float]:
+        device = next(vje.parameters()).device
+        encoded = encode(vje, self.health_set, self.view, device=device)
+        row = {
+            "effective_rank": metrics.effective_rank(encoded.features),
+            "spread": metrics.embedding_spread(encoded.embeddings),
+            "posterior_snr": metrics.posterior_snr(encoded.loc, encoded.scale),
+        }
+        if self.knn_sets is not None:
+            train, test = (encode(vje, images, self.view, device=device) for images in self.knn_sets)
+            labels = [images.labels[part.indices] for images, part in zip(self.knn_sets, (train, test), strict=True)]
+            row["knn_accuracy"] = metrics.knn_accuracy(train.features, labels[0], test.features, labels[1]).accuracy
+        return row
+
+    def _warn(self, row: dict[str, Any], dim: int) -> None:
+        message = metrics.collapse_warning(row["effective_rank"], row["spread"], row["posterior_snr"], dim)
+        if message is not None and message != self.warned:
+            log.warning("epoch %d: %s", row["epoch"], message)
+            self.warned = message
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue())
+
+
+def _spread(size: int, most: int) -> Tensor:
+    """At most ``most`` indices spread evenly over ``range(size)``: files are often sorted by class."""
+    return torch.linspace(0, size - 1, min(size, most), dtype=torch.float64).round().long()
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.2f}"]
+    for name in ("log_direction", "log_radius", "kl"):
+        if name in row:
+            parts.append(f"{name.removeprefix('log_')} {row[name]:.2f}")
+    if "knn_accuracy" in row:
+        parts.append(f"k-NN {row['knn_accuracy']:.3f}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    return "  ".join(parts)
+
+
+def train(
+    config: TrainConfig, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
+) -> Path:
+    """Pretrain a model and leave a run folder behind.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Settings; unset ones take the data set's defaults.
+    out : path, optional
+        The run folder; by default ``runs/<dataset>-<number>``.
+    resume : bool
+        Go on from the last checkpoint in ``out``, with the settings stored there.
+    overwrite : bool
+        Replace the run that ``out`` holds.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    FileExistsError
+        If ``out`` already holds a run, or holds anything else, and neither flag was given.
+    ValueError, FileNotFoundError
+        If a setting or the data are unusable.
+    TrainingDiverged
+        If the loss stops being finite; the last checkpoint stays.
+    """
+    config, folder = _prepare_folder(config, out, resume=resume, overwrite=overwrite)
+    train_set = load_dataset(
+        config.dataset,
+        config.data_dir,
+        "pretrain",
+        image_size=config.image_size,
+        download=config.download,
+        residency=config.residency,
+    )
+    if config.normal_class is not None:
+        train_set = train_set.of_class(config.normal_class)
+    info = describe_run(config, train_set)
+    vje = build_model(config, info.image_size)
+    # The encoder's convolutions are fastest with channels last on every device we measured.
+    vje.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.compile:
+        vje.encoder.compile()
+    precision = choose_precision(config.precision)
+    log.info(
+        "%s, %s; likelihood %s; %s; %d images of %d×%d pixels",
+        *(config.encoder, info.stem, config.likelihood, precision, len(train_set), info.image_size, info.image_size),
+    )
+    module = Pretraining(vje, config, train_set)
+    write_json(folder / CONFIG, info.to_dict())
+    report = EpochReport(folder, train_set, _monitor_sets(config, info, train_set), info.view)
+    _trainer(folder, config, report, precision).fit(
+        module, ckpt_path=folder / CHECKPOINTS / LAST if resume else None, weights_only=True
+    )
+    if module.global_rank == 0:
+        save_weights(folder, vje, info)
+        _draw(folder, report, vje, info)
+        log.info("run folder: %s", folder)
+    return folder
+
+
+def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
+    """Lightning's name of a precision setting; ``auto`` is bfloat16 autocast where the hardware multiplies in it."""
+    if setting == "auto":
+        if torch.cuda.is_available():
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            flags = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+            supported = any(flag() for flag in flags)
+        return "bf16-mixed" if supported else "32-true"
+    return "bf16-mixed" if setting == "bf16" else "32-true"
+
+
+def _prepare_folder(config: TrainConfig, out: str | Path | None, *, resume: bool, overwrite: bool) -> tuple[TrainConfig, Path]:
+    """Make the run folder, or check that it can be resumed; return the settings to train with."""
+    if out is None:
+        if resume:
+            raise ValueError("resuming needs the run folder to go on with: name it (--out RUN)")
+        numbers = (Path("runs") / f"{config.dataset}-{number}" for number in itertools.count(1))
+        out = next(path for path in numbers if not path.exists())
+    folder = Path(out)
+    if resume:
+        stored = read_info(folder).config
+        if not (folder / CHECKPOINTS / LAST).is_file():
+            raise FileNotFoundError(f"{folder} holds no checkpoint to resume from: train it anew with --overwrite")
+        return stored, folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not folder.is_dir() or not (folder / CONFIG).is_file():
+            raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
+        if not overwrite:
+            raise FileExistsError(f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return config.resolved(), folder
+
+
+def _monitor_sets(config: TrainConfig, info: RunInfo, train_set: ImageSet) -> tuple[ImageSet, ImageSet] | None:
+    """Labelled training and test images for the k-NN monitor, where there are labels of two classes."""
+    if not config.knn_every or config.normal_class is not None or train_set.labels is None:
+        return None
+    labelled = train_set.labelled()
+    if len(labelled.labels.unique()) < 2:
+        return None
+    test = load_dataset(
+        config.dataset, config.data_dir, "test", image_size=info.image_size, download=config.download, residency=config.residency
+    ).labelled()
+    return labelled.select(_spread(len(labelled), MONITOR_TRAIN)), test.select(_spread(len(test), MONITOR_TEST))
+
+
+def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: str) -> lightning.Trainer:
+    checkpoint = lightning_callbacks.ModelCheckpoint(
+        dirpath=folder / CHECKPOINTS, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    progress = sys.stderr.isatty()
+    callbacks: list[lightning.pytorch.Callback] = [report, checkpoint]
+    if progress:
+        callbacks.append(lightning_callbacks.TQDMProgressBar(refresh_rate=PART_EVERY))
+    try:
+        logger: Any = TensorBoardLogger(folder, name="", version="tensorboard")
+    except ModuleNotFoundError:  # neither tensorboard nor tensorboardX is installed
+        logger = False
+    return lightning.Trainer(
+        max_epochs=config.epochs,
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=config.devices,
+        strategy="ddp" if config.devices > 1 else "auto",
+        sync_batchnorm=config.devices > 1,
+        precision=precision,  # type: ignore[arg-type]
+        callbacks=callbacks,
+        logger=logger,
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=PART_EVERY,
+        num_sanity_val_steps=0,
+    )
+
+
+def _draw(folder: Path, report: EpochReport, vje: VJE, info: RunInfo) -> None:
+    (folder / PICTURES).mkdir(exist_ok=True)
+    history = {name: [row.get(name, math.nan) for row in report.rows] for name in COLUMNS}
+    pictures.plot_training(history, folder / PICTURES / "training.png")
+    shown = report.knn_sets[1] if report.knn_sets else report.health_set
+    encoded = encode(vje, shown, info.view, device=next(vje.parameters()).device)
+    labels = None if shown.labels is None else shown.labels[encoded.indices]
+    pictures.plot_embedding(encoded.embeddings, labels, info.classes, folder / PICTURES / "embedding.png")
