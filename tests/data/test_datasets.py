@@ -1,0 +1,309 @@
+"""Every data set from small files in its real on-disk format, read by the real code."""
+
+import hashlib
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets as torchvision_datasets
+
+from pyro_vje.data import DATASETS, ImageSet, LazyImages, iter_batches, load_dataset
+from pyro_vje.data.imageset import free_memory, read_images
+
+RNG = np.random.default_rng(0)
+
+
+def md5(path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_image(path, side=(20, 24), value=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, 256, (*side, 3), dtype=np.uint8)
+    Image.fromarray(pixels if value is None else np.full_like(pixels, value)).save(path)
+
+
+def write_cifar(root, monkeypatch, kind, files, meta, label_key, classes):
+    """Pickled batches as the archive holds them; torchvision is told their checksums."""
+    base = root / kind.base_folder
+    base.mkdir(parents=True)
+    pixels, sums = {}, {}
+    for name, count in files.items():
+        pixels[name] = RNG.integers(0, 256, (count, 3072), dtype=np.uint8)
+        labels = [i % len(classes) for i in range(count)]
+        (base / name).write_bytes(pickle.dumps({"data": pixels[name], label_key: labels}))
+        sums[name] = md5(base / name)
+    (base / meta["filename"]).write_bytes(pickle.dumps({meta["key"]: classes}))
+    monkeypatch.setattr(kind, "meta", {**meta, "md5": md5(base / meta["filename"])})
+    train = [name for name in files if "test" not in name]
+    monkeypatch.setattr(kind, "train_list", [[name, sums[name]] for name in train])
+    monkeypatch.setattr(kind, "test_list", [[name, sums[name]] for name in files if "test" in name])
+    return pixels
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    kind = torchvision_datasets.CIFAR10
+    files = {f"data_batch_{i}": 4 for i in range(1, 6)} | {"test_batch": 6}
+    classes = [f"class{i}" for i in range(10)]
+    pixels = write_cifar(tmp_path, monkeypatch, kind, files, kind.meta, "labels", classes)
+    train = load_dataset("cifar10", tmp_path, "train", download=False)
+    expected = np.concatenate([pixels[f"data_batch_{i}"] for i in range(1, 6)]).reshape(-1, 3, 32, 32)
+    assert np.array_equal(train.images.numpy(), expected)
+    assert train.images.is_contiguous()
+    assert train.labels.tolist() == [0, 1, 2, 3] * 5
+    assert train.classes == tuple(classes)
+    test = load_dataset("cifar10", tmp_path, "test", download=False)
+    assert test.paths[5] == "cifar10/test/00005"
+    assert len(load_dataset("cifar10", tmp_path, "all")) == 26
+    small = load_dataset("cifar10", tmp_path, "pretrain", image_size=16)
+    assert small.images.shape == (20, 3, 16, 16)
+    assert (small.images.float().mean((2, 3)) - train.images.float().mean((2, 3))).abs().max() < 3
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    kind = torchvision_datasets.CIFAR100
+    classes = [f"fine{i}" for i in range(100)]
+    write_cifar(tmp_path, monkeypatch, kind, {"train": 7, "test": 3}, kind.meta, "fine_labels", classes)
+    test = load_dataset("cifar100", tmp_path, "test", download=False)
+    assert (len(test), test.image_size, len(test.classes)) == (3, 32, 100)
+
+
+def write_stl10(root, monkeypatch, train=6, test=4, unlabelled=9):
+    kind = torchvision_datasets.STL10
+    base = root / kind.base_folder
+    base.mkdir(parents=True)
+    arrays = {}
+    for name, count in (("train", train), ("test", test), ("unlabeled", unlabelled)):
+        arrays[name] = RNG.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        arrays[name].transpose(0, 1, 3, 2).tofile(base / f"{name}_X.bin")  # column-major in the file
+        if name != "unlabeled":
+            (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(base / f"{name}_y.bin")  # 1-based in the file
+    (base / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
+    for attribute in ("train_list", "test_list"):
+        sums = [[name, md5(base / name)] for name, _ in getattr(kind, attribute)]
+        monkeypatch.setattr(kind, attribute, sums)
+    return arrays
+
+
+def test_stl10(tmp_path, monkeypatch):
+    arrays = write_stl10(tmp_path, monkeypatch)
+    train = load_dataset("stl10", tmp_path, "train", download=False)
+    assert np.array_equal(train.images.numpy(), arrays["train"])
+    assert train.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    pretrain = load_dataset("stl10", tmp_path, "pretrain", download=False)
+    assert np.array_equal(pretrain.images[6:].numpy(), arrays["unlabeled"])
+    assert pretrain.labels.tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 9
+    assert pretrain.paths[6] == "stl10/unlabeled/00000"
+    labelled = pretrain.labelled()
+    assert labelled.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    for split in ("train", "test", "all"):  # what evaluation reads has a label each
+        assert (load_dataset("stl10", tmp_path, split).labels >= 0).all()
+
+
+def test_imagenet_is_read_when_asked_for(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for wnid in ("n01440764", "n01443537"):
+            for i in range(count):
+                write_image(tmp_path / part / wnid / f"{wnid}_{i}.JPEG", (260, 300))
+    train = load_dataset("imagenet", tmp_path, "train", residency="stream")
+    assert isinstance(train.images, LazyImages)
+    assert train.images[0].shape == (3, 224, 224)
+    assert train.classes == ("n01440764", "n01443537")
+    test = load_dataset("imagenet", tmp_path, "test", image_size=64)
+    assert test.in_memory
+    assert test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_imagenet_missing_part(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no folder .*val.*image-net\.org"):
+        load_dataset("imagenet", tmp_path)
+
+
+def test_digits():
+    train, test = load_dataset("digits"), load_dataset("digits", split="test")
+    assert (len(train), len(test)) == (1442, 355)
+    assert train.images.shape[1:] == (3, 16, 16)
+    assert test.labels.bincount().min() >= 34  # stratified
+    assert torch.equal(test.images, load_dataset("digits", split="test").images)
+    assert load_dataset("digits", image_size=8).images.max() == 255
+    assert len(load_dataset("digits", split="all")) == 1797
+
+
+def tree(root, names):
+    for name in names:
+        write_image(root / name)
+
+
+def test_folder_with_splits(tmp_path):
+    """The layout of MVTec: a class that only the test split has."""
+    tree(tmp_path, ["train/good/0.png", "train/good/1.png", "test/good/0.png", "test/broken/0.png"])
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    assert train.classes == test.classes == ("broken", "good")
+    assert train.labels.tolist() == [1, 1]
+    assert test.labels.tolist() == [0, 1]
+    assert test.paths[0] == str(tmp_path / "test/broken/0.png")
+    assert len(load_dataset("folder", tmp_path, "all")) == 4
+
+
+def test_folder_without_splits_never_moves_a_file(tmp_path):
+    names = [f"{c}/{i:03d}.png" for c in ("cat", "dog") for i in range(60)]
+    tree(tmp_path, names)
+    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
+    assert set(train.paths).isdisjoint(test.paths)
+    assert len(train) + len(test) == 120
+    assert 3 <= len(test) <= 24
+    assert train.classes == ("cat", "dog")
+    assert train.image_size == 32
+    tree(tmp_path, [f"bird/{i:03d}.png" for i in range(30)])
+    more = load_dataset("folder", tmp_path, "test")
+    assert set(test.paths) <= set(more.paths)
+    assert more.classes == ("bird", "cat", "dog")
+
+
+def test_folder_flat_and_mixed(tmp_path):
+    tree(tmp_path, ["a.png", "b.png"])
+    flat = load_dataset("folder", tmp_path, "all")
+    assert flat.labels is None
+    assert flat.classes is None
+    tree(tmp_path, ["cat/deep/c.png", "dog/d.png"])
+    mixed = load_dataset("folder", tmp_path, "all")
+    assert mixed.labels.tolist() == [-1, -1, 0, 1]
+    assert mixed.labelled().labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("side", "size"), [(28, 32), (64, 64), (96, 96), (300, 224)])
+def test_folder_chooses_a_size(tmp_path, side, size):
+    for i in range(3):
+        write_image(tmp_path / f"{i}.png", (side, side + 10))
+    (tmp_path / "bad.png").write_bytes(b"")
+    assert load_dataset("folder", tmp_path, "all").image_size == size
+    assert load_dataset("folder", tmp_path, "all", image_size=20).image_size == 20
+
+
+@pytest.mark.parametrize("residency", ["memory", "stream"])
+def test_a_damaged_file_costs_only_itself(tmp_path, caplog, residency):
+    for i in range(6):
+        write_image(tmp_path / f"{i}.png", value=40 * i)
+    for i in (1, 4):
+        (tmp_path / f"{i}.png").write_bytes(b"not an image")
+    with caplog.at_level(logging.WARNING, "pyro_vje"):
+        images = load_dataset("folder", tmp_path, "all", residency=residency)
+        read = list(iter_batches(images, 4))
+        read = list(iter_batches(images, 4))  # a second reading does not warn again
+    assert [path for path, _ in images.failed] == [str(tmp_path / "1.png"), str(tmp_path / "4.png")]
+    assert "not an image" in images.failed[0][1]
+    assert len(caplog.records) == 2
+    pairs = [
+        (images.paths[i], int(x[0, 0, 0])) for index, batch in read for i, x in zip(index, batch, strict=True)
+    ]
+    assert pairs == [(str(tmp_path / f"{i}.png"), 40 * i) for i in (0, 2, 3, 5)]
+    assert max(len(batch) for _, batch in read) <= 4
+
+
+def test_many_damaged_files_do_not_flood_the_log(tmp_path, caplog):
+    for i in range(30):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"no")
+    write_image(tmp_path / "good.png")
+    images = load_dataset("folder", tmp_path, "all")
+    assert len(images) == 1
+    assert len(images.failed) == 30
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 11
+
+
+def test_residency_follows_the_budget(tmp_path, caplog):
+    tree(tmp_path, ["a.png", "b.png"])
+    need = 2 * 3 * 32 * 32
+    with caplog.at_level(logging.INFO, "pyro_vje"):
+        assert load_dataset("folder", tmp_path, "all", memory_budget=need).in_memory
+        assert not load_dataset("folder", tmp_path, "all", memory_budget=need - 1).in_memory
+    assert "decoded when read" in caplog.text
+    assert load_dataset("folder", tmp_path, "all", memory_budget=0, residency="memory").in_memory
+    assert free_memory() > 0
+
+
+def test_absent_data(tmp_path, monkeypatch):
+    for name in ("cifar10", "cifar100", "stl10"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: not found.*{tmp_path}.*Allow the download"):
+            load_dataset(name, tmp_path, download=False)
+
+    def no_network(*_, **__):
+        raise OSError("Network is unreachable")
+
+    for kind in (torchvision_datasets.CIFAR10, torchvision_datasets.STL10):
+        monkeypatch.setattr(kind, "download", no_network)
+        with pytest.raises(FileNotFoundError, match=r"download failed \(OSError: Network.*Fetch http"):
+            load_dataset(kind.__name__.lower(), tmp_path / "new")
+
+
+def test_default_data_dir(tmp_path, monkeypatch):
+    tree(tmp_path, ["a.png"])
+    monkeypatch.setenv("PYRO_VJE_DATA", str(tmp_path))
+    assert len(load_dataset("folder", split="all")) == 1
+
+
+def test_user_errors_name_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match="unknown data set 'cifar'; known: digits, cifar10"):
+        load_dataset("cifar")
+    with pytest.raises(ValueError, match="unknown split 'val'; known: pretrain, train, test"):
+        load_dataset("digits", split="val")
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        load_dataset("digits", image_size=0)
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*nowhere"):
+        load_dataset("folder", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no images in"):
+        load_dataset("folder", tmp_path)
+    write_image(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"no image in the split 'test'.* train/ and test/"):
+        load_dataset("folder", tmp_path, "test")
+    with pytest.raises(ValueError, match="unknown residency 'ram'; known: auto, memory, stream"):
+        load_dataset("folder", tmp_path, "all", residency="ram")
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="not one of 1 images could be decoded"):
+        load_dataset("folder", tmp_path, "all")
+
+
+def test_image_set_selects():
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+    labels = torch.tensor([0, 1, -1, 1, 0, 1])
+    images = ImageSet(pixels, [str(i) for i in range(6)], labels, ("cat", "0"))
+    assert images.select([4, 0]).paths == ["4", "0"]
+    assert images.select(labels == 1).images[:, 0, 0, 0].tolist() == [1, 3, 5]
+    assert images.of_class("cat").paths == ["0", "4"]
+    assert images.of_class(0).paths == ["0", "4"]
+    assert images.of_class("0").paths == ["1", "3", "5"]  # a name comes before an index
+    assert images.of_class("1").paths == ["1", "3", "5"]
+    with pytest.raises(ValueError, match="no class 'dog' in these images; classes: 0: cat, 1: 0"):
+        images.of_class("dog")
+    with pytest.raises(ValueError, match="no image of class 'cat' in this split"):
+        images.select([1]).of_class("cat")
+    unlabelled = ImageSet(pixels, images.paths)
+    with pytest.raises(ValueError, match="none, they are unlabelled"):
+        unlabelled.of_class("cat")
+    with pytest.raises(ValueError, match="no labels"):
+        unlabelled.labelled()
+    with pytest.raises(ValueError, match="differ in length: 6, 5"):
+        ImageSet(pixels, images.paths[:5])
+
+
+def test_lazy_selection_keeps_paths(tmp_path):
+    tree(tmp_path, ["a/0.png", "a/1.png", "b/0.png"])
+    images = load_dataset("folder", tmp_path, "all", residency="stream")
+    chosen = images.of_class("b")
+    assert chosen.images.paths == chosen.paths == [str(tmp_path / "b/0.png")]
+    together = read_images(images.paths, images.labels, images.classes, 32)
+    assert torch.equal(chosen.images[0], together.images[2])
+
+
+def test_a_new_data_set_is_one_entry(monkeypatch):
+    def load(request):
+        count = {"train": 3, "test": 2}.get(request.split, 5)
+        side = request.image_size
+        return ImageSet(torch.zeros(count, 3, side, side, dtype=torch.uint8), ["zero"] * count)
+
+    entry = type(DATASETS["digits"])(load, (0.5,) * 3, (0.5,) * 3, "cifar", 8)
+    monkeypatch.setitem(DATASETS, "zeros", entry)
+    assert load_dataset("zeros").images.shape == (3, 3, 8, 8)

@@ -1,0 +1,172 @@
+"""Orders, shards and failures of the loaders."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyro_vje.data import (
+    ImageSet,
+    ResidentLoader,
+    StreamingLoader,
+    derive_seed,
+    iter_batches,
+    load_dataset,
+    make_loader,
+)
+
+
+def numbered(count: int) -> torch.Tensor:
+    """Images that say which they are."""
+    return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+
+
+def numbers(batches) -> list[list[int]]:
+    return [batch[:, 0, 0, 0].tolist() for batch in batches]
+
+
+@pytest.fixture
+def lazy(tmp_path):
+    for i in range(20):
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+    return load_dataset("folder", tmp_path, "all", image_size=4, residency="stream")
+
+
+def test_an_epoch_is_every_image_once_in_an_order_of_its_own():
+    loader = ResidentLoader(numbered(20), 6, seed=1)
+    assert len(loader) == 3
+    first = numbers(loader)
+    assert [len(batch) for batch in first] == [6, 6, 6]
+    assert len(set(sum(first, []))) == 18  # noqa: RUF017
+    assert numbers(loader) == first  # the order is a function of seed and epoch
+    loader.set_epoch(1)
+    assert numbers(loader) != first
+    resumed = ResidentLoader(numbered(20), 6, seed=1)
+    resumed.set_epoch(1)
+    assert numbers(resumed) == numbers(loader)
+    assert numbers(ResidentLoader(numbered(20), 6, seed=2)) != first
+
+
+def test_the_last_batch_can_be_kept():
+    loader = ResidentLoader(numbered(20), 6, drop_last=False)
+    assert len(loader) == 4
+    assert sorted(sum(numbers(loader), [])) == list(range(20))  # noqa: RUF017
+    assert len(ResidentLoader(numbered(4), 6, drop_last=False)) == 1
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_share_each_global_batch(drop_last):
+    whole = numbers(ResidentLoader(numbered(21), 8, seed=3, drop_last=drop_last))
+    ranks = [
+        numbers(ResidentLoader(numbered(21), 8, seed=3, rank=r, world_size=2, drop_last=drop_last))
+        for r in (0, 1)
+    ]
+    shared = [first + second for first, second in zip(*ranks, strict=True)]
+    assert shared[:2] == whole[:2]
+    if not drop_last:  # five are left: two for each rank
+        assert shared[2] == whole[2][:4]
+
+
+def test_streaming_has_the_order_of_a_resident_loader(lazy):
+    loader = StreamingLoader(lazy, 6, seed=1, num_workers=0)
+    resident = ResidentLoader(numbered(20), 6, seed=1)
+    for epoch in (0, 3):
+        loader.set_epoch(epoch)
+        resident.set_epoch(epoch)
+        assert numbers(loader) == numbers(resident)
+    shard = StreamingLoader(lazy, 6, seed=1, num_workers=0, rank=1, world_size=2)
+    shard.set_epoch(3)
+    assert numbers(shard) == [batch[3:] for batch in numbers(resident)]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_worker_processes_change_nothing(lazy):
+    loader = StreamingLoader(lazy, 6, seed=1, num_workers=1)
+    alone = StreamingLoader(lazy, 6, seed=1, num_workers=0)
+    for epoch in (0, 1):  # the workers stay alive between epochs and must see the new order
+        loader.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        assert numbers(loader) == numbers(alone)
+
+
+def test_a_damaged_file_leaves_every_batch_full(lazy, caplog):
+    for i in (3, 7):
+        with open(lazy.paths[i], "wb") as file:
+            file.write(b"damaged")
+    loader = StreamingLoader(lazy, 5, seed=1, num_workers=0)
+    for _ in range(2):
+        batches = numbers(loader)
+        assert [len(batch) for batch in batches] == [5] * 4
+        assert {3, 7}.isdisjoint(sum(batches, []))  # noqa: RUF017
+    assert sorted(path for path, _ in lazy.failed) == [lazy.paths[3], lazy.paths[7]]
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 2
+
+
+def test_a_wholly_damaged_batch_is_replaced_and_wholly_damaged_data_are_an_error(lazy):
+    order = sum(numbers(StreamingLoader(lazy, 2, seed=1, num_workers=0)), [])  # noqa: RUF017
+    for i in order[2:4]:
+        with open(lazy.paths[i], "wb") as file:
+            file.write(b"damaged")
+    batches = numbers(StreamingLoader(lazy, 2, seed=1, num_workers=0))
+    assert batches[1] == batches[0]
+    for path in lazy.paths:
+        with open(path, "wb") as file:
+            file.write(b"damaged")
+    with pytest.raises(ValueError, match="not one image of the first batch"):
+        next(iter(StreamingLoader(lazy, 2, num_workers=0)))
+    assert list(iter_batches(lazy, 6)) == []
+
+
+def test_evaluation_order(lazy):
+    images = ImageSet(numbered(20), [str(i) for i in range(20)])
+    for image_set in (images, lazy):
+        index, batch = zip(*iter_batches(image_set, 6), strict=True)
+        assert torch.cat(index).tolist() == list(range(20))
+        assert torch.equal(torch.cat(batch)[:, 0, 0, 0], torch.arange(20, dtype=torch.uint8))
+        assert [len(b) for b in batch] == [6, 6, 6, 2]
+
+
+def test_the_choice_of_loader(lazy, caplog):
+    images = ImageSet(numbered(20), [str(i) for i in range(20)])
+    with caplog.at_level(logging.INFO, "pyro_vje"):
+        assert isinstance(make_loader(images, 5, seed=1), ResidentLoader)
+        assert isinstance(make_loader(images, 5, residency="stream"), ResidentLoader)
+        assert isinstance(make_loader(lazy, 5, num_workers=0), StreamingLoader)
+    assert "20 images, 0.00 GB, in the memory of cpu" in caplog.text
+    assert "decoded by worker processes" in caplog.text
+    with pytest.raises(ValueError, match="load them with residency='memory' first"):
+        make_loader(lazy, 5, residency="memory")
+    with pytest.raises(ValueError, match="unknown residency"):
+        make_loader(images, 5, residency="gpu")
+    with pytest.raises(ValueError, match="in memory already"):
+        StreamingLoader(images, 5, num_workers=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_resident_on_a_gpu():
+    images = ImageSet(numbered(20), [str(i) for i in range(20)])
+    loader = make_loader(images, 5, device="cuda", seed=1)
+    batches = list(loader)
+    assert batches[0].is_cuda
+    assert numbers(batches) == numbers(loader)
+    assert not next(iter(make_loader(images, 5, device="cuda", residency="stream"))).is_cuda
+
+
+def test_user_errors_name_both_numbers():
+    with pytest.raises(ValueError, match=r"batch_size 32 is larger than the data, 20 images: .*at most 20"):
+        ResidentLoader(numbered(20), 32)
+    with pytest.raises(ValueError, match="batch_size 9 cannot be shared by world_size 2"):
+        ResidentLoader(numbered(20), 9, world_size=2)
+    with pytest.raises(ValueError, match="rank 2 is not among 0"):
+        ResidentLoader(numbered(20), 8, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        next(iter_batches(ImageSet(numbered(2), ["0", "1"]), 0))
+
+
+def test_seeds_are_unrelated_and_reproducible():
+    seeds = {derive_seed("order", seed, epoch) for seed in range(30) for epoch in range(30)}
+    assert len(seeds) == 900
+    assert max(seeds) < 2**63
+    assert derive_seed("views", 1, 2) == derive_seed("views", 1, 2) != derive_seed("views", 12)
