@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -68,16 +69,17 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
                 # A JPEG decodes straight to 1/2, 1/4 or 1/8 size; twice the wanted size loses no detail.
                 image.draft(None, (2 * size, 2 * size))
             image.load()
-            rgb = _to_rgb(_upright(image))
-        if size is not None:
-            # Crop and resize in one step: resizing the whole of a 20000 x 20 image first would need 1000
-            # times the memory of the square that is kept.
-            width, height = rgb.size
-            side = min(width, height)
-            left, top = (width - side) / 2, (height - side) / 2
-            box = (left, top, left + side, top + side)
-            rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        return torch.from_numpy(np.array(rgb).transpose(2, 0, 1).copy())
+            with contextlib.suppress(Exception):  # damaged EXIF must not cost a good image
+                ImageOps.exif_transpose(image, in_place=True)
+            rgb = _to_rgb(image)
+            if size is not None and rgb.size != (size, size):
+                # Crop and resize in one step: resizing the whole of a 20000 x 20 image first would need 1000
+                # times the memory of the square that is kept.
+                side = min(rgb.size)
+                left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+                box = (left, top, left + side, top + side)
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return torch.from_numpy(np.asarray(rgb).transpose(2, 0, 1).copy())
     except Image.UnidentifiedImageError:
         raise ImageError(path, _not_an_image(source)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -114,33 +116,26 @@ def list_images(root: str | os.PathLike[str]) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
-    found = sorted(_walk(root, ()))
+    found = sorted(_walk(str(root), ()))
     if not found:
         raise ValueError(f"no images in {root}: looked for {', '.join(EXTENSIONS)}, in its subfolders too")
-    return found
+    return [Path(path) for path in found]
 
 
-def _walk(folder: Path, parents: tuple[str, ...]) -> list[Path]:
+def _walk(folder: str, parents: tuple[str, ...]) -> list[str]:
     real = os.path.realpath(folder)
     if real in parents:  # a link back to one of its own parents
         return []
-    found: list[Path] = []
+    found: list[str] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                found += _walk(folder / entry.name, (*parents, real))
+                found += _walk(entry.path, (*parents, real))
             elif entry.name.lower().endswith(EXTENSIONS):
-                found.append(folder / entry.name)
+                found.append(entry.path)
     return found
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF must not cost a good image
-        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -150,7 +145,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
