@@ -88,16 +88,18 @@ def hue_(images: Tensor, shift: Tensor) -> Tensor:
 
     With V and m the largest and the smallest channel, c = V - m, and H the hue in sixths of a turn, a channel
     whose own hue is o (0, 2 and -2 for red, green and blue) is m + c (||H - o| - 3| - 1), clipped to [m, V].
-    This holds for |H - o| <= 6, so that a small shift needs no wrapping, and c H is linear in the colours,
-    so that nothing is divided.
+    This holds for |H - o| <= 6, so that a small shift needs no wrapping. With g = max(G - R, 0) and
+    b = max(B - R, 0), c H is G - B + g + 2 b where G >= B and G - B - b - 2 g elsewhere, so that nothing is
+    divided and nothing compared, which would cost a CPU more than all the rest.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
     high = torch.maximum(torch.maximum(red, green), blue)
     chroma = high - low
     double, triple, base = 2 * chroma, 3 * chroma, low - chroma
-    hue = torch.where(high == green, (blue - red).add_(double), (red - green).sub_(double))
-    hue = torch.where(high == red, green - blue, hue)  # c H, in [-3 c, 3 c]
+    g, b = (green - red).relu_(), (blue - red).relu_()
+    hue = green - blue
+    hue.add_((g + b).copysign_(hue), alpha=1.5).add_(b.sub_(g), alpha=0.5)  # c H, in [-3 c, 3 c]
     hue.addcmul_(chroma, 6 * shift[:, None, None])
     for channel, own in enumerate((0, 1, -1)):
         value = torch.sub(hue, double, alpha=own).abs_().sub_(triple).abs_().add_(base)
