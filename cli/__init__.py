@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 import click
-
-from pyro_vje import __version__
 from pyro_vje.cli.evaluate import eval_command
 from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
+
+from pyro_vje import __version__
 
 EXIT_UNREADABLE, EXIT_USAGE, EXIT_DIVERGED = 1, 2, 3
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from pyro_vje.cli import options
 
 
@@ -32,7 +31,9 @@ from pyro_vje.cli import options
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of those samples.")
 @options.batch_size
-@click.option("--out", type=click.Path(path_type=Path), help="The CSV. [default: scores.csv in the run folder]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The CSV. [default: scores.csv in the run folder]"
+)
 @options.trust_plugins
 @click.pass_context
 def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
@@ -56,8 +57,12 @@ def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
 
 @click.command("embed")
 @options.ckpt
-@click.option("--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help="A folder of images.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE.npz", help="The file to write.")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help="A folder of images."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="FILE.npz", help="The file to write."
+)
 @options.batch_size
 @options.trust_plugins
 @click.pass_context

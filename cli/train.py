@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
-
 from pyro_vje.cli import options
+
 from pyro_vje.config import DATASET_DEFAULTS, TrainConfig
 
 DEFAULTS = TrainConfig()
@@ -28,7 +28,9 @@ def setting(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @setting("--dataset", f"One of {', '.join(DATASET_DEFAULTS)}.")
 @options.data_dir
 @options.download
-@click.option("--out", type=click.Path(path_type=Path), metavar="RUN", help="Run folder. [default: runs/DATASET-N]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="RUN", help="Run folder. [default: runs/DATASET-N]"
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, with the settings stored there.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.option("--normal-class", metavar="K", help="Pretrain on this class alone (name or index).")
@@ -38,9 +40,7 @@ def setting(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @setting("--hidden-dim", "Hidden width of projector and posterior network.", type=int)
 @setting("--likelihood", "A likelihood family, or your own as module:function.")
 @setting("--df", "Degrees of freedom of the Student-t; inf is the Gaussian limit.", type=float)
-@setting(
-    "--unit-radius", "Radius of the sphere of directions: 1 or √D.", type=click.Choice(["1", "sqrt-d"])
-)
+@setting("--unit-radius", "Radius of the sphere of directions: 1 or √D.", type=click.Choice(["1", "sqrt-d"]))
 @click.option(
     "--radius",
     type=click.Choice(["student-t", "log-student-t", "none"]),
@@ -57,18 +57,20 @@ def setting(flag: str, help: str, **kwargs: Any) -> Callable[[Any], Any]:
 @setting("--warmup-epochs", "Epochs of linear warm-up. [default: a tenth, at most 10]", type=float)
 @setting("--num-particles", "Samples of the latent an image and direction.", type=int)
 @setting("--devices", "GPUs, or processes on the CPU.", type=int)
-@setting(
-    "--precision", "auto is bf16 where the hardware has it.", type=click.Choice(["auto", "32", "bf16"])
-)
+@setting("--precision", "auto is bf16 where the hardware has it.", type=click.Choice(["auto", "32", "bf16"]))
 @setting("--compile/--no-compile", "Compile the encoder.")
 @setting(
-    "--residency", "Images in memory or decoded as they come.", type=click.Choice(["auto", "memory", "stream"])
+    "--residency",
+    "Images in memory or decoded as they come.",
+    type=click.Choice(["auto", "memory", "stream"]),
 )
 @setting("--workers", "Decoding processes of a streamed data set.", type=int)
 @setting("--knn-every", "Epochs between k-NN evaluations. [default: ten in a run]", type=int)
 @setting("--seed", "Seed of every random draw.", type=int)
 @click.pass_context
-def train_command(ctx: click.Context, out: Path | None, resume: bool, overwrite: bool, **settings: Any) -> None:
+def train_command(
+    ctx: click.Context, out: Path | None, resume: bool, overwrite: bool, **settings: Any
+) -> None:
     """Pretrain a model on images, without their labels.
 
     Leaves a run folder with the weights, metrics.csv, pictures and what resuming needs.

@@ -118,7 +118,9 @@ class TrainConfig:
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, known))}, not {getattr(self, name)!r}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""

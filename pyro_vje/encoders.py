@@ -90,7 +90,11 @@ def describe_stem(name: str, image_size: int) -> str:
         return f"3×3 stem of stride {2 if image_size >= 32 else 1}"
     if name in ENCODERS:
         small = image_size <= SMALL_IMAGE
-        return "CIFAR stem (3×3, stride 1, no max-pooling)" if small else "ImageNet stem (7×7, stride 2, max-pooling)"
+        return (
+            "CIFAR stem (3×3, stride 1, no max-pooling)"
+            if small
+            else "ImageNet stem (7×7, stride 2, max-pooling)"
+        )
     return "its own stem"
 
 

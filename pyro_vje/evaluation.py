@@ -19,7 +19,9 @@ from pyro_vje.runs import LoadedRun, build_model, load_run
 log = logging.getLogger("pyro_vje")
 
 
-def load_split(run: LoadedRun, split: str, dataset: str | None, data_dir: str | None, *, download: bool = True) -> ImageSet:
+def load_split(
+    run: LoadedRun, split: str, dataset: str | None, data_dir: str | None, *, download: bool = True
+) -> ImageSet:
     """Load a split of the run's own data set, or of another one, at the run's image size."""
     config = run.info.config
     own = dataset is None or dataset == config.dataset
@@ -106,7 +108,9 @@ def evaluate(
         labels = train_set.labels[train_index], test_set.labels[test_index]  # type: ignore[index]
         knn = metrics.knn_accuracy(train, labels[0], test, labels[1], k=k, temperature=temperature)
         linear = metrics.linear_probe(train, labels[0], test, labels[1], seed=config.seed)
-        rows.append({"representation": name, "dim": train.shape[1], "knn": knn.accuracy, "linear": linear["accuracy"]})
+        rows.append(
+            {"representation": name, "dim": train.shape[1], "knn": knn.accuracy, "linear": linear["accuracy"]}
+        )
         protocols = {"knn": knn, "linear": linear}
     result = {
         "dataset": dataset or config.dataset,

@@ -18,7 +18,6 @@ from torch import Tensor
 from pyro_vje.distributions import PolarStudentT
 from pyro_vje.plugins import look_up
 
-
 RadialFactor = Literal["student-t", "log-student-t"]
 
 
@@ -61,7 +60,9 @@ class LikelihoodFamily:
 FAMILIES: dict[str, LikelihoodFamily] = {}
 
 
-def register(name: str, description: str, *, is_normalized: bool) -> Callable[[FamilyFunction], FamilyFunction]:
+def register(
+    name: str, description: str, *, is_normalized: bool
+) -> Callable[[FamilyFunction], FamilyFunction]:
     """Enter a family function in the registry under ``name``."""
 
     def enter(function: FamilyFunction) -> FamilyFunction:
@@ -87,12 +88,12 @@ def get_family(name: str) -> LikelihoodFamily:
     return LikelihoodFamily(name, found, None, "user-defined")
 
 
-@register("polar-student-t", "direction and radius apart, restricted Student-t (the paper's)", is_normalized=False)
+@register(
+    "polar-student-t", "direction and radius apart, restricted Student-t (the paper's)", is_normalized=False
+)
 def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
-    return PolarStudentT(
-        settings.df, loc, scale, unit_radius=settings.unit_radius, radius=settings.radius
-    )
+    return PolarStudentT(settings.df, loc, scale, unit_radius=settings.unit_radius, radius=settings.radius)
 
 
 @register("normal", "diagonal Gaussian on the embedding, no polar split", is_normalized=True)
@@ -125,5 +126,7 @@ def resolve_radius(setting: str | None) -> RadialFactor | None:
         If there is no such factor.
     """
     if setting is not None and setting not in get_args(RadialFactor):
-        raise ValueError(f"radius must be one of {', '.join(get_args(RadialFactor))} or None, not {setting!r}")
+        raise ValueError(
+            f"radius must be one of {', '.join(get_args(RadialFactor))} or None, not {setting!r}"
+        )
     return setting  # type: ignore[return-value]

@@ -173,7 +173,9 @@ class VJE(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim < 2:
-            raise ValueError(f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}")
+            raise ValueError(
+                f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}"
+            )
         if not df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
         if not 0 <= kl_weight < float("inf"):
@@ -185,7 +187,9 @@ class VJE(nn.Module):
         self.embedding_dim = embedding_dim
         self.kl_weight = kl_weight
         self.family = get_family(likelihood)
-        self.settings = LikelihoodSettings(df, resolve_unit_radius(unit_radius, embedding_dim), resolve_radius(radius))
+        self.settings = LikelihoodSettings(
+            df, resolve_unit_radius(unit_radius, embedding_dim), resolve_radius(radius)
+        )
         self.likelihood_raw_scale = None if shared_variance else nn.Parameter(torch.zeros(embedding_dim))
 
     def features(self, images: Tensor) -> Tensor:
@@ -256,7 +260,9 @@ class VJE(nn.Module):
     def _register_for_svi(self) -> None:
         # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and
         # pyro.module would silently tie two models of one process through the global store.
-        if not any(isinstance(h, poutine.trace_messenger.TraceMessenger) and h.param_only for h in _PYRO_STACK):
+        if not any(
+            isinstance(h, poutine.trace_messenger.TraceMessenger) and h.param_only for h in _PYRO_STACK
+        ):
             return
         store = pyro.get_param_store()
         for name, parameter in self.named_parameters():
@@ -267,4 +273,3 @@ class VJE(nn.Module):
                     "training this one with SVI"
                 )
         pyro.module("vje", self)
-

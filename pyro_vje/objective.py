@@ -54,7 +54,12 @@ class SymmetricELBO(Trace_ELBO):
         return module
 
     def differentiable_loss(
-        self, model: Callable[..., Any], guide: Callable[..., Any], views: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        views: Tensor | Sequence[Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """Negative symmetric ELBO, a scalar tensor in nats an image.
 
@@ -82,7 +87,9 @@ class SymmetricELBO(Trace_ELBO):
         images = views.shape[0] * views.shape[1]
         return torch.as_tensor(total) / (self.num_particles * images)
 
-    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
         """Loss as a float, with gradients accumulated on the parameters: what `pyro.infer.SVI` calls."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

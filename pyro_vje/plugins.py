@@ -45,7 +45,9 @@ def import_reference(reference: str) -> object:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        raise ValueError(f"{reference!r}: the module {module_name!r} has no attribute {attribute!r}") from None
+        raise ValueError(
+            f"{reference!r}: the module {module_name!r} has no attribute {attribute!r}"
+        ) from None
 
 
 def look_up(name: str, known: Mapping[str, T], *, what: str, group: str | None = None) -> T | object:

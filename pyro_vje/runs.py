@@ -193,7 +193,9 @@ def read_info(folder: Path) -> RunInfo:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_run(ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(
+    ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu"
+) -> LoadedRun:
     """Load a trained model from a run folder or a weights file; nothing in either is executed.
 
     Parameters
@@ -217,7 +219,9 @@ def load_run(ckpt: str | Path, *, trust_plugins: bool = False, device: str | tor
         read_info(ckpt)  # says what is wrong with the folder, if anything
         path = ckpt / WEIGHTS
         if not path.is_file():
-            raise FileNotFoundError(f"{ckpt} holds no {WEIGHTS}: has its training finished? (train --resume goes on)")
+            raise FileNotFoundError(
+                f"{ckpt} holds no {WEIGHTS}: has its training finished? (train --resume goes on)"
+            )
     info, state = _read_weights(path)
     for setting in ("encoder", "likelihood"):
         name = getattr(info.config, setting)
@@ -250,7 +254,9 @@ def _read_weights(path: Path) -> tuple[RunInfo, dict[str, Tensor]]:
 def _check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     if state.keys() != wanted.keys():
         names = sorted(state.keys() ^ wanted.keys())
-        raise ValueError(f"{path} does not fit its configuration: tensors missing or too many: {', '.join(names[:5])}")
+        raise ValueError(
+            f"{path} does not fit its configuration: tensors missing or too many: {', '.join(names[:5])}"
+        )
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
             raise ValueError(

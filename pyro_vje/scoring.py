@@ -195,7 +195,9 @@ def score(
     if score not in SCORES:
         raise ValueError(f"unknown score {score!r}: choose one of {', '.join(SCORES)}")
     if num_particles < 1 or batch_size < 1:
-        raise ValueError(f"num_particles and batch_size must be at least 1, not {num_particles} and {batch_size}")
+        raise ValueError(
+            f"num_particles and batch_size must be at least 1, not {num_particles} and {batch_size}"
+        )
     if data is not None and dataset is not None:
         raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,7 +227,9 @@ def score(
     parts = LikelihoodParts(*(torch.cat(column) for column in zip(*batches, strict=True)))
     scores = SCORES[score](parts)
     if torch.isnan(scores).all():
-        raise ValueError(f"the score {score!r} does not exist for the likelihood {run.info.config.likelihood!r}")
+        raise ValueError(
+            f"the score {score!r} does not exist for the likelihood {run.info.config.likelihood!r}"
+        )
     _write_csv(target, images, index, scores, parts)
     known = None if is_anomaly is None else is_anomaly[index]
     _draw(target, images, index, scores, parts, known)
@@ -278,7 +282,12 @@ def _write_csv(path: Path, images: ImageSet, index: Tensor, scores: Tensor, part
 
 
 def _draw(
-    csv_path: Path, images: ImageSet, index: Tensor, scores: Tensor, parts: LikelihoodParts, is_anomaly: Tensor | None
+    csv_path: Path,
+    images: ImageSet,
+    index: Tensor,
+    scores: Tensor,
+    parts: LikelihoodParts,
+    is_anomaly: Tensor | None,
 ) -> None:
     folder = csv_path.parent / PICTURES
     folder.mkdir(exist_ok=True)

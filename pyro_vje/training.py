@@ -10,6 +10,9 @@ import math
 import shutil
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,8 +169,14 @@ class Pretraining(lightning.LightningModule):
         if batch_idx % PART_EVERY == 0:
             for name in ("loss", "log_direction", "log_radius", "kl"):
                 if name in self.sums:
-                    self.log(name.removeprefix("log_"), self.sums[name] / self.counts[name], prog_bar=True, logger=False)
-        return loss
+                    self.log(
+                        name.removeprefix("log_"),
+                        self.sums[name] / self.counts[name],
+                        prog_bar=True,
+                        logger=False,
+                    )
+        # Nats a dimension keep one learning rate right for every D: the likelihood's gradient grows with D.
+        return loss / self.vje.embedding_dim
 
     def _seeded_generator(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
@@ -186,7 +195,11 @@ class Pretraining(lightning.LightningModule):
         for part in ("direction", "radius"):
             factor = getattr(target["fn"], f"log_prob_{part}", None)
             if factor is not None:
-                value = target["value"] if part == "direction" else torch.linalg.vector_norm(target["value"], dim=-1)
+                value = (
+                    target["value"]
+                    if part == "direction"
+                    else torch.linalg.vector_norm(target["value"], dim=-1)
+                )
                 self._add(f"log_{part}", factor(value).mean())
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -259,8 +272,12 @@ class EpochReport(lightning.pytorch.Callback):
         }
         if self.knn_sets is not None:
             train, test = (encode(vje, images, self.view, device=device) for images in self.knn_sets)
-            labels = [images.labels[part.indices] for images, part in zip(self.knn_sets, (train, test), strict=True)]
-            row["knn_accuracy"] = metrics.knn_accuracy(train.features, labels[0], test.features, labels[1]).accuracy
+            labels = [
+                images.labels[part.indices] for images, part in zip(self.knn_sets, (train, test), strict=True)
+            ]
+            row["knn_accuracy"] = metrics.knn_accuracy(
+                train.features, labels[0], test.features, labels[1]
+            ).accuracy
         return row
 
     def _warn(self, row: dict[str, Any], dim: int) -> None:
@@ -323,7 +340,7 @@ def train(
     TrainingDiverged
         If the loss stops being finite; the last checkpoint stays.
     """
-    config, folder = _prepare_folder(config, out, resume=resume, overwrite=overwrite)
+    config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
     train_set = load_dataset(
         config.dataset,
         config.data_dir,
@@ -334,6 +351,11 @@ def train(
     )
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
+    if len(train_set) < (config.batch_size or 0):
+        raise ValueError(
+            f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
+            f"choose at most {len(train_set)}"
+        )
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
     # The encoder's convolutions are fastest with channels last on every device we measured.
@@ -343,19 +365,48 @@ def train(
     precision = choose_precision(config.precision)
     log.info(
         "%s, %s; likelihood %s; %s; %d images of %d×%d pixels",
-        *(config.encoder, info.stem, config.likelihood, precision, len(train_set), info.image_size, info.image_size),
+        *(
+            config.encoder,
+            info.stem,
+            config.likelihood,
+            precision,
+            len(train_set),
+            info.image_size,
+            info.image_size,
+        ),
     )
     module = Pretraining(vje, config, train_set)
-    write_json(folder / CONFIG, info.to_dict())
     report = EpochReport(folder, train_set, _monitor_sets(config, info, train_set), info.view)
-    _trainer(folder, config, report, precision).fit(
-        module, ckpt_path=folder / CHECKPOINTS / LAST if resume else None, weights_only=True
-    )
-    if module.global_rank == 0:
+    # Only now, with data and model at hand, is anything on disk touched.
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, info.to_dict())
+    with _quiet_lightning():
+        trainer = _trainer(folder, config, report, precision)
+        try:
+            trainer.fit(module, ckpt_path=folder / CHECKPOINTS / LAST if resume else None, weights_only=True)
+        except SystemExit:  # how Lightning ends on Ctrl-C
+            raise KeyboardInterrupt from None
+    if trainer.is_global_zero:
         save_weights(folder, vje, info)
         _draw(folder, report, vje, info)
         log.info("run folder: %s", folder)
     return folder
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's hints and its own deprecations off the user's screen."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
@@ -364,14 +415,19 @@ def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
         if torch.cuda.is_available():
             supported = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            flags = (getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+            flags = (
+                getattr(torch.cpu, name, lambda: False)
+                for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            )
             supported = any(flag() for flag in flags)
         return "bf16-mixed" if supported else "32-true"
     return "bf16-mixed" if setting == "bf16" else "32-true"
 
 
-def _prepare_folder(config: TrainConfig, out: str | Path | None, *, resume: bool, overwrite: bool) -> tuple[TrainConfig, Path]:
-    """Make the run folder, or check that it can be resumed; return the settings to train with."""
+def _choose_folder(
+    config: TrainConfig, out: str | Path | None, *, resume: bool, overwrite: bool
+) -> tuple[TrainConfig, Path]:
+    """Check that the run folder may be written or resumed; return the settings to train with and the folder."""
     if out is None:
         if resume:
             raise ValueError("resuming needs the run folder to go on with: name it (--out RUN)")
@@ -381,19 +437,23 @@ def _prepare_folder(config: TrainConfig, out: str | Path | None, *, resume: bool
     if resume:
         stored = read_info(folder).config
         if not (folder / CHECKPOINTS / LAST).is_file():
-            raise FileNotFoundError(f"{folder} holds no checkpoint to resume from: train it anew with --overwrite")
+            raise FileNotFoundError(
+                f"{folder} holds no checkpoint to resume from: train it anew with --overwrite"
+            )
         return stored, folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not folder.is_dir() or not (folder / CONFIG).is_file():
             raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
         if not overwrite:
-            raise FileExistsError(f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+            raise FileExistsError(
+                f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
+            )
     return config.resolved(), folder
 
 
-def _monitor_sets(config: TrainConfig, info: RunInfo, train_set: ImageSet) -> tuple[ImageSet, ImageSet] | None:
+def _monitor_sets(
+    config: TrainConfig, info: RunInfo, train_set: ImageSet
+) -> tuple[ImageSet, ImageSet] | None:
     """Labelled training and test images for the k-NN monitor, where there are labels of two classes."""
     if not config.knn_every or config.normal_class is not None or train_set.labels is None:
         return None
@@ -401,14 +461,25 @@ def _monitor_sets(config: TrainConfig, info: RunInfo, train_set: ImageSet) -> tu
     if len(labelled.labels.unique()) < 2:
         return None
     test = load_dataset(
-        config.dataset, config.data_dir, "test", image_size=info.image_size, download=config.download, residency=config.residency
+        config.dataset,
+        config.data_dir,
+        "test",
+        image_size=info.image_size,
+        download=config.download,
+        residency=config.residency,
     ).labelled()
-    return labelled.select(_spread(len(labelled), MONITOR_TRAIN)), test.select(_spread(len(test), MONITOR_TEST))
+    return labelled.select(_spread(len(labelled), MONITOR_TRAIN)), test.select(
+        _spread(len(test), MONITOR_TEST)
+    )
 
 
 def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: str) -> lightning.Trainer:
     checkpoint = lightning_callbacks.ModelCheckpoint(
-        dirpath=folder / CHECKPOINTS, filename="last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+        dirpath=folder / CHECKPOINTS,
+        filename="last",
+        save_top_k=1,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
     )
     progress = sys.stderr.isatty()
     callbacks: list[lightning.pytorch.Callback] = [report, checkpoint]

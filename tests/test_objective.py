@@ -85,12 +85,16 @@ def test_equals_the_hand_written_formula_and_its_gradients(unit_radius, value, k
     views = make_views()
     traces = []
     loss = SymmetricELBO(monitor=lambda model, guide: traces.append(guide))(vje.model, vje.guide)(views)
-    noise = ((traces[0].nodes["z"]["value"] - traces[0].nodes["z"]["fn"].mean) / traces[0].nodes["z"]["fn"].stddev).detach()
+    noise = (
+        (traces[0].nodes["z"]["value"] - traces[0].nodes["z"]["fn"].mean) / traces[0].nodes["z"]["fn"].stddev
+    ).detach()
     gradients = torch.autograd.grad(loss, list(vje.parameters()))
 
     e = vje.projector(vje.encoder(torch.cat(list(views))))
     loc, scale = (x.view(2, BATCH, DIM) for x in vje.posterior_network(e))
-    expected = hand_written_loss(vje, views, loc + scale * noise, df=3.0, unit_radius=value, kl_weight=kl_weight)
+    expected = hand_written_loss(
+        vje, views, loc + scale * noise, df=3.0, unit_radius=value, kl_weight=kl_weight
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, list(vje.parameters())), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -209,7 +213,8 @@ def test_second_model_in_the_parameter_store_is_refused():
 
 
 @pytest.mark.parametrize(
-    "views", [torch.zeros(3, 4, 5), [torch.zeros(4, 5)], (torch.zeros(4, 5), torch.zeros(3, 5)), torch.zeros(2, 4)]
+    "views",
+    [torch.zeros(3, 4, 5), [torch.zeros(4, 5)], (torch.zeros(4, 5), torch.zeros(3, 5)), torch.zeros(2, 4)],
 )
 def test_views_of_a_wrong_shape_are_named(views):
     with pytest.raises(ValueError, match="views must"):
