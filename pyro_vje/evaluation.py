@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,16 @@ def evaluate(
         knn = metrics.knn_accuracy(train, labels[0], test, labels[1], k=k, temperature=temperature)
         linear = metrics.linear_probe(train, labels[0], test, labels[1], seed=config.seed)
         rows.append(
-            {"representation": name, "dim": train.shape[1], "knn": knn.accuracy, "linear": linear["accuracy"]}
+            {
+                "representation": name,
+                "dim": train.shape[1],
+                "knn": knn["accuracy"],
+                "linear": linear["accuracy"],
+                "linear_converged": linear["converged"],
+            }
         )
-        protocols = {"knn": knn, "linear": linear}
+        # The protocol of a number is what its function reports beside the accuracy, the same for every row.
+        protocols = {"knn": _protocol(knn), "linear": _protocol(linear)}
     result = {
         "dataset": dataset or config.dataset,
         "train_images": len(train_set),
@@ -126,6 +133,11 @@ def evaluate(
     if target is not None:
         write_json(target, result)
     return result
+
+
+def _protocol(result: Mapping[str, Any]) -> dict[str, Any]:
+    own = ("accuracy", "train_accuracy", "iterations", "converged")
+    return {name: value for name, value in result.items() if name not in own}
 
 
 def format_table(result: dict[str, Any]) -> str:

@@ -275,9 +275,7 @@ class EpochReport(lightning.pytorch.Callback):
             labels = [
                 images.labels[part.indices] for images, part in zip(self.knn_sets, (train, test), strict=True)
             ]
-            row["knn_accuracy"] = metrics.knn_accuracy(
-                train.features, labels[0], test.features, labels[1]
-            ).accuracy
+            row["knn_accuracy"] = metrics.knn_accuracy(train.features, labels[0], test.features, labels[1])["accuracy"]
         return row
 
     def _warn(self, row: dict[str, Any], dim: int) -> None:

@@ -1,6 +1,15 @@
+"""Shared fixtures: a fresh Pyro state, a small encoder, a small folder of images, and a run trained on it."""
+
+import numpy as np
 import pyro
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
+from pyro_vje import TrainConfig, encoders, train
+
+CLASSES = ("normal", "stripes", "spots")
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +20,71 @@ def _fresh_state():
     pyro.enable_validation(True)
     yield
     pyro.enable_validation(True)
+
+
+def tiny_encoder(image_size):
+    """A few thousand parameters: a training run on it takes a second."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tiny_encoder_by_name():
+    encoders.ENCODERS["tiny"] = tiny_encoder
+    yield
+    del encoders.ENCODERS["tiny"]
+
+
+def draw_image(kind, rng, size=16):
+    """A noisy image: plain, vertically striped, or with a bright spot."""
+    image = rng.normal(120, 25, size=(size, size, 3))
+    if kind == "stripes":
+        image[:, :: rng.integers(2, 4)] += 100
+    elif kind == "spots":
+        x, y = rng.integers(0, size - 6, 2)
+        image[y : y + 6, x : x + 6] = rng.integers(0, 255, 3)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """``train/`` with 16 and ``test/`` with 6 images of each of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", 6)):
+        for kind in CLASSES:
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                draw_image(kind, rng).save(folder / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(image_folder):
+    """Settings of a run of about a second."""
+    return TrainConfig(
+        dataset="folder",
+        data_dir=str(image_folder),
+        encoder="tiny",
+        embedding_dim=8,
+        hidden_dim=16,
+        epochs=3,
+        batch_size=16,
+        knn_every=1,
+        precision="32",
+        image_size=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory, tiny_config):
+    """A finished run folder; tests must not change it."""
+    return train(tiny_config, tmp_path_factory.mktemp("runs") / "run")
