@@ -1,22 +1,82 @@
-"""What the distributions share: precision, unit vectors, and the Student-t's scalar part."""
+"""What the distributions share: precision, parameters and their shapes, unit vectors, scalar functions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any, ClassVar, Self
 
 import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
-
-# (1 + q/df)^(-df/2) equals exp(-q/2) to float64 rounding long before this df, and df * log1p(q/df) is still
-# computed exactly in float32: capping df here makes df = inf the Gaussian, without a branch or a NaN.
-_LARGEST_DF = 1e20
 
 Scalar = float | Tensor
 
 
+class VectorDistribution(TorchDistribution):
+    """Base of distributions over vectors, whose parameters have shape ``batch_shape`` or ``(..., D)``."""
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]]
+
+    def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
+        """Upcast, broadcast and store the parameters, and initialise the distribution.
+
+        A leading underscore marks an optional parameter, whose public name is a property with a default.
+        """
+        # Sums of D squares and (df + D)/2 times a logarithm do not survive half precision.
+        tensors = {name: at_least_float32(p) for name, p in parameters.items() if isinstance(p, Tensor)}
+        like = next(iter(tensors.values()))
+        # new_full copies nothing from the host, so that a number costs no device synchronisation.
+        numbers = {name: p for name, p in parameters.items() if not isinstance(p, Tensor)}
+        tensors |= {name: like.new_full((), number) for name, number in numbers.items()}
+        shapes = {name.lstrip("_"): p.shape for name, p in tensors.items()}
+        batch_shape, event_shape = self.infer_shapes(**shapes)
+        if len(event_shape) != 1 or event_shape[0] < 2:
+            raise ValueError(f"parameters must be vectors (..., D) with D of 2 or more; got shapes {shapes}")
+        self._parameter_names = tuple(tensors)
+        for name, p in tensors.items():
+            setattr(self, name, p.expand(batch_shape + event_shape[: self._parameter_dim(name)]))
+        super().__init__(batch_shape, event_shape, validate_args=validate_args)
+
+    @classmethod
+    def _parameter_dim(cls, name: str) -> int:
+        return cls.arg_constraints[name.lstrip("_")].event_dim
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[Size, Size]:
+        """Infer ``(batch_shape, event_shape)`` from the shapes of the arguments."""
+        dims = {name: cls._parameter_dim(name) for name in arg_shapes}
+        batch = (shape[: len(shape) - dims[name]] for name, shape in arg_shapes.items())
+        event = (shape[-1:] for name, shape in arg_shapes.items() if dims[name] == 1)
+        return Size(broadcast_shape(*batch)), Size(broadcast_shape(*event))
+
+    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
+        """Expand the batch shape; no memory is copied."""
+        new = self._get_checked_instance(type(self), _instance)
+        new.__dict__.update(self.__dict__)
+        batch_shape = Size(batch_shape)
+        for name in self._parameter_names:
+            shape = batch_shape + self.event_shape[: self._parameter_dim(name)]
+            setattr(new, name, getattr(self, name).expand(shape))
+        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def _checked(self, value: Tensor) -> Tensor:
+        """Validate a sample where validation is on, and upcast half precision."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return at_least_float32(value)
+
+    def _standard_normal(self, sample_shape: Sequence[int], like: Tensor) -> Tensor:
+        shape = self._extended_shape(Size(sample_shape))
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
 def at_least_float32(value: Tensor) -> Tensor:
-    """Upcast half precision: sums of D squares and n = (df + D)/2 times a logarithm do not survive in it."""
+    """Upcast half precision to float32."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
@@ -36,41 +96,17 @@ def unit(value: Tensor) -> Tensor:
     return unit_and_norm(value)[0]
 
 
-def expanded(value: Scalar, like: Tensor, shape: Size) -> Tensor:
-    """Make a number or a tensor one of the given shape, on ``like``'s device."""
-    return (value if isinstance(value, Tensor) else like.new_full((), value)).expand(shape)
+def capped(df: Scalar, largest: float) -> Scalar:
+    """Replace df = inf by a number large enough for the Gaussian, so that no formula meets inf * 0."""
+    return df.clamp(max=largest) if isinstance(df, Tensor) else min(float(df), largest)
 
 
-def shape_of(value: Scalar) -> Size:
-    """Shape of a number or a tensor."""
-    return value.shape if isinstance(value, Tensor) else Size()
-
-
-def capped_df(df: Scalar) -> Scalar:
-    """Replace df = inf by a number that gives the Gaussian to rounding."""
-    return df.clamp(max=_LARGEST_DF) if isinstance(df, Tensor) else min(float(df), _LARGEST_DF)
-
-
-def student_t_log_normalizer(df: Scalar, dim: int) -> Scalar:
-    """Log normaliser of the standard ``dim``-variate Student-t: its log density at the origin.
-
-    lgamma((df + dim)/2) - lgamma(df/2) - (dim/2) log(pi df), without the cancellation at large df. A number
-    gives a number (no kernel is launched), a tensor a float64 tensor of its shape.
-    """
-    return _tensor_log_normalizer(df, dim) if isinstance(df, Tensor) else _float_log_normalizer(df, dim)
-
-
-@lru_cache(maxsize=256)
-def _float_log_normalizer(df: float, dim: int) -> float:
-    return _tensor_log_normalizer(torch.tensor(df, dtype=torch.float64), dim).item()
-
-
-def _tensor_log_normalizer(df: Tensor, dim: int) -> Tensor:
-    x, a = 0.5 * df.double(), 0.5 * dim
-    direct = torch.lgamma(x + a) - torch.lgamma(x) - a * torch.log(2 * math.pi * x)
+def log_gamma_ratio(x: Tensor, a: float) -> Tensor:
+    """lgamma(x + a) - lgamma(x) in float64, without the cancellation at large x."""
+    x = x.double()
     big = x.clamp_min(16.0)  # Stirling's series: its next term is below 1e-14
-    series = (big + a - 0.5) * torch.log1p(a / big) - a + _stirling(big + a) - _stirling(big)
-    return torch.where(x < 16.0, direct, series - a * math.log(2 * math.pi))
+    series = a * big.log() + (big + a - 0.5) * torch.log1p(a / big) - a + _stirling(big + a) - _stirling(big)
+    return torch.where(x < 16.0, torch.lgamma(x + a) - torch.lgamma(x), series)
 
 
 def _stirling(x: Tensor) -> Tensor:
@@ -78,10 +114,33 @@ def _stirling(x: Tensor) -> Tensor:
     return (1 / 12 - y * (1 / 360 - y * (1 / 1260 - y / 1680))) / x
 
 
+def student_t_log_normalizer(df: Scalar, dim: int) -> Scalar:
+    """Log density at the origin of the standard ``dim``-variate Student-t.
+
+    A number gives a number, for which no kernel is launched; a tensor gives a float64 tensor of its shape.
+    """
+    if isinstance(df, Tensor):
+        return log_gamma_ratio(0.5 * df, 0.5 * dim) - 0.5 * dim * (math.pi * df.double()).log()
+    return _cached_log_normalizer(df, dim)
+
+
+@lru_cache(maxsize=256)
+def _cached_log_normalizer(df: float, dim: int) -> float:
+    normalizer: Any = student_t_log_normalizer(torch.tensor(df, dtype=torch.float64), dim)
+    return normalizer.item()
+
+
 def student_t_log_density(df: Scalar, dim: int, squared: Tensor) -> Tensor:
     """Log density of the standard ``dim``-variate Student-t where the squared norm is ``squared``."""
-    df = capped_df(df)
+    df = capped(df, 1e20)  # the Gaussian to rounding, and df * log1p(squared / df) is still exact in float32
     normalizer = student_t_log_normalizer(df, dim)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(squared.dtype)
     return normalizer - (0.5 * dim + 0.5 * df) * torch.log1p(squared / df)
+
+
+def inverse_mixing_scale(df: Tensor, sample_shape: Sequence[int]) -> Tensor:
+    """Draw sqrt(chi2_df / df), by which a standard normal is divided to make it Student-t; reparameterised."""
+    df = df.clamp(max=1e20)
+    half = (0.5 * df).expand(Size(sample_shape) + df.shape)
+    return (torch._standard_gamma(half) / half).sqrt()

@@ -7,24 +7,26 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
-from pyro.distributions.util import broadcast_shape
+from pyro.distributions import constraints
 from torch import Size, Tensor
 
 from pyro_vje.distributions._common import (
     Scalar,
+    VectorDistribution,
     at_least_float32,
-    expanded,
-    shape_of,
+    inverse_mixing_scale,
     student_t_log_density,
+    unit,
     unit_and_norm,
 )
+from pyro_vje.distributions.projected import projected_student_t_log_prob, sample_direction
+from pyro_vje.distributions.quadrature import log_restricted_mass
 
 Direction = Literal["restricted", "projected"]
 Radius = Literal["student-t", "log-student-t"]
 
 
-class PolarStudentT(TorchDistribution):
+class PolarStudentT(VectorDistribution):
     """Heavy-tailed density over R^D, factorised into direction u = t/‖t‖ and radius r = ‖t‖.
 
     ::
@@ -61,6 +63,7 @@ class PolarStudentT(TorchDistribution):
 
     Notes
     -----
+    No mean is offered: the log-radius factor has no moments, and the direction's mean has no closed form.
     Half-precision arguments are upcast to float32. Norms are clamped below at sqrt(finfo.tiny): a zero vector
     gives a finite value and finite gradients, not NaN.
 
@@ -78,6 +81,10 @@ class PolarStudentT(TorchDistribution):
     }
     support = constraints.real_vector
 
+    df: Tensor
+    loc: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         df: Scalar,
@@ -85,7 +92,7 @@ class PolarStudentT(TorchDistribution):
         scale: Tensor,
         *,
         unit_radius: float = 1.0,
-        radius_scale: Tensor | None = None,
+        radius_scale: Scalar | None = None,
         direction: Direction = "restricted",
         radius: Radius | None = "student-t",
         validate_args: bool | None = None,
@@ -96,60 +103,53 @@ class PolarStudentT(TorchDistribution):
             raise ValueError(f"radius must be 'student-t', 'log-student-t' or None, not {radius!r}")
         if not 0 < unit_radius < math.inf:
             raise ValueError(f"unit_radius must be positive and finite, not {unit_radius!r}")
-        loc, scale = torch.broadcast_tensors(at_least_float32(loc), at_least_float32(scale))
-        radius_shape = Size() if radius_scale is None else radius_scale.shape
-        batch_shape = torch.broadcast_shapes(shape_of(df), loc.shape[:-1], radius_shape)
-        event_shape = loc.shape[-1:]
         self._df = df
-        self.loc = loc.expand(batch_shape + event_shape)
-        self.scale = scale.expand(batch_shape + event_shape)
-        self._radius_scale = None if radius_scale is None else at_least_float32(radius_scale)
+        self._radius_scale: Tensor | None = None
         self.unit_radius = float(unit_radius)
         self.direction = direction
         self.radius = radius
-        super().__init__(batch_shape, event_shape, validate_args=validate_args)
-
-    @property
-    def df(self) -> Tensor:
-        """Degrees of freedom, shape ``batch_shape``."""
-        return expanded(self._df, self.loc, self.batch_shape)
+        optional = {} if radius_scale is None else {"_radius_scale": radius_scale}
+        self._set_parameters(validate_args, loc=loc, scale=scale, df=df, **optional)
 
     @property
     def radius_scale(self) -> Tensor:
         """Scale of the radius, shape ``batch_shape``."""
-        return self._get_radius_scale(unit_and_norm(self.loc)[0]).expand(self.batch_shape)
+        return self._get_radius_scale(unit(self.loc))
 
     @property
     def is_normalized(self) -> bool:
         """Whether the density integrates to one over R^D."""
         return self.direction == "projected" and self.radius == "log-student-t"
 
-    @classmethod
-    def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[Size, Size]:
-        """Infer (batch_shape, event_shape) from the shapes of the arguments."""
-        tails = {name: cls.arg_constraints[name].event_dim for name in arg_shapes}
-        batch = (shape[: len(shape) - tails[name]] for name, shape in arg_shapes.items())
-        event = (shape[-1:] for name, shape in arg_shapes.items() if tails[name] == 1)
-        return Size(broadcast_shape(*batch)), Size(broadcast_shape(*event))
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether :meth:`rsample` is implemented for these factors."""
+        return self.is_normalized
 
-    def expand(self, batch_shape: Sequence[int], _instance: PolarStudentT | None = None) -> PolarStudentT:
-        """Expand to a new batch shape."""
-        new = self._get_checked_instance(PolarStudentT, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new._df = self._df
-        new.loc = self.loc.expand(batch_shape + self.event_shape)
-        new.scale = self.scale.expand(batch_shape + self.event_shape)
-        new._radius_scale = self._radius_scale
-        new.unit_radius, new.direction, new.radius = self.unit_radius, self.direction, self.radius
-        super(PolarStudentT, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self.__dict__.get("_validate_args")
-        return new
+    @property
+    def log_direction_mass(self) -> Tensor:
+        """Log of the directional factor's integral over the sphere, shape ``batch_shape``, in float64.
+
+        Zero for the projected factor. The restricted factor's mass is computed where ``scale`` is the same for
+        all features; it shows how far the factor is from a density.
+
+        Raises
+        ------
+        ValueError
+            If the direction is restricted and ``scale`` differs between features.
+        """
+        if self.direction == "projected":
+            return torch.zeros_like(self.df, dtype=torch.float64)
+        if not torch.equal(self.scale, self.scale[..., :1].expand_as(self.scale)):
+            raise ValueError(
+                "log_direction_mass is known only for a scale equal in all features; pass such a scale, or use "
+                "direction='projected', whose mass is one for any"
+            )
+        return log_restricted_mass(self.df, self.scale[..., 0] / self.unit_radius, self.event_shape[0])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at value (..., D) with respect to Lebesgue measure, shape ``(...)``."""
-        if self._validate_args:
-            self._validate_sample(value)
-        u, r = unit_and_norm(at_least_float32(value))
+        u, r = unit_and_norm(self._checked(value))
         m, loc_norm = unit_and_norm(self.loc)
         r = r.squeeze(-1)
         log_prob = self._log_prob_direction(u, m) - (self.event_shape[0] - 1) * r.log()
@@ -159,20 +159,67 @@ class PolarStudentT(TorchDistribution):
 
     def log_prob_direction(self, value: Tensor) -> Tensor:
         """Log of the directional factor at value/‖value‖; value (..., D) need not be a unit vector."""
-        return self._log_prob_direction(unit_and_norm(at_least_float32(value))[0], unit_and_norm(self.loc)[0])
+        return self._log_prob_direction(unit(at_least_float32(value)), unit(self.loc))
 
     def log_prob_radius(self, radius: Tensor) -> Tensor:
         """Log of the radial factor at radius (...) > 0; zero where the factor is dropped."""
-        m, loc_norm = unit_and_norm(self.loc)
         radius = at_least_float32(radius)
         if self.radius is None:
-            return torch.zeros(torch.broadcast_shapes(radius.shape, self.batch_shape)).to(radius)
+            return torch.zeros_like(radius).expand(torch.broadcast_shapes(radius.shape, self.batch_shape))
+        m, loc_norm = unit_and_norm(self.loc)
         return self._log_prob_radius(radius, loc_norm.squeeze(-1), m)
 
+    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """Draw exactly, reparameterised; log radii are clamped to what the dtype can hold.
+
+        Raises
+        ------
+        NotImplementedError
+            Unless ``direction="projected"`` and ``radius="log-student-t"``. A radius in ``student-t`` has the
+            reparameterisation-free :meth:`sample`.
+        """
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"PolarStudentT has no rsample for direction={self.direction!r}, radius={self.radius!r}; use "
+                "direction='projected' with radius='log-student-t', or for radius='student-t' sample()"
+            )
+        m, loc_norm = unit_and_norm(self.loc)
+        loc_norm = loc_norm.squeeze(-1)
+        z = self._radial_noise(sample_shape) * self._get_radius_scale(m) / loc_norm
+        limit = 0.5 * math.log(torch.finfo(z.dtype).max)  # leaves room for the square of the norm
+        r = (loc_norm.log() + z).clamp(-limit, limit).exp()
+        return r.unsqueeze(-1) * self._sample_direction(m, sample_shape)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """Draw exactly; ``student-t`` radii are drawn again until positive, which renormalises the factor.
+
+        Raises
+        ------
+        NotImplementedError
+            If ``direction="restricted"`` or ``radius=None``.
+        """
+        if self.direction != "projected" or self.radius != "student-t":
+            return self.rsample(sample_shape)
+        m, loc_norm = unit_and_norm(self.loc)
+        loc_norm, scale = loc_norm.squeeze(-1), self._get_radius_scale(m)
+        r = loc_norm + scale * self._radial_noise(sample_shape)
+        while (r <= 0).any():  # at most half of the draws are redone
+            r = torch.where(r <= 0, loc_norm + scale * self._radial_noise(sample_shape), r)
+        return r.unsqueeze(-1) * self._sample_direction(m, sample_shape)
+
+    def _radial_noise(self, sample_shape: Sequence[int]) -> Tensor:
+        mixing = inverse_mixing_scale(self.df, sample_shape)
+        return torch.randn_like(mixing) / mixing.clamp_min(torch.finfo(mixing.dtype).tiny)
+
+    def _sample_direction(self, m: Tensor, sample_shape: Sequence[int]) -> Tensor:
+        noise = self._standard_normal(sample_shape, m)
+        return sample_direction(self.df, m, self.scale / self.unit_radius, noise, sample_shape)
+
     def _log_prob_direction(self, u: Tensor, m: Tensor) -> Tensor:
-        dim = self.event_shape[0]
         if self.direction == "projected":
-            raise NotImplementedError("direction='projected' is not implemented yet; use 'restricted'")
+            return projected_student_t_log_prob(self._df, m, self.scale / self.unit_radius, u)
+        dim = self.event_shape[0]
         squared = ((u - m) / self.scale).square().sum(-1) * self.unit_radius**2
         log_scale = self.scale.log().sum(-1) - dim * math.log(self.unit_radius)
         return student_t_log_density(self._df, dim, squared) - log_scale

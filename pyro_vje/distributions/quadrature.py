@@ -1,0 +1,157 @@
+"""One-dimensional integrals that normalise the directional densities, to about 1e-9 in float64.
+
+All are integrals over z in (0, 1) that behave like z^(a-1) at one end and (1-z)^(b-1) at the other. In the logit
+t of z they are analytic on the real line and decay exponentially, so the trapezoid rule converges
+geometrically; t = mode + width * sinh(tau) follows the peak (of relative width 1/sqrt(D)) and the tails (of
+length 1/df) with the same nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_vje.distributions._common import Scalar, student_t_log_density
+
+# Error of log J over D in 2..2048, df in 0.5..1000, kappa in -0.999..0.99999: 4e-10 (80 nodes to 5.0: 2e-9).
+_NUM_NODES = 100
+_LAST_NODE = 5.5
+_CHUNK = {"cpu": 1 << 11}  # elements at once: what a CPU's cache holds, and below 1 GB on a GPU
+_CHUNK_ELSEWHERE = 1 << 16
+
+
+def logit_nodes(mode: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Nodes for ∫ f(z) dz / (z (1-z)) over (0, 1), where f peaks at logit ``mode`` (...) with ``width`` (...).
+
+    Returns log z, log(1-z) and log weight, each of shape ``(..., num_nodes)``.
+    """
+    tau = torch.linspace(-_LAST_NODE, _LAST_NODE, _NUM_NODES, dtype=mode.dtype, device=mode.device)
+    step = 2 * _LAST_NODE / (_NUM_NODES - 1)
+    logit = torch.addcmul(mode.unsqueeze(-1), width.unsqueeze(-1), tau.sinh())
+    log_weight = tau.cosh().log() + (width.log() + math.log(step)).unsqueeze(-1)
+    log_z = torch.nn.functional.logsigmoid(logit)
+    return log_z, log_z - logit, log_weight
+
+
+def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
+    r"""Log of I(angle) = ∫_0^angle sin(a)^(dim-1) sin(angle - a)^(df-1) da, in float64.
+
+    This is the radial integral of the projected Student-t. With κ = -cos(angle), n = (df + dim)/2 and
+    x = sin(a) / sin(angle - a), which is κ + sin(angle) cot(angle - a),
+
+        J(κ) = ∫_0^∞ x^(dim-1) (x² - 2κx + 1)^(-n) dx = sin(angle)^(1 - df - dim) I(angle).
+
+    The form in angles is ours. Its integrand has no pole near the path as κ -> 1 (in x it has, at distance
+    sin(angle)), and where angle comes from atan2 no 1 - κ² is ever formed by subtraction.
+
+    Parameters
+    ----------
+    angle : Tensor
+        π minus the angle whose cosine is κ, in (0, π), any shape.
+    df : float or Tensor
+        Degrees of freedom, broadcastable with ``angle``.
+    dim : int
+        Dimension, 2 or more.
+
+    Returns
+    -------
+    Tensor
+        float64, broadcast shape. Differentiable once, in ``angle`` and ``df``, by the derivative under the
+        integral sign: backward costs nothing and nothing of the size of the nodes is kept. Elements are
+        processed in chunks, so memory is bounded for any number of them.
+    """
+    return _LogDirectionalIntegral.apply(angle.double(), df.double() if isinstance(df, Tensor) else df, dim)
+
+
+def log_restricted_mass(df: Tensor, scale: Tensor, dim: int) -> Tensor:
+    """Log of the integral over the unit sphere of a Student-t density centred on it, in float64.
+
+    The ambient ``dim``-variate Student-t has location of norm one and the same ``scale`` for every feature.
+    With z = sin²(θ/2) for the angle θ to the location, the squared distance is 4z (derived here):
+
+        mass = |S^(dim-2)| 2^(dim-2) ∫ (z (1-z))^((dim-3)/2) t_df(2 sqrt(z) / scale) / scale^dim dz.
+
+    Equal to (surface area) x^(-n) 2F1(n/2, (n+1)/2; dim/2; ...), n = (df + dim)/2, which overflows at large dim. Error below 1e-7.
+
+    Parameters
+    ----------
+    df, scale : Tensor
+        Degrees of freedom and scale, broadcastable.
+    """
+    df, scale = torch.broadcast_tensors(df.double(), scale.double())
+    df = df.clamp(max=1e12)
+    a, n, c = 0.5 * (dim - 1), 0.5 * (df + dim), 4 / (df * scale.square())
+    # The mode solves a (1-2z) (1+cz) = n c z (1-z); 1 - a/n > 0 makes the curvature positive.
+    with torch.no_grad():
+        linear = 2 * a + c * (n - a)
+        z = 2 * a / (linear + (linear.square() - 4 * a * c * (n - 2 * a)).clamp_min(0).sqrt())
+        curvature = 2 * a * z * (1 - z) + a * (1 - 2 * z).square() * (1 - a / n)
+        log_z, log_1mz, log_weight = logit_nodes(z.logit(), curvature.rsqrt())
+    log_f = log_weight + a * (log_z + log_1mz)
+    squared = 4 * log_z.exp() / scale.square().unsqueeze(-1)
+    log_f = log_f + student_t_log_density(df.unsqueeze(-1), dim, squared) - dim * scale.log().unsqueeze(-1)
+    return log_polar_prefactor(dim) + log_f.logsumexp(-1)
+
+
+def log_polar_prefactor(dim: int) -> float:
+    """Log of |S^(dim-2)| 2^(dim-2): surface measure in z = sin²(θ/2) over (z (1-z))^((dim-3)/2)."""
+    half = 0.5 * (dim - 1)
+    return math.log(2) + half * math.log(math.pi) - math.lgamma(half) + (dim - 2) * math.log(2)
+
+
+class _LogDirectionalIntegral(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, angle: Tensor, df: Scalar, dim: int) -> Tensor:
+        ctx.df_shape = df.shape if isinstance(df, Tensor) else None
+        ctx.angle_shape = angle.shape
+        if isinstance(df, Tensor):
+            angle, df = torch.broadcast_tensors(angle, df)
+        size = _CHUNK.get(angle.device.type, _CHUNK_ELSEWHERE)
+        angles = angle.reshape(-1).split(size)
+        dfs = df.reshape(-1).split(size) if isinstance(df, Tensor) else [df] * len(angles)
+        needs_grad = any(ctx.needs_input_grad)
+        parts = [_integrate(a, d, dim, needs_grad) for a, d in zip(angles, dfs, strict=True)]
+        columns = [torch.cat(column).reshape(angle.shape) for column in zip(*parts, strict=True)]
+        ctx.save_for_backward(*columns[1:])
+        return columns[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        by_angle, by_df = ctx.saved_tensors
+        need_angle, need_df = ctx.needs_input_grad[:2]
+        grad_angle = (grad * by_angle).sum_to_size(ctx.angle_shape) if need_angle else None
+        grad_df = (grad * by_df).sum_to_size(ctx.df_shape) if need_df else None
+        return grad_angle, grad_df, None
+
+
+def _integrate(angle: Tensor, df: Scalar, dim: int, needs_grad: bool) -> tuple[Tensor, ...]:
+    """Log integral of a flat chunk and, if needed, its derivatives in angle and df."""
+    # The mode of sin(a)^dim sin(b)^df, b = angle - a, solves dim cot(a) = df cot(b), in closed form.
+    a = 0.5 * (angle + torch.asin((dim - df) / (dim + df) * angle.sin()))
+    b = angle - a
+    curvature = (a * b / angle).square() * (dim / a.sin().square() + df / b.sin().square())
+    log_z, log_1mz, log_weight = logit_nodes((a / b).log(), curvature.rsqrt())
+    angle = angle.unsqueeze(-1)
+    df = df.unsqueeze(-1) if isinstance(df, Tensor) else df
+    log_a, log_b = log_z + angle.log(), log_1mz + angle.log()
+    a, b = log_a.exp(), log_b.exp()
+    log_sin_b = _log_sin(b, log_b)
+    log_f = log_weight + (dim - 1) * _log_sin(a, log_a) + log_a + (df - 1) * log_sin_b + log_1mz
+    log_integral = log_f.logsumexp(-1)
+    if not needs_grad:
+        return (log_integral,)
+    density = (log_f - log_integral.unsqueeze(-1)).exp()
+    # With z fixed, a = z * angle and b = (1-z) * angle: d log sin(a) / d angle = a cot(a) / angle.
+    slope = 1 + (dim - 1) * a / a.tan() + (df - 1) * b / b.tan()
+    return log_integral, (density * slope / angle).sum(-1), (density * log_sin_b).sum(-1)
+
+
+def _log_sin(x: Tensor, log_x: Tensor) -> Tensor:
+    """Log of sin(x) for x in [0, π], relatively accurate at 0 and where sin is 1 (its power df may be huge)."""
+    cos2 = x.cos().square()
+    return torch.where(cos2 < 0.5, 0.5 * torch.log1p(-cos2), log_x + torch.sinc(x / math.pi).log())
