@@ -1,6 +1,15 @@
 """Distributions for probabilistic embeddings, usable in any Pyro program."""
 
+from pyro_vje.distributions.ambient import DiagonalStudentT
 from pyro_vje.distributions.polar import PolarStudentT
 from pyro_vje.distributions.projected import ProjectedStudentT
+from pyro_vje.distributions.spherical import PowerSpherical, SphericalCauchy, VonMisesFisher
 
-__all__ = ["PolarStudentT", "ProjectedStudentT"]
+__all__ = [
+    "DiagonalStudentT",
+    "PolarStudentT",
+    "PowerSpherical",
+    "ProjectedStudentT",
+    "SphericalCauchy",
+    "VonMisesFisher",
+]
