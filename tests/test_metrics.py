@@ -1,0 +1,462 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import pdist
+from scipy.stats import entropy
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from pyro_vje import metrics
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def clusters(rng, count, dim=8, classes=5, noise=1.5):
+    labels = rng.integers(classes, size=count)
+    centres = np.random.default_rng(99).normal(size=(classes, dim))
+    return (centres[labels] + noise * rng.normal(size=(count, dim))).astype(np.float32), labels
+
+
+def naive_knn(train, labels, test, k, temperature):
+    """Votes by loops; of equal similarities the first training image, of equal votes the lowest class."""
+    train = train / np.linalg.norm(train, axis=1, keepdims=True)
+    test = test / np.linalg.norm(test, axis=1, keepdims=True)
+    predicted = []
+    for image in test:
+        similarity = train @ image
+        nearest = sorted(range(len(train)), key=lambda i: (-similarity[i], i))[:k]
+        votes = np.zeros(labels.max() + 1)
+        for i in nearest:
+            votes[labels[i]] += np.exp(similarity[i] / temperature)
+        predicted.append(int(votes.argmax()))
+    return np.array(predicted)
+
+
+class TestKnn:
+    @pytest.mark.parametrize("k", [1, 7, 60])
+    @pytest.mark.parametrize("temperature", [0.05, 1.0])
+    def test_naive_reference(self, rng, k, temperature):
+        train, labels = clusters(rng, 60)
+        test, _ = clusters(rng, 40)
+        train, test = train.astype(np.float64), test.astype(np.float64)
+        predicted = metrics.knn_predict(train, labels, test, k=k, temperature=temperature)
+        assert predicted.tolist() == naive_knn(train, labels, test, k, temperature).tolist()
+
+    def test_scikit_learn(self, rng):
+        train, labels = clusters(rng, 500)
+        test, truth = clusters(rng, 300)
+        reference = KNeighborsClassifier(
+            20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.1)
+        ).fit(train, labels)
+        expected = reference.predict(test)
+        assert metrics.knn_predict(train, labels, test, k=20).tolist() == expected.tolist()
+        result = metrics.knn_accuracy(train, labels, test, truth, k=20)
+        assert result["accuracy"] == pytest.approx((expected == truth).mean())
+        assert 0.4 < result["accuracy"] < 0.95, "the problem must be neither trivial nor impossible"
+
+    def test_blocks_do_not_matter(self, rng, monkeypatch):
+        train, labels = clusters(rng, 50)
+        test, _ = clusters(rng, 33)
+        whole = metrics.knn_predict(train, labels, test, k=5)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 4 * 50)
+        assert torch.equal(metrics.knn_predict(train, labels, test, k=5), whole)
+
+    def test_k_larger_than_training_set_is_reported(self, rng):
+        train, labels = clusters(rng, 30)
+        result = metrics.knn_accuracy(train, labels, train, labels, k=200)
+        assert result["k"] == 30
+        assert (result["train_images"], result["test_images"], result["temperature"]) == (30, 30, 0.1)
+        assert json.loads(json.dumps(result)) == result
+
+    def test_ties_go_to_first_images_and_lowest_class(self):
+        # All similarities are equal: the first three images decide, two of them of class 2.
+        train = torch.ones(1000, 4)
+        labels = torch.full((1000,), 1)
+        labels[:3] = torch.tensor([2, 0, 2])
+        test = torch.ones(5, 4)
+        assert metrics.knn_predict(train, labels, test, k=3).tolist() == [2] * 5
+        assert metrics.knn_predict(train, labels, test, k=2).tolist() == [0] * 5
+
+    def test_ties_behind_nearer_images(self):
+        train = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 1], [1, 1]])
+        labels = torch.tensor([3, 1, 0, 2, 2])
+        index = metrics._top_k(torch.tensor([[0.5, 0.5, 1.0, 0.5, 0.5]]), 3)
+        assert index.tolist() == [[0, 1, 2]]
+        # Class 0 is nearest but outvoted at a high temperature only if both images of class 2 were taken.
+        assert metrics.knn_predict(
+            train, labels, torch.tensor([[1.0, 0]]), k=3, temperature=100.0
+        ).tolist() == [0]
+
+    def test_small_temperature_overflows_nothing(self, rng):
+        train, labels = clusters(rng, 60)
+        nearest = metrics.knn_predict(train, labels, train, k=60, temperature=1e-6)
+        assert nearest.tolist() == labels.tolist()
+
+    def test_read_only_and_half_precision(self, rng):
+        train, labels = clusters(rng, 40, noise=0.3)
+        train.flags.writeable = False
+        expected = metrics.knn_predict(train, labels, train[::-1], k=3)
+        half = torch.tensor(train.tolist(), dtype=torch.bfloat16)
+        assert torch.equal(metrics.knn_predict(half, labels, half.flip(0), k=3), expected)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"k": 0}, "k must be at least 1, got 0"),
+            ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+            ({"train_features": torch.full((4, 2), torch.nan)}, "train_features has NaN"),
+            ({"test_features": torch.zeros(3, 5)}, "train features have 2 columns, test features 5"),
+            ({"test_features": torch.zeros(0, 2)}, "test_features has 0 rows"),
+            ({"train_features": torch.zeros(4)}, r"must be a matrix \(N, D\)"),
+            ({"train_labels": torch.tensor([0, 1, -1, -1])}, "2 negative labels"),
+            ({"train_labels": torch.tensor([0, 1])}, "one label for each of 4 images"),
+            ({"train_labels": torch.tensor([0.0, 1, 1, 0])}, "must be integers"),
+            ({"test_labels": torch.tensor([0, -1, 1])}, "test_labels holds 1 negative"),
+        ],
+    )
+    def test_bad_input(self, change, message):
+        good = {
+            "train_features": torch.eye(4)[:, :2] + 1,
+            "train_labels": torch.tensor([0, 1, 0, 1]),
+            "test_features": torch.ones(3, 2),
+            "test_labels": torch.tensor([0, 1, 0]),
+        }
+        assert metrics.knn_accuracy(**good)["k"] == 4
+        with pytest.raises(ValueError, match=message):
+            metrics.knn_accuracy(**{**good, **change})
+
+
+class TestLinearProbe:
+    def test_scikit_learn(self, rng):
+        train, labels = clusters(rng, 400)
+        test, truth = clusters(rng, 300)
+        scaler = StandardScaler().fit(train)
+        reference = LogisticRegression(C=1 / (0.05 * 400), max_iter=1000).fit(scaler.transform(train), labels)
+        result = metrics.linear_probe(torch.from_numpy(train), labels, test, truth, l2=0.05)
+        assert result["accuracy"] == pytest.approx(reference.score(scaler.transform(test), truth), abs=0.004)
+        assert result["converged"]
+        assert (result["l2"], result["standardised"], result["train_images"]) == (0.05, True, 400)
+        assert json.loads(json.dumps(result)) == result
+
+    def test_objective_is_stationary(self, rng):
+        # The penalty is what the docstring says: the gradient of mean cross-entropy + l2/2 ‖W‖² vanishes.
+        features, labels = clusters(rng, 300)
+        features = features.astype(np.float64)
+        probe, converged = metrics._fit(features, labels, 0.1, 1000)
+        weight = torch.tensor(probe.coef_, requires_grad=True)
+        logits = torch.from_numpy(features) @ weight.T + torch.tensor(probe.intercept_)
+        loss = (
+            torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)) + 0.05 * weight.square().sum()
+        )
+        loss.backward()
+        assert converged
+        assert weight.grad.abs().max() < 1e-3 < weight.detach().abs().max()
+
+    def test_scale_of_features_does_not_matter(self, rng):
+        train, labels = clusters(rng, 300)
+        test, truth = clusters(rng, 300)
+        scale = np.float32(10.0) ** np.arange(-4, 4, dtype=np.float32)
+        plain = metrics.linear_probe(train, labels, test, truth)
+        assert metrics.linear_probe(train * scale + 3, labels, test * scale + 3, truth)[
+            "accuracy"
+        ] == pytest.approx(plain["accuracy"], abs=0.01)
+
+    def test_constant_feature(self, rng):
+        train, labels = clusters(rng, 100)
+        train[:, 0] = 7
+        assert metrics.linear_probe(train, labels, train, labels)["accuracy"] > 0.5
+
+    def test_unconverged_is_reported(self, rng):
+        train, labels = clusters(rng, 200)
+        with pytest.warns(UserWarning, match="stopped unconverged after 2 iterations: raise max_iter"):
+            result = metrics.linear_probe(train, labels, train, labels, max_iter=2)
+        assert not result["converged"]
+        assert result["iterations"] == 2
+
+    def test_penalty_is_chosen_without_the_test_images(self, rng):
+        # Many useless features and few images: a strong penalty must win, whatever the test labels say.
+        train, labels = clusters(rng, 600, classes=2)
+        test, truth = clusters(rng, 1000, classes=2)
+        train = np.concatenate([train, rng.normal(size=(600, 300))], axis=1)
+        test = np.concatenate([test, rng.normal(size=(1000, 300))], axis=1)
+        grid = [1e-5, 1.0]
+        chosen = metrics.linear_probe(train, labels, test, truth, l2=grid)
+        assert chosen["l2"] == metrics.linear_probe(train, labels, test, 1 - truth, l2=grid)["l2"] == 1.0
+        assert chosen["l2_grid"] == grid
+        assert chosen["accuracy"] == metrics.linear_probe(train, labels, test, truth, l2=1.0)["accuracy"]
+
+    def test_bad_input(self, rng):
+        train, labels = clusters(rng, 20)
+        with pytest.raises(ValueError, match="needs two classes, but all training labels are 3"):
+            metrics.linear_probe(train, np.full(20, 3), train, labels)
+        with pytest.raises(ValueError, match="l2 must be positive, got 0"):
+            metrics.linear_probe(train, labels, train, labels, l2=0)
+        with pytest.raises(ValueError, match="test_labels holds 20 negative"):
+            metrics.linear_probe(train, labels, train, np.full(20, -1))
+
+
+def scored(rng, normals=80, anomalies=30, ties=False):
+    scores = np.concatenate([rng.normal(size=normals), rng.normal(1.0, size=anomalies)])
+    labels = np.arange(normals + anomalies) >= normals
+    return (scores.round(0) if ties else scores), labels
+
+
+def brute_auroc(scores, labels):
+    pairs = scores[labels][:, None] - scores[~labels][None]
+    return ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+
+
+class TestScores:
+    @pytest.mark.parametrize("ties", [False, True])
+    def test_auroc(self, rng, ties):
+        scores, labels = scored(rng, ties=ties)
+        assert metrics.auroc(scores, labels) == pytest.approx(brute_auroc(scores, labels), abs=1e-12)
+        # Log-likelihoods lie far outside [0, 1]; only their order counts.
+        assert metrics.auroc(torch.from_numpy(5 * scores - 700), torch.from_numpy(labels)) == pytest.approx(
+            roc_auc_score(labels, scores), abs=1e-12
+        )
+        assert metrics.auroc(-scores, labels) == pytest.approx(1 - metrics.auroc(scores, labels))
+
+    @pytest.mark.parametrize("ties", [False, True])
+    def test_aupr(self, rng, ties):
+        scores, labels = scored(rng, ties=ties)
+        assert metrics.aupr(scores, labels, positive="anomaly") == average_precision_score(labels, scores)
+        assert metrics.aupr(scores, labels, positive="normal") == average_precision_score(~labels, -scores)
+        assert metrics.aupr(scores, labels, positive="normal") > metrics.aupr(
+            scores, labels, positive="anomaly"
+        )
+
+    @pytest.mark.parametrize("ties", [False, True])
+    @pytest.mark.parametrize("tpr", [0.5, 0.95, 1.0])
+    def test_fpr_at_tpr(self, rng, ties, tpr):
+        scores, labels = scored(rng, ties=ties)
+        flagged = [scores >= threshold for threshold in scores]
+        expected = min(flag[~labels].mean() for flag in flagged if flag[labels].mean() >= tpr)
+        assert metrics.fpr_at_tpr(scores, labels, positive="anomaly", tpr=tpr) == pytest.approx(expected)
+        accepted = [scores <= threshold for threshold in scores]
+        expected = min(accept[labels].mean() for accept in accepted if accept[~labels].mean() >= tpr)
+        assert metrics.fpr_at_tpr(scores, labels, positive="normal", tpr=tpr) == pytest.approx(expected)
+
+    def test_conventions_differ(self):
+        # One normal image is stranger than all anomalies: harmless to one convention, not to the other.
+        scores, labels = np.array([0.0, 0, 0, 9, 1, 1, 1, 1]), np.arange(8) >= 4
+        assert metrics.fpr_at_tpr(scores, labels, positive="anomaly") == 0.25
+        assert metrics.fpr_at_tpr(scores, labels, positive="normal") == 1.0
+
+    def test_perfect_and_constant(self):
+        labels = np.array([False, False, True])
+        assert metrics.auroc(np.array([1.0, 2, 3]), labels) == 1
+        assert metrics.fpr_at_tpr(np.array([1.0, 2, 3]), labels, positive="normal") == 0
+        constant = np.full(3, -512.0)
+        assert metrics.auroc(constant, labels) == 0.5
+        assert metrics.auroc_interval(constant, labels) == (0.5, 0.5)
+        assert metrics.aupr(constant, labels, positive="anomaly") == pytest.approx(1 / 3)
+        assert metrics.fpr_at_tpr(constant, labels, positive="anomaly") == 1
+
+    @pytest.mark.parametrize(
+        ("scores", "labels", "message"),
+        [
+            ([], [], "scores is empty"),
+            ([1.0, 2.0], [True], r"is_anomaly has shape \(1,\), scores \(2,\)"),
+            ([1.0, np.nan], [True, False], "1 of the 2 values of scores are NaN"),
+            ([1.0, np.inf], [True, False], "NaN or infinite"),
+            ([1.0, 2.0], [True, True], "all 2 images are anomalies"),
+            ([1.0, 2.0], [False, False], "all 2 images are normal"),
+            ([1.0, 2.0], [-1, 3], "True for anomalies"),
+            ([[1.0], [2.0]], [True, False], r"must be a vector \(N,\), got shape \(2, 1\)"),
+        ],
+    )
+    def test_bad_input(self, scores, labels, message):
+        scores, labels = np.array(scores), np.array(labels)
+        for metric in (
+            metrics.auroc,
+            metrics.auroc_interval,
+            lambda s, a: metrics.aupr(s, a, positive="anomaly"),
+            lambda s, a: metrics.fpr_at_tpr(s, a, positive="normal"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                metric(scores, labels)
+
+    def test_bad_settings(self, rng):
+        scores, labels = scored(rng)
+        with pytest.raises(ValueError, match="positive must be 'anomaly' or 'normal', got 'ood'"):
+            metrics.aupr(scores, labels, positive="ood")
+        with pytest.raises(ValueError, match="tpr must lie"):
+            metrics.fpr_at_tpr(scores, labels, positive="normal", tpr=0.0)
+        with pytest.raises(ValueError, match="confidence must lie"):
+            metrics.auroc_interval(scores, labels, confidence=95)
+        with pytest.raises(ValueError, match="resamples must be"):
+            metrics.auroc_interval(scores, labels, resamples=0)
+
+
+class TestAurocInterval:
+    @pytest.mark.parametrize("ties", [False, True])
+    def test_naive_bootstrap(self, rng, ties):
+        scores, labels = scored(rng, ties=ties)
+        draws = []
+        for _ in range(2000):
+            normals = rng.choice(scores[~labels], size=80)
+            anomalies = rng.choice(scores[labels], size=30)
+            draws.append(brute_auroc(np.concatenate([normals, anomalies]), labels))
+        interval = metrics.auroc_interval(scores, labels, resamples=2000, seed=1)
+        assert interval == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.012)
+
+    def test_coverage(self, rng):
+        # Normal(1, 1) against Normal(0, 1): the true AUROC is Φ(1/√2) = 0.7602.
+        hits = 0
+        for trial in range(200):
+            low, high = metrics.auroc_interval(
+                *scored(rng, 100, 100), confidence=0.9, resamples=300, seed=trial
+            )
+            hits += low <= 0.7602 <= high
+        assert 165 <= hits <= 195
+
+    def test_seeded(self, rng):
+        scores, labels = scored(rng)
+        assert metrics.auroc_interval(scores, labels) == metrics.auroc_interval(scores, labels)
+        assert metrics.auroc_interval(scores, labels) != metrics.auroc_interval(scores, labels, seed=1)
+
+    def test_blocks_hold_all_resamples(self, rng, monkeypatch):
+        scores, labels = scored(rng, 3000, 3000)
+        low, high = metrics.auroc_interval(scores, labels, resamples=1000)
+        assert low < metrics.auroc(scores, labels) < high
+        assert high - low < 0.03
+
+
+class TestHealth:
+    def test_effective_rank_reference(self, rng):
+        for shape in [(200, 12), (12, 200), (5000, 4)]:
+            features = rng.normal(size=shape) * np.geomspace(1, 0.01, shape[1])
+            singular = np.linalg.svd(features, compute_uv=False)
+            assert metrics.effective_rank(features) == pytest.approx(np.exp(entropy(singular)), rel=1e-6)
+
+    def test_effective_rank_limits(self, rng):
+        orthogonal = np.linalg.qr(rng.normal(size=(50, 20)))[0]
+        assert metrics.effective_rank(orthogonal) == pytest.approx(20)
+        assert metrics.effective_rank(3 * np.ones((100, 20))) == pytest.approx(1, abs=1e-4)
+        low_rank = rng.normal(size=(5000, 3)) @ rng.normal(size=(3, 64))
+        assert metrics.effective_rank(low_rank.astype(np.float32)) < 3.01
+        assert metrics.effective_rank(np.zeros((5, 3))) == 0
+        assert metrics.effective_rank(np.ones((1, 3))) == pytest.approx(1)
+
+    def test_spread(self, rng):
+        embeddings = rng.normal(size=(4000, 64))
+        assert metrics.embedding_spread(embeddings) == pytest.approx(1, abs=0.01)
+        assert metrics.embedding_spread(embeddings * rng.uniform(1, 9, size=(4000, 1))) == pytest.approx(
+            1, abs=0.01
+        )
+        assert metrics.embedding_spread(np.ones((100, 64)) * 5) == pytest.approx(0, abs=1e-6)
+        # A quarter of the features varies; three quarters of the squared length are common (see MIN_SPREAD).
+        quarter = np.where(np.arange(64) < 16, embeddings, 0)
+        assert metrics.embedding_spread(quarter) == pytest.approx(0.5, abs=0.01)
+        common = embeddings + np.sqrt(3)
+        assert metrics.embedding_spread(common) == pytest.approx(0.5, abs=0.02)
+
+    def test_alignment(self, rng):
+        x, y = rng.normal(size=(50, 8)), rng.normal(size=(50, 8))
+        unit_x, unit_y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, y))
+        distance = np.linalg.norm(unit_x - unit_y, axis=1)
+        assert metrics.alignment(x, 3 * y) == pytest.approx((distance**2).mean())
+        assert metrics.alignment(x, y, alpha=1) == pytest.approx(distance.mean())
+        assert metrics.alignment(x, 2 * x) == pytest.approx(0, abs=1e-12)
+
+    def test_uniformity(self, rng, monkeypatch):
+        x = rng.normal(size=(60, 8)) + 0.5
+        unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+        expected = np.log(np.exp(-3 * pdist(unit, "sqeuclidean")).mean())
+        assert metrics.uniformity(x, t=3) == pytest.approx(expected)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 7 * 60)
+        assert metrics.uniformity(x, t=3) == pytest.approx(expected)
+        assert metrics.uniformity(np.ones((10, 4))) == pytest.approx(0, abs=1e-12)
+
+    def test_posterior_snr(self):
+        loc = torch.tensor([[3.0, 4], [0, 0]])
+        scale = torch.tensor([[0.6, 0.8], [1, 1]])
+        assert metrics.posterior_snr(loc, scale) == pytest.approx(2.5)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: metrics.effective_rank(np.zeros((0, 3))), "features has 0 rows"),
+            (lambda: metrics.effective_rank(np.full((2, 2), np.nan)), "NaN or infinite"),
+            (lambda: metrics.embedding_spread(np.ones((1, 3))), "1 rows; at least 2"),
+            (lambda: metrics.uniformity(np.ones((1, 3))), "1 rows; at least 2"),
+            (lambda: metrics.alignment(np.ones((2, 3)), np.ones((3, 3))), r"first has shape \(2, 3\)"),
+            (lambda: metrics.posterior_snr(np.ones((2, 3)), np.zeros((2, 3))), "scale must be positive"),
+            (lambda: metrics.posterior_snr(np.ones((2, 3)), np.ones((2, 1))), "loc has shape"),
+        ],
+    )
+    def test_bad_input(self, call, message):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+    def test_collapse_warning(self):
+        assert metrics.collapse_warning(60.0, 0.98, 2.0, 128) is None
+        assert "spread of the normalised embeddings is 0.10 (below 0.5" in metrics.collapse_warning(
+            60.0, 0.1, 2.0, 128
+        )
+        assert "lower kl_weight" in metrics.collapse_warning(60.0, 0.98, 0.5, 128)
+        assert "kl_weight" not in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
+        assert "effective rank is 1.3 of 128" in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
+        everything = metrics.collapse_warning(1.0, 0.0, 0.0, 128)
+        assert all(part in everything for part in ("rank", "spread", "kl_weight"))
+        assert metrics.collapse_warning(60.0, float("nan"), 2.0, 128) is not None
+
+    def test_collapsed_embeddings_are_found(self, rng):
+        collapsed = 1 + 0.01 * rng.normal(size=(500, 128))
+        healthy = rng.normal(size=(500, 128))
+        for embeddings, warned in [(collapsed, True), (healthy, False)]:
+            rank, spread = metrics.effective_rank(embeddings), metrics.embedding_spread(embeddings)
+            assert (metrics.collapse_warning(rank, spread, 3.0, 128) is not None) == warned
+
+
+class TestUncertainty:
+    def test_rejection_curve_by_hand(self):
+        curve = metrics.rejection_curve(np.array([True, False, True, False]), np.array([0.1, 0.9, 0.2, 0.3]))
+        assert curve.rejected == pytest.approx([0, 0.25, 0.5, 0.75])
+        assert curve.accuracy == pytest.approx([0.5, 2 / 3, 1, 1])
+        assert curve.area == pytest.approx((0.5 + 2 / 3 + 2) / 4)
+
+    def test_ties_are_rejected_in_random_order(self, rng):
+        correct, uncertainty = rng.random(30) < 0.6, rng.integers(4, size=30)
+        curve = metrics.rejection_curve(correct, uncertainty)
+        draws = []
+        for _ in range(4000):
+            order = np.lexsort((rng.random(30), uncertainty))
+            draws.append((correct[order].cumsum() / np.arange(1, 31))[::-1])
+        assert curve.accuracy == pytest.approx(np.mean(draws, axis=0), abs=0.04)
+
+    def test_constant_uncertainty_is_flat(self):
+        curve = metrics.rejection_curve(torch.tensor([True, False, False, True, True]), torch.zeros(5))
+        assert curve.accuracy == pytest.approx([0.6] * 5)
+        assert curve.area == pytest.approx(0.6)
+
+    def test_rejection_bad_input(self):
+        with pytest.raises(ValueError, match="2 booleans"):
+            metrics.rejection_curve(np.array([True]), np.zeros(2))
+        with pytest.raises(ValueError, match="uncertainty are NaN"):
+            metrics.rejection_curve(np.array([True]), np.array([np.nan]))
+
+    def test_r_auroc(self, rng, monkeypatch):
+        features, labels = clusters(rng, 200)
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        similarity = unit @ unit.T
+        np.fill_diagonal(similarity, -2)
+        failed = labels[similarity.argmax(1)] != labels
+        uncertainty = failed + rng.normal(size=200)
+        expected = roc_auc_score(failed, uncertainty)
+        assert 0.6 < expected < 0.95
+        assert metrics.r_auroc(features, labels, uncertainty) == pytest.approx(expected)
+        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 7 * 200)
+        assert metrics.r_auroc(features, labels, uncertainty) == pytest.approx(expected)
+
+    def test_r_auroc_without_failures(self):
+        with pytest.raises(ValueError, match="never fails"):
+            metrics.r_auroc(torch.eye(4) + 1, torch.zeros(4, dtype=torch.long), torch.rand(4))
