@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
+from torch.nn import functional
 
-from pyro_vje.distributions import PolarStudentT
+from pyro_vje.distributions import (
+    DiagonalStudentT,
+    PolarProduct,
+    PolarStudentT,
+    PowerSpherical,
+    SphericalCauchy,
+)
 from pyro_vje.plugins import look_up
 
 RadialFactor = Literal["student-t", "log-student-t"]
@@ -96,10 +104,89 @@ def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
     return PolarStudentT(settings.df, loc, scale, unit_radius=settings.unit_radius, radius=settings.radius)
 
 
-@register("normal", "diagonal Gaussian on the embedding, no polar split", is_normalized=True)
+@register("polar-student-t-exact", "projected Student-t times log-radius Student-t", is_normalized=True)
+def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
+    return PolarStudentT(
+        settings.df,
+        loc,
+        scale,
+        unit_radius=settings.unit_radius,
+        direction="projected",
+        radius="log-student-t",
+    )
+
+
+@register("polar-normal", "the Gaussian limit of polar-student-t", is_normalized=False)
+def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
+    return polar_student_t(loc, scale, replace(settings, df=math.inf))
+
+
+@register("student-t", "multivariate Student-t with diagonal scale, no polar split", is_normalized=True)
+def student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """One heavy tail for all features together; ``unit_radius`` and ``radius`` do not apply."""
+    return DiagonalStudentT(settings.df, loc, scale)
+
+
+@register("student-t-independent", "a univariate Student-t for each feature", is_normalized=True)
+def student_t_independent(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """A product of univariate Student-t; ``unit_radius`` and ``radius`` do not apply."""
+    if math.isinf(settings.df):
+        return normal(loc, scale, settings)
+    return dist.StudentT(settings.df, loc, scale).to_event(1)
+
+
+@register("normal", "diagonal Gaussian, no polar split", is_normalized=True)
 def normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
-    """Independent Normal per feature; ``df``, ``unit_radius`` and ``radius`` do not apply."""
+    """Independent Normal for each feature; ``df``, ``unit_radius`` and ``radius`` do not apply."""
     return dist.Normal(loc, scale).to_event(1)
+
+
+@register("laplace", "a Laplace for each feature, no polar split", is_normalized=True)
+def laplace(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Independent Laplace for each feature; ``df``, ``unit_radius`` and ``radius`` do not apply."""
+    return dist.Laplace(loc, scale).to_event(1)
+
+
+@register("power-spherical", "power spherical direction times log-radius Student-t", is_normalized=True)
+def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Isotropic: the concentration κ is 2/σ² for the mean variance σ² of the unit direction.
+
+    Near its mode the density falls as exp(-κθ²/4), a tangent variance of 2/κ.
+    """
+    direction = PowerSpherical(functional.normalize(loc, dim=-1), 2 / _direction_variance(scale, settings))
+    return PolarProduct(direction, _log_radius(loc, scale, settings))
+
+
+@register("spherical-cauchy", "spherical Cauchy direction times log-radius Student-t", is_normalized=True)
+def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Isotropic: the concentration ρ solves (1-ρ)²/ρ = (D-1) σ² for the mean variance σ² of the unit direction.
+
+    Near its mode the density falls as (1 + θ²ρ/(1-ρ)²)^-(D-1), a Student-t of scale σ.
+    """
+    a = (loc.shape[-1] - 1) * _direction_variance(scale, settings)
+    rho = 1 / (1 + a / 2 + (a + a.square() / 4).sqrt())  # the root below one, without cancellation
+    # Rounding must not put a tiny scale's ρ on the excluded end of [0, 1).
+    rho = rho.clamp(max=1 - torch.finfo(rho.dtype).eps)
+    return PolarProduct(
+        SphericalCauchy(functional.normalize(loc, dim=-1), rho), _log_radius(loc, scale, settings)
+    )
+
+
+def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:
+    return scale.square().mean(-1) / settings.unit_radius**2
+
+
+def _log_radius(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Student-t in log-radius around log ‖loc‖, its scale that of ``PolarStudentT(radius="log-student-t")``."""
+    norm = torch.linalg.vector_norm(loc, dim=-1)
+    log_scale = torch.linalg.vector_norm(loc * scale, dim=-1) / norm.square()
+    infinite = math.isinf(settings.df)
+    base = (
+        dist.Normal(norm.log(), log_scale) if infinite else dist.StudentT(settings.df, norm.log(), log_scale)
+    )
+    return dist.TransformedDistribution(base, [dist.transforms.ExpTransform()])
 
 
 def resolve_unit_radius(setting: str, dim: int) -> float:

@@ -46,7 +46,8 @@ class SymmetricELBO(Trace_ELBO):
 
         Bound methods such as ``vje.model`` hide their module from ``parameters()``, so it is registered by hand.
         """
-        module = super().__call__(model, guide)
+        # Pyro's annotation asks for modules, its code for callables.
+        module = super().__call__(model, guide)  # type: ignore[arg-type]
         for part in (model, guide):
             owner = getattr(part, "__self__", None)
             if isinstance(owner, nn.Module) and owner not in module.children():
@@ -104,8 +105,9 @@ class SymmetricELBO(Trace_ELBO):
 
 def _require_rsample(guide_trace: Trace) -> None:
     for name, site in guide_trace.nodes.items():
-        if site["type"] == "sample" and not site["is_observed"] and not site["fn"].has_rsample:
+        fn: Any = site.get("fn")  # parameter sites have none
+        if site["type"] == "sample" and not site["is_observed"] and not fn.has_rsample:
             raise ValueError(
-                f"the guide's site {name!r} is not reparameterised ({type(site['fn']).__name__} has no rsample): "
+                f"the guide's site {name!r} is not reparameterised ({type(fn).__name__} has no rsample): "
                 "SymmetricELBO's gradient would be wrong; use pyro.infer.Trace_ELBO"
             )

@@ -2,11 +2,13 @@
 
 from pyro_vje.distributions.ambient import DiagonalStudentT
 from pyro_vje.distributions.polar import PolarStudentT
+from pyro_vje.distributions.product import PolarProduct
 from pyro_vje.distributions.projected import ProjectedStudentT
 from pyro_vje.distributions.spherical import PowerSpherical, SphericalCauchy, VonMisesFisher
 
 __all__ = [
     "DiagonalStudentT",
+    "PolarProduct",
     "PolarStudentT",
     "PowerSpherical",
     "ProjectedStudentT",
