@@ -14,6 +14,7 @@ from pyro_vje import metrics
 from pyro_vje.data import CleanView, ImageSet, iter_batches, load_dataset
 from pyro_vje.encoding import encode
 from pyro_vje.files import write_json
+from pyro_vje.model import VJE
 from pyro_vje.runs import LoadedRun, build_model, load_run
 
 log = logging.getLogger("pyro_vje")
@@ -38,6 +39,52 @@ def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
     """Flattened normalised pixels ``(N, 3·S·S)`` and the indices ``(N,)`` of the images they belong to."""
     batches = [(indices, view(batch).flatten(1)) for indices, batch in iter_batches(images, 1024)]
     return torch.cat([indices for indices, _ in batches]), torch.cat([values for _, values in batches])
+
+
+Extract = Callable[[ImageSet], tuple[Tensor, Tensor]]
+"""Images to the indices ``(N,)`` of those that could be decoded and their features ``(N, F)``."""
+
+
+def features_of(vje: VJE, view: CleanView, *, batch_size: int = 256) -> Extract:
+    """Extractor of the encoder's output, on the device where the model lies."""
+    device = next(vje.parameters()).device
+
+    def extract(images: ImageSet) -> tuple[Tensor, Tensor]:
+        encoded = encode(vje, images, view, batch_size=batch_size, device=device)
+        return encoded.indices, encoded.features
+
+    return extract
+
+
+def probe(
+    extract: Extract,
+    train_set: ImageSet,
+    test_set: ImageSet,
+    *,
+    k: int = 200,
+    temperature: float = 0.1,
+    seed: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weighted k-NN and linear probe of one representation, on labelled images.
+
+    Returns
+    -------
+    tuple of dict
+        What was found (``dim``, accuracies ``knn`` and ``linear``, ``linear_converged``), and the protocols behind
+        the accuracies, by the same names.
+    """
+    train_index, train = extract(train_set)
+    test_index, test = extract(test_set)
+    data = train, train_set.labels_at(train_index), test, test_set.labels_at(test_index)
+    knn = metrics.knn_accuracy(*data, k=k, temperature=temperature)
+    linear = metrics.linear_probe(*data, seed=seed)
+    row = {
+        "dim": train.shape[1],
+        "knn": knn["accuracy"],
+        "linear": linear["accuracy"],
+        "linear_converged": linear["converged"],
+    }
+    return row, {"knn": _protocol(knn), "linear": _protocol(linear)}
 
 
 def evaluate(
@@ -87,38 +134,18 @@ def evaluate(
     test_set = load_split(run, "test", dataset, data_dir, download=download).labelled()
     untrained = build_model(config, run.info.image_size).to(device).eval()
 
-    def features_of(vje: torch.nn.Module) -> Callable[[ImageSet], tuple[Tensor, Tensor]]:
-        def extract(images: ImageSet) -> tuple[Tensor, Tensor]:
-            encoded = encode(vje, images, run.info.view, batch_size=batch_size, device=device)  # type: ignore[arg-type]
-            return encoded.indices, encoded.features
-
-        return extract
-
-    representations: dict[str, Callable[[ImageSet], tuple[Tensor, Tensor]]] = {
-        "trained encoder": features_of(run.vje),
-        "untrained encoder": features_of(untrained),
+    representations: dict[str, Extract] = {
+        "trained encoder": features_of(run.vje, run.info.view, batch_size=batch_size),
+        "untrained encoder": features_of(untrained, run.info.view, batch_size=batch_size),
         "raw pixels": lambda images: pixels(images, run.info.view),
     }
     rows: list[dict[str, Any]] = []
     protocols: dict[str, Any] = {}
     for name, extract in representations.items():
         log.info("evaluating %s", name)
-        train_index, train = extract(train_set)
-        test_index, test = extract(test_set)
-        labels = train_set.labels[train_index], test_set.labels[test_index]  # type: ignore[index]
-        knn = metrics.knn_accuracy(train, labels[0], test, labels[1], k=k, temperature=temperature)
-        linear = metrics.linear_probe(train, labels[0], test, labels[1], seed=config.seed)
-        rows.append(
-            {
-                "representation": name,
-                "dim": train.shape[1],
-                "knn": knn["accuracy"],
-                "linear": linear["accuracy"],
-                "linear_converged": linear["converged"],
-            }
-        )
-        # The protocol of a number is what its function reports beside the accuracy, the same for every row.
-        protocols = {"knn": _protocol(knn), "linear": _protocol(linear)}
+        # The protocols are the same for every row.
+        row, protocols = probe(extract, train_set, test_set, k=k, temperature=temperature, seed=config.seed)
+        rows.append({"representation": name, **row})
     result = {
         "dataset": dataset or config.dataset,
         "train_images": len(train_set),

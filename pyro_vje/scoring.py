@@ -99,8 +99,10 @@ def likelihood_parts(vje: VJE, encoded: Encoded, noise: Tensor) -> LikelihoodPar
             sums[1] += torch.nan
             sums[2] += torch.nan
     kl = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
-    means = (total / len(noise) for total in sums)
-    return LikelihoodParts(*means, kl.double(), (scale**2).mean(-1).double())
+    log_likelihood, log_direction, log_radius = (total / len(noise) for total in sums)
+    return LikelihoodParts(
+        log_likelihood, log_direction, log_radius, kl.double(), (scale**2).mean(-1).double()
+    )
 
 
 COLUMNS = (
@@ -255,11 +257,11 @@ def anomaly_labels(images: ImageSet, normal_class: str | None) -> Tensor | None:
         If ``normal_class`` is given and there is no such class.
     """
     if normal_class is None:
-        if images.labels is None or NORMAL_FOLDER not in (images.classes or ()):
+        if NORMAL_FOLDER not in (images.classes or ()):
             return None
         normal_class = NORMAL_FOLDER
     label = images.class_index(normal_class)
-    return images.labels != label  # type: ignore[operator]
+    return None if images.labels is None else images.labels != label
 
 
 def _write_csv(path: Path, images: ImageSet, index: Tensor, scores: Tensor, parts: LikelihoodParts) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import logging
 import math
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning
 import pyro
@@ -22,13 +19,12 @@ import torch
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pyro.distributions import Independent
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vje import metrics, pictures
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import (
-    CleanView,
     ImageSet,
     ResidentLoader,
     StreamingLoader,
@@ -37,15 +33,13 @@ from pyro_vje.data import (
     make_loader,
     views_for,
 )
-from pyro_vje.encoding import encode
-from pyro_vje.files import write_atomic, write_json
+from pyro_vje.files import write_json
 from pyro_vje.model import VJE
+from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
 from pyro_vje.objective import SymmetricELBO
 from pyro_vje.runs import (
     CHECKPOINTS,
     CONFIG,
-    METRICS,
-    PICTURES,
     RunInfo,
     build_model,
     describe_run,
@@ -58,30 +52,6 @@ log = logging.getLogger("pyro_vje")
 LAST = "last.ckpt"
 PART_EVERY = 5
 """Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
-HEALTH_IMAGES = 2048
-"""Training images on which effective rank, spread and signal-to-noise are measured."""
-MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
-"""Most images that the k-NN monitor uses; `evaluate` uses all."""
-
-COLUMNS = (
-    "epoch",
-    "loss",
-    "log_likelihood",
-    "log_direction",
-    "log_radius",
-    "kl",
-    "knn_accuracy",
-    "effective_rank",
-    "spread",
-    "posterior_snr",
-    "lr",
-    "images_per_second",
-    "seconds",
-)
-
-
-class TrainingDiverged(FloatingPointError):
-    """The loss became NaN or infinite."""
 
 
 class Pretraining(lightning.LightningModule):
@@ -187,20 +157,15 @@ class Pretraining(lightning.LightningModule):
         return self._generator.manual_seed(derive_seed("views", *step))
 
     def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
-        posterior = guide_trace.nodes["z"]["fn"].base_dist
-        target = model_trace.nodes["target"]
+        posterior = cast(Independent, guide_trace.nodes["z"]["fn"]).base_dist
+        target, likelihood = model_trace.nodes["target"]["value"], cast(Any, model_trace.nodes["target"]["fn"])
         kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
         self._add("kl", kl.mean())
-        self._add("log_likelihood", target["fn"].log_prob(target["value"]).mean())
-        for part in ("direction", "radius"):
-            factor = getattr(target["fn"], f"log_prob_{part}", None)
-            if factor is not None:
-                value = (
-                    target["value"]
-                    if part == "direction"
-                    else torch.linalg.vector_norm(target["value"], dim=-1)
-                )
-                self._add(f"log_{part}", factor(value).mean())
+        self._add("log_likelihood", likelihood.log_prob(target).mean())
+        if hasattr(likelihood, "log_prob_direction"):
+            self._add("log_direction", likelihood.log_prob_direction(target).mean())
+            radius = torch.linalg.vector_norm(target, dim=-1)
+            self._add("log_radius", likelihood.log_prob_radius(radius).mean())
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
@@ -211,101 +176,6 @@ class Pretraining(lightning.LightningModule):
         means = {name: (value / self.counts[name]).item() for name, value in self.sums.items()}
         self.sums, self.counts = {}, {}
         return means
-
-
-class EpochReport(lightning.pytorch.Callback):
-    """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite."""
-
-    def __init__(
-        self, folder: Path, train_set: ImageSet, knn_sets: tuple[ImageSet, ImageSet] | None, view: CleanView
-    ) -> None:
-        self.path = folder / METRICS
-        self.view = view
-        self.health_set = train_set.select(_spread(len(train_set), HEALTH_IMAGES))
-        self.knn_sets = knn_sets
-        self.rows: list[dict[str, Any]] = []
-        self.started = 0.0
-        self.warned = ""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rows so far, so that a resumed run's file holds each epoch once."""
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the rows of the run that is resumed."""
-        self.rows = state_dict["rows"]
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Start the epoch's clock."""
-        self.started = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Pretraining) -> None:
-        """Write the row, print a line where there is no progress bar, and check the run's health."""
-        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **pl_module.epoch_means()}
-        seconds = time.perf_counter() - self.started
-        row["seconds"] = round(seconds, 3)
-        row["images_per_second"] = round(trainer.num_training_batches * pl_module.batch_size / seconds, 1)
-        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        if not math.isfinite(row["loss"]):
-            raise TrainingDiverged(
-                f"the loss became {row['loss']} in epoch {row['epoch']}: lower lr (now {pl_module.config.lr}), raise "
-                f"warmup_epochs (now {pl_module.config.warmup_epochs:g}), or train with precision 32"
-            )
-        every = pl_module.config.knn_every or 0
-        last = row["epoch"] == trainer.max_epochs
-        if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
-            row.update(self._measure(pl_module.vje))
-            self._warn(row, pl_module.vje.embedding_dim)
-        self.rows.append(row)
-        if trainer.is_global_zero:
-            self._write()
-            if not sys.stderr.isatty():
-                log.info(_line(row, trainer.max_epochs or 0))
-
-    def _measure(self, vje: VJE) -> dict[str, float]:
-        device = next(vje.parameters()).device
-        encoded = encode(vje, self.health_set, self.view, device=device)
-        row = {
-            "effective_rank": metrics.effective_rank(encoded.features),
-            "spread": metrics.embedding_spread(encoded.embeddings),
-            "posterior_snr": metrics.posterior_snr(encoded.loc, encoded.scale),
-        }
-        if self.knn_sets is not None:
-            train, test = (encode(vje, images, self.view, device=device) for images in self.knn_sets)
-            labels = [
-                images.labels[part.indices] for images, part in zip(self.knn_sets, (train, test), strict=True)
-            ]
-            row["knn_accuracy"] = metrics.knn_accuracy(train.features, labels[0], test.features, labels[1])["accuracy"]
-        return row
-
-    def _warn(self, row: dict[str, Any], dim: int) -> None:
-        message = metrics.collapse_warning(row["effective_rank"], row["spread"], row["posterior_snr"], dim)
-        if message is not None and message != self.warned:
-            log.warning("epoch %d: %s", row["epoch"], message)
-            self.warned = message
-
-    def _write(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomic(self.path, text.getvalue())
-
-
-def _spread(size: int, most: int) -> Tensor:
-    """At most ``most`` indices spread evenly over ``range(size)``: files are often sorted by class."""
-    return torch.linspace(0, size - 1, min(size, most), dtype=torch.float64).round().long()
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.2f}"]
-    for name in ("log_direction", "log_radius", "kl"):
-        if name in row:
-            parts.append(f"{name.removeprefix('log_')} {row[name]:.2f}")
-    if "knn_accuracy" in row:
-        parts.append(f"k-NN {row['knn_accuracy']:.3f}")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    return "  ".join(parts)
 
 
 def train(
@@ -357,7 +227,7 @@ def train(
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
     # The encoder's convolutions are fastest with channels last on every device we measured.
-    vje.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vje.encoder.to(memory_format=torch.channels_last)
     if config.compile:
         vje.encoder.compile()
     precision = choose_precision(config.precision)
@@ -388,7 +258,7 @@ def train(
             raise KeyboardInterrupt from None
     if trainer.is_global_zero:
         save_weights(folder, vje, info)
-        _draw(folder, report, vje, info)
+        report.draw(vje, info.classes)
         log.info("run folder: %s", folder)
     return folder
 
@@ -456,7 +326,7 @@ def _monitor_sets(
     if not config.knn_every or config.normal_class is not None or train_set.labels is None:
         return None
     labelled = train_set.labelled()
-    if len(labelled.labels.unique()) < 2:
+    if labelled.labels is None or len(labelled.labels.unique()) < 2:
         return None
     test = load_dataset(
         config.dataset,
@@ -466,8 +336,8 @@ def _monitor_sets(
         download=config.download,
         residency=config.residency,
     ).labelled()
-    return labelled.select(_spread(len(labelled), MONITOR_TRAIN)), test.select(
-        _spread(len(test), MONITOR_TEST)
+    return labelled.select(evenly_spread(len(labelled), MONITOR_TRAIN)), test.select(
+        evenly_spread(len(test), MONITOR_TEST)
     )
 
 
@@ -502,13 +372,3 @@ def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: 
         log_every_n_steps=PART_EVERY,
         num_sanity_val_steps=0,
     )
-
-
-def _draw(folder: Path, report: EpochReport, vje: VJE, info: RunInfo) -> None:
-    (folder / PICTURES).mkdir(exist_ok=True)
-    history = {name: [row.get(name, math.nan) for row in report.rows] for name in COLUMNS}
-    pictures.plot_training(history, folder / PICTURES / "training.png")
-    shown = report.knn_sets[1] if report.knn_sets else report.health_set
-    encoded = encode(vje, shown, info.view, device=next(vje.parameters()).device)
-    labels = None if shown.labels is None else shown.labels[encoded.indices]
-    pictures.plot_embedding(encoded.embeddings, labels, info.classes, folder / PICTURES / "embedding.png")

@@ -103,6 +103,12 @@ class ImageSet:
             list(self.failed),
         )
 
+    def labels_at(self, indices: Tensor) -> Tensor:
+        """Return the labels of the images at ``indices``; raises ``ValueError`` when there are no labels."""
+        if self.labels is None:
+            raise ValueError("these images have no labels")
+        return self.labels[indices]
+
     def labelled(self) -> ImageSet:
         """Return the images that have a label; raises ``ValueError`` when none has."""
         if self.labels is None or not bool((self.labels >= 0).any()):

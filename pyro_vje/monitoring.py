@@ -1,0 +1,159 @@
+"""What is watched during training: a row of ``metrics.csv`` an epoch, k-NN accuracy, signs of collapse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from pyro_vje import metrics, pictures
+from pyro_vje.data import CleanView, ImageSet
+from pyro_vje.encoding import encode
+from pyro_vje.files import write_atomic
+from pyro_vje.model import VJE
+from pyro_vje.runs import METRICS, PICTURES
+
+log = logging.getLogger("pyro_vje")
+
+HEALTH_IMAGES = 2048
+"""Training images on which effective rank, spread and signal-to-noise are measured."""
+MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
+"""Most images that the k-NN monitor uses; `evaluate` uses all."""
+
+COLUMNS = (
+    "epoch",
+    "loss",
+    "log_likelihood",
+    "log_direction",
+    "log_radius",
+    "kl",
+    "knn_accuracy",
+    "effective_rank",
+    "spread",
+    "posterior_snr",
+    "lr",
+    "images_per_second",
+    "seconds",
+)
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+class EpochReport(lightning.pytorch.Callback):
+    """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite."""
+
+    def __init__(
+        self, folder: Path, train_set: ImageSet, knn_sets: tuple[ImageSet, ImageSet] | None, view: CleanView
+    ) -> None:
+        self.path = folder / METRICS
+        self.view = view
+        self.health_set = train_set.select(evenly_spread(len(train_set), HEALTH_IMAGES))
+        self.knn_sets = knn_sets
+        self.rows: list[dict[str, Any]] = []
+        self.started = 0.0
+        self.warned = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, so that a resumed run's file holds each epoch once."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows of the run that is resumed."""
+        self.rows = state_dict["rows"]
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the row, print a line where there is no progress bar, and check the run's health."""
+        module: Any = pl_module  # a `pyro_vje.training.Pretraining`, which imports this file
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **module.epoch_means()}
+        seconds = time.perf_counter() - self.started
+        row["seconds"] = round(seconds, 3)
+        row["images_per_second"] = round(trainer.num_training_batches * module.batch_size / seconds, 1)
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if not math.isfinite(row["loss"]):
+            raise TrainingDiverged(
+                f"the loss became {row['loss']} in epoch {row['epoch']}: lower lr (now {module.config.lr}), raise "
+                f"warmup_epochs (now {module.config.warmup_epochs:g}), or train with precision 32"
+            )
+        every = module.config.knn_every or 0
+        last = row["epoch"] == trainer.max_epochs
+        if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
+            row.update(self._measure(module.vje))
+            self._warn(row, module.vje.embedding_dim)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            self._write()
+            if not sys.stderr.isatty():
+                log.info(_line(row, trainer.max_epochs or 0))
+
+    def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
+        """Draw the curves and the embedding of held-out (else training) images into the run folder."""
+        folder = self.path.parent / PICTURES
+        folder.mkdir(exist_ok=True)
+        history = {name: [row.get(name, math.nan) for row in self.rows] for name in COLUMNS}
+        pictures.plot_training(history, folder / "training.png")
+        shown = self.knn_sets[1] if self.knn_sets else self.health_set
+        encoded = encode(vje, shown, self.view, device=next(vje.parameters()).device)
+        labels = None if shown.labels is None else shown.labels[encoded.indices]
+        pictures.plot_embedding(encoded.embeddings, labels, classes, folder / "embedding.png")
+
+    def _measure(self, vje: VJE) -> dict[str, float]:
+        device = next(vje.parameters()).device
+        encoded = encode(vje, self.health_set, self.view, device=device)
+        row = {
+            "effective_rank": metrics.effective_rank(encoded.features),
+            "spread": metrics.embedding_spread(encoded.embeddings),
+            "posterior_snr": metrics.posterior_snr(encoded.loc, encoded.scale),
+        }
+        if self.knn_sets is not None:
+            train, test = (encode(vje, images, self.view, device=device) for images in self.knn_sets)
+            labels = [
+                images.labels_at(part.indices)
+                for images, part in zip(self.knn_sets, (train, test), strict=True)
+            ]
+            knn = metrics.knn_accuracy(train.features, labels[0], test.features, labels[1])
+            row["knn_accuracy"] = knn["accuracy"]
+        return row
+
+    def _warn(self, row: dict[str, Any], dim: int) -> None:
+        message = metrics.collapse_warning(row["effective_rank"], row["spread"], row["posterior_snr"], dim)
+        if message is not None and message != self.warned:
+            log.warning("epoch %d: %s", row["epoch"], message)
+            self.warned = message
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue())
+
+
+def evenly_spread(size: int, most: int) -> Tensor:
+    """At most ``most`` indices spread evenly over ``range(size)``: files are often sorted by class."""
+    return torch.linspace(0, size - 1, min(size, most), dtype=torch.float64).round().long()
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.2f}"]
+    for name in ("log_direction", "log_radius", "kl"):
+        if name in row:
+            parts.append(f"{name.removeprefix('log_')} {row[name]:.2f}")
+    if "knn_accuracy" in row:
+        parts.append(f"k-NN {row['knn_accuracy']:.3f}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    return "  ".join(parts)
