@@ -40,8 +40,8 @@ class ProjectedStudentT(VectorDistribution):
 
     Notes
     -----
-    Ours; see :func:`projected_student_t_log_prob` for the derivation. ``log_prob`` can be differentiated once.
-    Half-precision arguments are upcast to float32; the scalar part is computed in float64.
+    Ours; the derivation is at :func:`directional_log_density`. Half-precision arguments are upcast to float32;
+    the scalar part is computed in float64.
     """
 
     arg_constraints = {  # noqa: RUF012

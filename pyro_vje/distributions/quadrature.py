@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyro_vje.distributions._common import Scalar, student_t_log_density
 
@@ -60,8 +59,8 @@ def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
     Returns
     -------
     Tensor
-        float64, broadcast shape. Differentiable once, in ``angle`` and ``df``, by the derivative under the
-        integral sign: backward costs nothing and nothing of the size of the nodes is kept. Elements are
+        float64, broadcast shape. First derivatives in ``angle`` and ``df`` are taken under the integral sign
+        with the value: backward costs nothing and nothing of the size of the nodes is kept. Elements are
         processed in chunks, so memory is bounded for any number of them.
     """
     return _LogDirectionalIntegral.apply(angle.double(), df.double() if isinstance(df, Tensor) else df, dim)
@@ -122,8 +121,8 @@ def log_polar_prefactor(dim: int) -> float:
 class _LogDirectionalIntegral(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, angle: Tensor, df: Scalar, dim: int) -> Tensor:
-        ctx.df_shape = df.shape if isinstance(df, Tensor) else None
-        ctx.angle_shape = angle.shape
+        ctx.dim, ctx.number = dim, None if isinstance(df, Tensor) else df
+        inputs = (angle, df if isinstance(df, Tensor) else None)
         if isinstance(df, Tensor):
             angle, df = torch.broadcast_tensors(angle, df)
         size = _CHUNK.get(angle.device.type, _CHUNK_ELSEWHERE)
@@ -132,26 +131,28 @@ class _LogDirectionalIntegral(torch.autograd.Function):
         needs_grad = any(ctx.needs_input_grad)
         parts = [_integrate(a, d, dim, needs_grad) for a, d in zip(angles, dfs, strict=True)]
         columns = [torch.cat(column).reshape(angle.shape) for column in zip(*parts, strict=True)]
-        ctx.save_for_backward(*columns[1:])
+        ctx.save_for_backward(*inputs, *columns[1:])
         return columns[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        by_angle, by_df = ctx.saved_tensors
+        angle, df, by_angle, by_df = ctx.saved_tensors
+        if torch.is_grad_enabled():  # higher derivatives are wanted: go through the nodes
+            _, by_angle, by_df = _integrate(angle, ctx.number if df is None else df, ctx.dim, True)
         need_angle, need_df = ctx.needs_input_grad[:2]
-        grad_angle = (grad * by_angle).sum_to_size(ctx.angle_shape) if need_angle else None
-        grad_df = (grad * by_df).sum_to_size(ctx.df_shape) if need_df else None
+        grad_angle = (grad * by_angle).sum_to_size(angle.shape) if need_angle else None
+        grad_df = (grad * by_df).sum_to_size(df.shape) if need_df else None
         return grad_angle, grad_df, None
 
 
 def _integrate(angle: Tensor, df: Scalar, dim: int, needs_grad: bool) -> tuple[Tensor, ...]:
-    """Log integral of a flat chunk and, if needed, its derivatives in angle and df."""
-    # The mode of sin(a)^dim sin(b)^df, b = angle - a, solves dim cot(a) = df cot(b), in closed form.
-    a = 0.5 * (angle + torch.asin((dim - df) / (dim + df) * angle.sin()))
-    b = angle - a
-    curvature = (a * b / angle).square() * (dim / a.sin().square() + df / b.sin().square())
-    log_z, log_1mz, log_weight = logit_nodes((a / b).log(), curvature.rsqrt())
+    """Log integral and, if needed, its derivatives in angle and df."""
+    with torch.no_grad():  # the integral does not depend on where its nodes are
+        # The mode of sin(a)^dim sin(b)^df, b = angle - a, solves dim cot(a) = df cot(b), in closed form.
+        a = 0.5 * (angle + torch.asin((dim - df) / (dim + df) * angle.sin()))
+        b = angle - a
+        curvature = (a * b / angle).square() * (dim / a.sin().square() + df / b.sin().square())
+        log_z, log_1mz, log_weight = logit_nodes((a / b).log(), curvature.rsqrt())
     angle = angle.unsqueeze(-1)
     df = df.unsqueeze(-1) if isinstance(df, Tensor) else df
     log_a, log_b = log_z + angle.log(), log_1mz + angle.log()
@@ -170,4 +171,6 @@ def _integrate(angle: Tensor, df: Scalar, dim: int, needs_grad: bool) -> tuple[T
 def _log_sin(x: Tensor, log_x: Tensor) -> Tensor:
     """Log of sin(x) for x in [0, π], relatively accurate at 0 and where sin is 1 (its power df may be huge)."""
     cos2 = x.cos().square()
-    return torch.where(cos2 < 0.5, 0.5 * torch.log1p(-cos2), log_x + torch.sinc(x / math.pi).log())
+    return torch.where(
+        cos2 < 0.5, 0.5 * torch.log1p(-cos2.clamp_max(0.5)), log_x + torch.sinc(x / math.pi).log()
+    )
