@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+from pyro_vje.config import DATASET_DEFAULTS, TrainConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULTS = TrainConfig()
 
 ckpt = click.option(
     "--ckpt",
@@ -27,3 +35,81 @@ batch_size = click.option(
 trust_plugins = click.option(
     "--trust-plugins", is_flag=True, help="Import code that the run's configuration names (module:attribute)."
 )
+
+NO_RADIUS = "none"
+"""What the command line calls the absent radial factor, ``None`` in `TrainConfig`."""
+
+SETTINGS: tuple[tuple[str, str, Any], ...] = (
+    ("--normal-class", "Pretrain on this class alone (name or index). [default: all classes]", str),
+    ("--image-size", "Side of the square images in pixels.", int),
+    ("--encoder", "resnet-small, resnet18, resnet34, resnet50, or your own as module:factory.", str),
+    ("--embedding-dim", "Dimension D of embedding and latent.", int),
+    ("--hidden-dim", "Hidden width of projector and posterior network.", int),
+    ("--likelihood", "A likelihood family, or your own as module:function.", str),
+    ("--df", "Degrees of freedom of the Student-t; inf is the Gaussian limit.", float),
+    ("--unit-radius", "Radius of the sphere of directions: 1 or √D.", click.Choice(["1", "sqrt-d"])),
+    (
+        "--radius",
+        "Radial factor of the polar families.",
+        click.Choice(["student-t", "log-student-t", NO_RADIUS]),
+    ),
+    ("--kl-weight", "Weight of the KL divergence; 1 is the ELBO proper.", float),
+    ("--shared-variance/--separate-variance", "Likelihood scale: the posterior's, or learned apart.", None),
+    ("--epochs", "Passes over the data.", int),
+    ("--batch-size", "Images in an optimiser step, over all devices.", int),
+    ("--lr", "Learning rate for 256 images; scaled by batch size / 256.", float),
+    ("--weight-decay", "Weight decay of kernels and matrices.", float),
+    ("--warmup-epochs", "Epochs of linear warm-up. [default: a tenth, at most 10]", float),
+    ("--num-particles", "Samples of the latent an image and direction.", int),
+    ("--devices", "GPUs, or processes on the CPU.", int),
+    ("--precision", "auto is bf16 where the hardware has it.", click.Choice(["auto", "32", "bf16"])),
+    ("--compile/--no-compile", "Compile the encoder.", None),
+    (
+        "--residency",
+        "Images in memory or decoded as they come.",
+        click.Choice(["auto", "memory", "stream"]),
+    ),
+    ("--workers", "Decoding processes of a streamed data set.", int),
+    ("--knn-every", "Epochs between k-NN evaluations. [default: ten in a run]", int),
+    ("--seed", "Seed of every random draw.", int),
+)
+"""Options for the `TrainConfig` fields of the same names: flag, help, type."""
+
+
+def field_of(flag: str) -> str:
+    """The `TrainConfig` field behind an option: ``--df`` is ``df``, ``--compile/--no-compile`` is ``compile``."""
+    return flag.partition("/")[0].removeprefix("--").replace("-", "_")
+
+
+def train_settings(
+    repeated: Collection[str] = (), without: Collection[str] = ()
+) -> Callable[[Command], Command]:
+    """Every setting of a pretraining run as an option; the fields in ``repeated`` may be given several times."""
+    flags = [setting for setting in SETTINGS if field_of(setting[0]) not in without]
+    settings = [("--dataset", f"One of {', '.join(DATASET_DEFAULTS)}.", str), *flags]
+
+    def decorate(command: Command) -> Command:
+        decorators = [_setting(*setting, field_of(setting[0]) in repeated) for setting in settings]
+        for option in reversed([decorators[0], data_dir, download, *decorators[1:]]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _setting(flag: str, help: str, kind: Any, repeated: bool) -> Callable[[Command], Command]:
+    default = getattr(DEFAULTS, field_of(flag))
+    if field_of(flag) == "radius" and default is None:
+        default = NO_RADIUS
+    if default is None and "[default" not in help:
+        help += " [default: the data set's]"
+    if repeated:
+        help += " Repeatable."
+    return click.option(
+        flag,
+        type=kind,
+        multiple=repeated,
+        default=(default,) if repeated else default,
+        show_default=default is not None,
+        help=help,
+    )
