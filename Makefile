@@ -23,5 +23,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
 clean:
 	rm -rf $(VENV) runs build *.egg-info

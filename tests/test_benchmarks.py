@@ -1,0 +1,164 @@
+"""The benchmarks: that the harness measures what it says, and the command writes what it measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+# benchmarks/ is no installed package: it is run from the repository's root.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import harness, rivals, speed
+from benchmarks.__main__ import main
+from benchmarks.harness import BENCHMARKS, Growth, Row, Settings, compare, table, versus
+from pyro_vje import VJE, SymmetricELBO
+from pyro_vje.data import views_for
+
+QUICK = Settings(quick=True, threads=1, precision="32-true")
+
+
+class Tasks:
+    """A clock that only tasks advance, and a record of which ran."""
+
+    def __init__(self):
+        self.now, self.calls = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def task(self, name, *seconds):
+        left = list(seconds)
+
+        def work():
+            self.calls.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return work
+
+
+def test_sides_take_turns_and_the_warm_up_is_not_counted():
+    tasks = Tasks()
+    ours, rival = tasks.task("a", 100.0, 1.0, 2.0, 3.0), tasks.task("b", 50.0, 4.0)
+    assert compare(ours, rival, 3, clock=tasks.clock) == ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0])
+    assert "".join(tasks.calls) == "ab" + "ab" * 3
+
+
+def test_short_tasks_are_called_often_within_one_timing():
+    tasks = Tasks()
+    ours, rival = tasks.task("a", 0.5), tasks.task("b", 2.0)
+    assert compare(ours, rival, 2, warmup=2, min_seconds=1.0, clock=tasks.clock) == ([0.5] * 2, [2.0] * 2)
+    assert "".join(tasks.calls) == "abab" + "aabb" * 2
+
+
+def test_task_that_returns_a_float_has_timed_itself():
+    tasks = Tasks()
+    timed = compare(lambda: 7.0, tasks.task("b", 2.0), 2, clock=tasks.clock)
+    assert timed == ([7.0, 7.0], [2.0, 2.0])
+
+
+@pytest.mark.parametrize(("repetitions", "warmup"), [(0, 1), (1, 0)])
+def test_nothing_to_measure_is_refused(repetitions, warmup):
+    with pytest.raises(ValueError, match="at least 1"):
+        compare(int, int, repetitions, warmup=warmup)
+
+
+def test_row_holds_medians_of_paired_ratios(monkeypatch):
+    # The machine slows down in the second repetition: both sides do, and no ratio shows it.
+    monkeypatch.setattr(harness, "compare", lambda *_, **__: ([1.0, 30.0, 2.0], [2.0, 60.0, 2.0]))
+    row = versus(QUICK, "this", "that", int, int, wanted=0.6, images=4)
+    assert (row.ours_seconds, row.rival_seconds) == (2.0, 2.0)
+    assert (row.ratio, row.ratio_min, row.ratio_max) == (0.5, 0.5, 1.0)
+    row.benchmark = "some"
+    lines = table([row, Row("x", "kornia", note="kornia is not installed", benchmark="views")]).splitlines()
+    assert lines[0].split()[:3] == ["benchmark", "what", "rival"]
+    assert "0.500 [0.500, 1.000]" in lines[1]
+    assert lines[2] == "views: x against kornia: kornia is not installed"
+
+
+def test_growth_fits_the_exponent():
+    assert Growth("cost", "n", "s", [(n, 3.0 * n**2) for n in (1, 10, 100)]).slope == pytest.approx(2)
+
+
+def test_registry_covers_what_is_promised():
+    assert list(BENCHMARKS) == [
+        "elbo",
+        "step",
+        "views",
+        "simsiam",
+        "epoch",
+        "scoring",
+        "growth",
+        "memory",
+        "startup",
+    ]
+
+
+def test_plain_objective_is_the_same_mathematics():
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(48, 12))
+    vje = VJE(encoder, 12, embedding_dim=8, hidden_dim=16, df=3.0, kl_weight=0.3)
+    views = torch.randn(2, 5, 3, 4, 4)
+    parameters = list(vje.parameters())
+    losses = []
+    for objective in (
+        SymmetricELBO()(vje.model, vje.guide),
+        lambda views: rivals.plain_objective(vje, views),
+    ):
+        torch.manual_seed(1)
+        losses.append(objective(views))
+    torch.testing.assert_close(losses[0], losses[1])
+    for ours, plain in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_rival_views_have_the_shape_and_range_of_ours():
+    two_views, _ = views_for("stl10", 24)
+    images = speed.random_images(64, 24).images
+    ours = two_views(images, torch.Generator().manual_seed(0))
+    rival = rivals.TorchvisionViews(images, 64, two_views, Settings(True, 0, "32-true"))
+    (batch,) = rival
+    assert batch.shape == ours.shape
+    assert batch.dtype == ours.dtype
+    assert batch.mean().item() == pytest.approx(ours.mean().item(), abs=0.1)
+    assert batch.std().item() == pytest.approx(ours.std().item(), rel=0.2)
+
+
+def test_simsiam_loss_is_a_mean_cosine_and_trains():
+    model = rivals.SimSiam(nn.Flatten(), 48, width=16)
+    loss = model(torch.randn(2, 6, 3, 4, 4))
+    assert -1 <= loss.item() <= 1
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_epoch_is_timed_through_the_trainer():
+    train_set = speed.random_images(32)
+    seconds = speed.vje_epoch("resnet-small", train_set, 16, QUICK)()
+    assert isinstance(seconds, float)
+    assert seconds > 0
+
+
+def test_command_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "new" / "speed.json"
+    main(["--quick", "--only", "elbo", "growth", "--out", str(out)])
+    written = json.loads(out.read_text())
+    assert written["command"].startswith("python -m benchmarks --quick")
+    assert {"date", "commit", "hardware", "versions", "threads", "precision"} <= set(written)
+    assert [row["benchmark"] for row in written["rows"]] == ["elbo"] * 3
+    for row in written["rows"]:
+        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+        assert row["rival"] == "plain torch"
+    assert all(len(growth["points"]) == 2 for growth in written["growth"])
+    printed = capsys.readouterr().out
+    assert printed.count("symmetric ELBO alone") == 3
+    assert "slope" in printed
+
+
+def test_unknown_name_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "sped"])
+    message = capsys.readouterr().err
+    assert "'sped'" in message
+    assert all(name in message for name in BENCHMARKS)
