@@ -42,6 +42,12 @@ CONFIG, WEIGHTS, METRICS, CHECKPOINTS, PICTURES = (
 HEADER_KEY = "pyro_vje"
 
 
+def versions() -> dict[str, str]:
+    """Versions of what makes the numbers: Python, this package and those under it."""
+    packages = ("pyro-vje", "torch", "torchvision", "pyro-ppl", "lightning")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """What a run was trained with and on: the content of ``config.json`` and of the weights' header.
@@ -79,9 +85,7 @@ class RunInfo:
         """JSON-ready form, with the schema version and the versions of what made it."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["config"] = self.config.to_dict()
-        packages = ("pyro-vje", "torch", "torchvision", "pyro-ppl", "lightning")
-        versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        return {"schema_version": SCHEMA_VERSION, **values, "versions": versions}
+        return {"schema_version": SCHEMA_VERSION, **values, "versions": versions()}
 
     @classmethod
     def from_dict(cls, values: Any) -> RunInfo:

@@ -178,6 +178,32 @@ class Pretraining(lightning.LightningModule):
         return means
 
 
+def load_train_set(config: TrainConfig) -> ImageSet:
+    """Load the images that a run with these (resolved) settings pretrains on.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If there is no such data set or class, or it has fewer images than a batch.
+    """
+    train_set = load_dataset(
+        config.dataset,
+        config.data_dir,
+        "pretrain",
+        image_size=config.image_size,
+        download=config.download,
+        residency=config.residency,
+    )
+    if config.normal_class is not None:
+        train_set = train_set.of_class(config.normal_class)
+    if len(train_set) < (config.batch_size or 0):
+        raise ValueError(
+            f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
+            f"choose at most {len(train_set)}"
+        )
+    return train_set
+
+
 def train(
     config: TrainConfig, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
@@ -209,21 +235,7 @@ def train(
         If the loss stops being finite; the last checkpoint stays.
     """
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
-    train_set = load_dataset(
-        config.dataset,
-        config.data_dir,
-        "pretrain",
-        image_size=config.image_size,
-        download=config.download,
-        residency=config.residency,
-    )
-    if config.normal_class is not None:
-        train_set = train_set.of_class(config.normal_class)
-    if len(train_set) < (config.batch_size or 0):
-        raise ValueError(
-            f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
-            f"choose at most {len(train_set)}"
-        )
+    train_set = load_train_set(config)
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
     # The encoder's convolutions are fastest with channels last on every device we measured.
