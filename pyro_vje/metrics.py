@@ -172,10 +172,11 @@ def _top_k(similarity: Tensor, k: int) -> Tensor:
 
     ``torch.topk`` leaves open which of several equal entries it takes, and takes different ones on different devices.
     """
-    values, index = similarity.topk(k, dim=1)
-    tied = ((similarity >= values[:, -1:]).sum(1) > k).nonzero()[:, 0]
+    values, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    tied = (values[:, k:] == values[:, k - 1 : k]).nonzero()[:, 0]  # one more entry equals the last one taken
+    index = index[:, :k]
     if len(tied):
-        rows, smallest = similarity[tied], values[tied, -1:]
+        rows, smallest = similarity[tied], values[tied, k - 1 : k]
         above, equal = rows > smallest, rows == smallest
         room = k - above.sum(1, keepdim=True)
         index[tied] = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
