@@ -50,7 +50,8 @@ class PolarStudentT(VectorDistribution):
         density is with respect to the surface measure of the *unit* sphere.
     radius_scale : Tensor, optional
         Scale of the radius, shape ``batch_shape``. By default ``sqrt(sum((loc/‖loc‖)² scale²))``:
-        diag(scale²) projected onto the direction of ``loc``.
+        diag(scale²) projected onto the direction of ``loc``
+        (the mean scale where ``loc`` is zero).
     direction : {"restricted", "projected"}
         ``restricted`` evaluates the ambient Student-t on the sphere (the paper's "spherical subdensity"): it
         does not integrate to one, and its mass depends on ``scale`` (:attr:`log_direction_mass`).
@@ -186,7 +187,7 @@ class PolarStudentT(VectorDistribution):
         m, loc_norm = unit_and_norm(self.loc)
         loc_norm = loc_norm.squeeze(-1)
         z = self._radial_noise(sample_shape) * self._get_radius_scale(m) / loc_norm
-        limit = 0.5 * math.log(torch.finfo(z.dtype).max)  # leaves room for the square of the norm
+        limit = 0.49 * math.log(torch.finfo(z.dtype).max)  # leaves room for the square of the norm
         r = (loc_norm.log() + z).clamp(-limit, limit).exp()
         return r.unsqueeze(-1) * self._sample_direction(m, sample_shape)
 
@@ -236,5 +237,6 @@ class PolarStudentT(VectorDistribution):
     def _get_radius_scale(self, m: Tensor) -> Tensor:
         if self._radius_scale is not None:
             return self._radius_scale
-        # A zero loc has no direction to project on; the clamp inside keeps its scale and gradients finite.
-        return unit_and_norm(m * self.scale)[1].squeeze(-1)
+        # A zero loc has no direction to project on: any scale will do, as long as it and its gradient are finite.
+        projected = torch.linalg.vector_norm(m * self.scale, dim=-1)
+        return torch.where(projected > 0, projected, self.scale.mean(-1))

@@ -98,7 +98,7 @@ def integrate(log_prob, dim, count):
     return (log_prob(points).exp() * weights).sum().item()
 
 
-def cosine_density(log_prob, axis, count=200001):
+def cosine_density(log_prob, axis, count=8001):
     """Angles, and density of the angle to ``axis``, of a law on the sphere that is symmetric around it."""
     dim = len(axis)
     other = torch.zeros_like(axis)
@@ -113,7 +113,7 @@ def cosine_density(log_prob, axis, count=200001):
 
 def angle_p_value(distribution, axis, samples):
     """Kolmogorov-Smirnov p-value of the samples' angles to ``axis`` under the law that ``log_prob`` says."""
-    angle, density = cosine_density(distribution.log_prob, axis, count=20001)
+    angle, density = cosine_density(distribution.log_prob, axis)
     cdf = torch.cumulative_trapezoid(density, angle)
     angles = torch.atan2((samples - (samples @ axis)[:, None] * axis).norm(dim=-1), samples @ axis)
     return stats.kstest(angles.numpy(), lambda x: np.interp(x, angle[1:].numpy(), cdf.numpy())).pvalue

@@ -78,7 +78,7 @@ def test_is_the_radial_integral_of_scipys_density(df):
 
 
 @pytest.mark.parametrize("df", [0.5, 1.0, 5.0, 1000.0, math.inf])
-@pytest.mark.parametrize(("dim", "count"), [(2, 4000), (3, 300)])
+@pytest.mark.parametrize(("dim", "count"), [(2, 4000), (3, 150)])
 def test_integrates_to_one_in_low_dimension(df, dim, count):
     loc, scale = torch.tensor([0.7, -1.1, 0.4])[:dim].double(), torch.tensor([0.5, 1.3, 0.8])[:dim].double()
     assert integrate(ProjectedStudentT(df, loc, scale).log_prob, dim, count) == pytest.approx(1, abs=1e-8)
