@@ -22,7 +22,7 @@ from benchmarks.rivals import SimSiam, TorchvisionViews, installed, kornia_views
 from pyro_vje import VJE, SymmetricELBO, TrainConfig, training
 from pyro_vje.data import ImageSet, ResidentLoader, views_for
 from pyro_vje.encoders import build_encoder, feature_dim
-from pyro_vje.encoding import Encoded, encode_batches
+from pyro_vje.encoding import encode_batches
 from pyro_vje.runs import build_model
 from pyro_vje.scoring import latent_noise, likelihood_parts
 
@@ -252,7 +252,7 @@ def score_images(vje: VJE, images: ImageSet, batch: int, settings: Settings) -> 
 
     def run() -> None:
         for encoded in encode_batches(vje, images, view, batch_size=batch, device=settings.device):
-            for part in likelihood_parts(vje, encoded, noise):
+            for part in likelihood_parts(vje, encoded.embeddings, encoded.loc, encoded.scale, noise):
                 part.cpu()
 
     return run
@@ -264,8 +264,7 @@ def growth(settings: Settings) -> Iterator[Result]:
     vje, _ = new_model("resnet-small", 256, settings)
     train = train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings)
     images, dim = 16 if settings.quick else 4096, vje.embedding_dim
-    features, loc, scale = torch.randn(3, images, dim, device=settings.device)
-    encoded = Encoded(torch.arange(images), features, features, loc, scale.exp())
+    embeddings, loc, scale = torch.randn(3, images, dim, device=settings.device)
 
     def step_of(batch: int) -> Work:
         views = noise_views(batch, settings)
@@ -278,7 +277,7 @@ def growth(settings: Settings) -> Iterator[Result]:
 
     def particles(count: int) -> Work:
         noise = latent_noise(count, dim, seed=0)
-        return lambda: likelihood_parts(vje, encoded, noise)
+        return lambda: likelihood_parts(vje, embeddings, loc, scale.exp(), noise)
 
     def scoring_of(count: int) -> Work:
         return score_images(vje, random_images(count), 256, settings)
