@@ -515,20 +515,20 @@ def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int)
     # "not >=" rather than "<", so that NaN is reported as well.
     if not spread >= MIN_SPREAD:
         found.append(
-            f"the spread of the normalised embeddings is {spread:.2f} (below {MIN_SPREAD}; 1 is even, 0 is collapsed): "
-            "lower lr, warm up for longer, and keep the batch norm in the projector"
+            f"the representation may be collapsing: the spread of its normalised embeddings is {spread:.2f} (below "
+            f"{MIN_SPREAD}; 1 is even, 0 is collapsed): lower lr, raise warmup_epochs, keep the projector's batch norm"
         )
     if not effective_rank >= least_rank:
         found.append(
-            f"the effective rank is {effective_rank:.1f} of {dim} (below {least_rank:.1f}): lower lr, or use a larger "
-            "batch_size"
+            f"the features fill few directions: their effective rank is {effective_rank:.1f} of {dim} (below "
+            f"{least_rank:.1f}): lower lr, or use a larger batch_size"
         )
     if not snr >= MIN_POSTERIOR_SNR:
         found.append(
             f"the posterior is mostly noise, its mean {snr:.2f} times the norm of its noise "
             f"(below {MIN_POSTERIOR_SNR}): lower kl_weight"
         )
-    return "the representation may be collapsing: " + "; ".join(found) if found else None
+    return "; ".join(found) or None
 
 
 # Uncertainty ----------------------------------------------------------------------------------------------------------
