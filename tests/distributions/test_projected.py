@@ -250,6 +250,19 @@ def test_integral_is_the_same_in_chunks_and_takes_df_of_any_shape():
     assert [g.shape for g in grads] == [angle.shape, df.shape]
 
 
+@pytest.mark.parametrize("dim", [4, 128, 2048])
+@pytest.mark.parametrize("df", [0.5, 5.0, 1000.0])
+def test_many_elements_are_interpolated_to_the_same_accuracy(dim, df):
+    edge = torch.logspace(-9, -1, 500, dtype=torch.float64)
+    angle = torch.cat([edge, torch.linspace(0.1, math.pi - 0.1, 1500, dtype=torch.float64), math.pi - edge])
+    one_by_one = log_directional_integral(angle, df, dim)
+    many = log_directional_integral(angle.repeat(40), df, dim)[: len(angle)]
+    torch.testing.assert_close(many, one_by_one, rtol=1e-13, atol=4e-9)
+    assert not torch.equal(many, one_by_one)  # the table was used
+    needs_grad = angle.repeat(40).requires_grad_()
+    assert torch.equal(log_directional_integral(needs_grad[: 1 << 16], df, dim)[: len(angle)], one_by_one)
+
+
 def test_second_derivatives():
     df = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
     loc = torch.randn(3, dtype=torch.float64, requires_grad=True)
