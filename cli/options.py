@@ -42,11 +42,12 @@ NO_RADIUS = "none"
 SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("--normal-class", "Pretrain on this class alone (name or index). [default: all classes]", str),
     ("--image-size", "Side of the square images in pixels.", int),
+    ("--holdout", "Share of the images kept out of training to calibrate scores into p-values.", float),
     ("--encoder", "resnet-small, resnet18, resnet34, resnet50, or your own as module:factory.", str),
     ("--embedding-dim", "Dimension D of embedding and latent.", int),
     ("--hidden-dim", "Hidden width of projector and posterior network.", int),
     ("--likelihood", "A likelihood family, or your own as module:function.", str),
-    ("--df", "Degrees of freedom of the Student-t; inf is the Gaussian limit.", float),
+    ("--df", "Degrees of freedom of the Student-t; inf is the Gaussian limit. [default: D - 2]", float),
     ("--unit-radius", "Radius of the sphere of directions: 1 or √D.", click.Choice(["1", "sqrt-d"])),
     (
         "--radius",
@@ -109,7 +110,7 @@ def _setting(flag: str, help: str, kind: Any, repeated: bool) -> Callable[[Comma
         flag,
         type=kind,
         multiple=repeated,
-        default=(default,) if repeated else default,
+        default=(default,) if repeated and default is not None else default,
         show_default=default is not None,
         help=help,
     )

@@ -34,6 +34,7 @@ from pyro_vje.cli import options
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The CSV. [default: scores.csv in the run folder]"
 )
+@click.option("--draw/--no-draw", default=True, show_default=True, help="Draw pictures beside the CSV.")
 @options.trust_plugins
 @click.pass_context
 def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:

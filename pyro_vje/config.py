@@ -20,10 +20,12 @@ class TrainConfig:
         Pretrain on this class alone (name or index): the one-class protocol.
     image_size :
         Pixels of a square view.
+    holdout :
+        Share of the images that is kept out of training to calibrate scores into p-values (0: none).
     encoder, embedding_dim, hidden_dim :
         Encoder by name or ``module:factory``; D; hidden width of projector and posterior network.
     likelihood, df, unit_radius, radius, kl_weight, shared_variance :
-        The model's probabilistic settings, as in `pyro_vje.VJE`.
+        The model's probabilistic settings, as in `pyro_vje.VJE`. ``df`` is D - 2 unless said.
     epochs, batch_size, lr, weight_decay, warmup_epochs :
         SGD with momentum 0.9 and a cosine schedule after linear warm-up. ``lr`` is for 256 images and is scaled by
         ``batch_size / 256``; weights of one dimension (biases, batch norm) are not decayed.
@@ -44,18 +46,19 @@ class TrainConfig:
     download: bool = True
     normal_class: str | None = None
     image_size: int | None = None
+    holdout: float = 0.05
     encoder: str | None = None
     embedding_dim: int = 128
     hidden_dim: int = 512
     likelihood: str = "polar-student-t"
-    df: float = 5.0
+    df: float | None = None
     unit_radius: str = "sqrt-d"
     radius: str | None = "student-t"
-    kl_weight: float = 0.1
+    kl_weight: float = 0.03
     shared_variance: bool = True
     epochs: int | None = None
     batch_size: int | None = None
-    lr: float = 0.06
+    lr: float = 0.2
     weight_decay: float = 5e-4
     warmup_epochs: float | None = None
     num_particles: int = 1
@@ -82,6 +85,8 @@ class TrainConfig:
             config = dataclasses.replace(config, warmup_epochs=min(10.0, 0.1 * (config.epochs or 0)))
         if config.knn_every is None:
             config = dataclasses.replace(config, knn_every=max(1, (config.epochs or 0) // 10))
+        if config.df is None:
+            config = dataclasses.replace(config, df=float(max(1, config.embedding_dim - 2)))
         config._check()
         return config
 
@@ -99,16 +104,17 @@ class TrainConfig:
             "weight_decay": (0, math.inf),
             "kl_weight": (0, math.inf),
             "warmup_epochs": (0, math.inf),
+            "holdout": (0, 0.5),
             "seed": (0, 2**31 - 1),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not (low <= value < high if math.isinf(high) else low <= value <= high):
-                upper = "" if math.isinf(high) else f" and at most {high:.0f}"
+                upper = "" if math.isinf(high) else f" and at most {high:g}"
                 raise ValueError(f"{name} must be at least {low:g}{upper}, not {value}")
         if self.image_size is not None and self.image_size < 8:
             raise ValueError(f"image_size must be at least 8 pixels, not {self.image_size}")
-        if not self.df > 0:
+        if self.df is not None and not self.df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {self.df}")
         choices = {
             "unit_radius": ("1", "sqrt-d"),
@@ -125,7 +131,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""
         values = dataclasses.asdict(self)
-        if math.isinf(self.df):
+        if self.df is not None and math.isinf(self.df):
             values["df"] = "inf"  # JSON has no infinity
         return values
 
@@ -167,3 +173,6 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "folder": {"encoder": "resnet18", "epochs": 100, "batch_size": 256},
 }
 """What a run on each data set uses where nothing is said."""
+
+ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")
+"""What an ablation always varies (with one value or several), the seed last."""

@@ -93,7 +93,9 @@ class EpochReport(lightning.pytorch.Callback):
         last = row["epoch"] == trainer.max_epochs
         if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
             row.update(self._measure(module.vje))
-            self._warn(row, module.vje.embedding_dim)
+            # A young posterior is noise in every run; what matters is whether it stays so.
+            if 2 * row["epoch"] >= (trainer.max_epochs or 0):
+                self._warn(row, module.vje.feature_dim)
         self.rows.append(row)
         if trainer.is_global_zero:
             self._write()

@@ -4,6 +4,7 @@
 
     RUN/config.json           settings, image size, classes, versions
     RUN/weights.safetensors   weights; its header repeats config.json, so that the file stands alone
+    RUN/calibration.safetensors   embeddings and posteriors of held-out images, which calibrate scores
     RUN/metrics.csv           a row for each epoch
     RUN/checkpoints/          what resuming needs
     RUN/pictures/             training curves, embedding, scores
@@ -21,20 +22,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import DATASETS, CleanView, ImageSet
 from pyro_vje.encoders import build_encoder, describe_stem, feature_dim
+from pyro_vje.encoding import Encoded
 from pyro_vje.files import write_atomic, write_json
 from pyro_vje.model import VJE
 from pyro_vje.plugins import is_reference
 
 SCHEMA_VERSION = 1
-CONFIG, WEIGHTS, METRICS, CHECKPOINTS, PICTURES = (
+CONFIG, WEIGHTS, CALIBRATION, METRICS, CHECKPOINTS, PICTURES = (
     "config.json",
     "weights.safetensors",
+    "calibration.safetensors",
     "metrics.csv",
     "checkpoints",
     "pictures",
@@ -176,6 +180,38 @@ def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
     return write_atomic(folder / WEIGHTS, safetensors_bytes(state, header))
 
 
+def save_calibration(folder: Path, encoded: Encoded) -> Path:
+    """Write the embeddings and posteriors of the held-out images: 12 bytes a feature and image."""
+    tensors = {name: getattr(encoded, name).contiguous() for name in ("embeddings", "loc", "scale")}
+    return write_atomic(folder / CALIBRATION, safetensors_bytes(tensors))
+
+
+def load_calibration(run: LoadedRun) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Embeddings, loc and scale ``(n, D)`` of a run's held-out images; ``None`` where the run has none.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or does not fit the model.
+    """
+    path = None if run.folder is None else run.folder / CALIBRATION
+    if path is None or not path.is_file():
+        return None
+    try:
+        tensors = safetensors_load(path.read_bytes())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    loaded = [tensors.get(name) for name in ("embeddings", "loc", "scale")]
+    shape = (len(loaded[0]) if loaded[0] is not None and loaded[0].dim() else 0, run.vje.embedding_dim)
+    for tensor in loaded:
+        if tensor is None or tensor.shape != shape or not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path} does not fit the model: it must hold finite embeddings, loc and scale {shape}"
+            )
+    embeddings, loc, scale = (tensor.float() for tensor in loaded if tensor is not None)
+    return embeddings, loc, scale
+
+
 def read_info(folder: Path) -> RunInfo:
     """Read a run folder's ``config.json``.
 
@@ -237,6 +273,7 @@ def load_run(
     vje = build_model(info.config, info.image_size)
     _check_state(path, state, vje.state_dict())
     vje.load_state_dict(state)
+    vje.encoder.to(memory_format=torch.channels_last)  # as in training: convolutions are fastest so
     return LoadedRun(vje.to(device).eval().requires_grad_(False), info, folder)
 
 

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from pyro_vje import metrics, pictures
+from pyro_vje.calibration import conformal_p_values
 from pyro_vje.data import ImageSet, load_dataset
-from pyro_vje.encoding import Encoded, encode, encode_batches
+from pyro_vje.encoding import encode, encode_batches
 from pyro_vje.evaluation import load_split
 from pyro_vje.files import write_atomic
 from pyro_vje.model import VJE
-from pyro_vje.runs import PICTURES, LoadedRun, load_run
+from pyro_vje.runs import PICTURES, LoadedRun, load_calibration, load_run
 
 log = logging.getLogger("pyro_vje")
 
@@ -74,40 +75,41 @@ def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def likelihood_parts(vje: VJE, encoded: Encoded, noise: Tensor) -> LikelihoodParts:
+def likelihood_parts(
+    vje: VJE, embeddings: Tensor, loc: Tensor, scale: Tensor, noise: Tensor
+) -> LikelihoodParts:
     """Evaluate the likelihood of each image's embedding under its own posterior.
 
     Parameters
     ----------
     vje : VJE
         The model.
-    encoded : Encoded
-        N images.
+    embeddings, loc, scale : tensors
+        ``(N, D)`` each: N images and their posteriors.
     noise : tensor
         ``(P, D)`` from `latent_noise`: the particles z = loc + scale · noise.
     """
-    loc, scale, target = encoded.loc, encoded.scale, encoded.embeddings
-    radius = torch.linalg.vector_norm(target, dim=-1)
-    sums = [torch.zeros(len(loc), device=loc.device, dtype=torch.float64) for _ in range(3)]
+    radius = torch.linalg.vector_norm(embeddings, dim=-1)
+    log_jacobian = (embeddings.shape[-1] - 1) * radius.log()
+    sums = torch.zeros(3, len(loc), dtype=torch.float64, device=loc.device)
     for particle in noise.to(loc.device):  # one at a time: memory does not grow with the number of particles
         likelihood = vje.likelihood(loc + scale * particle, scale)
-        sums[0] += likelihood.log_prob(target)
         if hasattr(likelihood, "log_prob_direction"):
-            sums[1] += likelihood.log_prob_direction(target)
-            sums[2] += likelihood.log_prob_radius(radius)
+            direction, radial = likelihood.log_prob_direction(embeddings), likelihood.log_prob_radius(radius)
+            joint = direction + radial - log_jacobian
         else:
-            sums[1] += torch.nan
-            sums[2] += torch.nan
+            joint = likelihood.log_prob(embeddings)
+            direction = radial = torch.full_like(joint, torch.nan)
+        sums += torch.stack([joint, direction, radial])
+    joint, direction, radial = sums / len(noise)
     kl = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
-    log_likelihood, log_direction, log_radius = (total / len(noise) for total in sums)
-    return LikelihoodParts(
-        log_likelihood, log_direction, log_radius, kl.double(), (scale**2).mean(-1).double()
-    )
+    return LikelihoodParts(joint, direction, radial, kl.double(), (scale**2).mean(-1).double())
 
 
 COLUMNS = (
     "path",
     "anomaly_score",
+    "p_value",
     "log_likelihood",
     "log_direction",
     "log_radius",
@@ -159,6 +161,7 @@ def score(
     batch_size: int = 256,
     download: bool = True,
     out: str | Path | None = None,
+    draw: bool = True,
     trust_plugins: bool = False,
 ) -> ScoreResult:
     """Score images: a CSV with a row for each, and pictures beside it.
@@ -184,6 +187,8 @@ def score(
         Images in a forward pass; the scores do not depend on it.
     out : path, optional
         The CSV; by default ``scores.csv`` in the run folder.
+    draw : bool
+        Whether to draw pictures into a folder ``pictures`` beside the CSV.
     trust_plugins : bool
         See `pyro_vje.runs.load_run`.
 
@@ -222,7 +227,8 @@ def score(
     indices, batches = [], []
     for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
         indices.append(encoded.indices)
-        batches.append(LikelihoodParts(*(part.cpu() for part in likelihood_parts(run.vje, encoded, noise))))
+        found = likelihood_parts(run.vje, encoded.embeddings, encoded.loc, encoded.scale, noise)
+        batches.append(LikelihoodParts(*(part.cpu() for part in found)))
     if not batches:
         raise ValueError("no image could be scored: not one of them could be decoded")
     index = torch.cat(indices)
@@ -232,9 +238,11 @@ def score(
         raise ValueError(
             f"the score {score!r} does not exist for the likelihood {run.info.config.likelihood!r}"
         )
-    _write_csv(target, images, index, scores, parts)
+    p_values = _p_values(run, score, scores, noise)
+    _write_csv(target, images, index, scores, p_values, parts)
     known = None if is_anomaly is None else is_anomaly[index]
-    _draw(target, images, index, scores, parts, known)
+    if draw:
+        _draw(target, images, index, scores, parts, known)
     auroc = None if known is None or len(known.unique()) < 2 else metrics.auroc(scores.numpy(), known.numpy())
     return ScoreResult(
         csv=target,
@@ -264,10 +272,30 @@ def anomaly_labels(images: ImageSet, normal_class: str | None) -> Tensor | None:
     return None if images.labels is None else images.labels != label
 
 
-def _write_csv(path: Path, images: ImageSet, index: Tensor, scores: Tensor, parts: LikelihoodParts) -> None:
+def _p_values(run: LoadedRun, score: str, scores: Tensor, noise: Tensor) -> Tensor:
+    """Conformal p-values from the run's held-out images, scored with the same noise; NaN where there are none."""
+    held_out = load_calibration(run)
+    if held_out is None:
+        return torch.full_like(scores, torch.nan)
+    calibration = SCORES[score](likelihood_parts(run.vje.cpu(), *held_out, noise))
+    return torch.from_numpy(conformal_p_values(scores, calibration))
+
+
+def _write_csv(
+    path: Path, images: ImageSet, index: Tensor, scores: Tensor, p_values: Tensor, parts: LikelihoodParts
+) -> None:
     rows: list[dict[str, Any]] = []
     columns = torch.stack(
-        [scores, parts.log_likelihood, parts.log_direction, parts.log_radius, parts.kl, parts.variance], dim=1
+        [
+            scores,
+            p_values,
+            parts.log_likelihood,
+            parts.log_direction,
+            parts.log_radius,
+            parts.kl,
+            parts.variance,
+        ],
+        dim=1,
     )
     for i, values in zip(index.tolist(), columns.tolist(), strict=True):
         label = ""

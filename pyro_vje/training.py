@@ -33,6 +33,7 @@ from pyro_vje.data import (
     make_loader,
     views_for,
 )
+from pyro_vje.encoding import encode
 from pyro_vje.files import write_json
 from pyro_vje.model import VJE
 from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
@@ -44,6 +45,7 @@ from pyro_vje.runs import (
     build_model,
     describe_run,
     read_info,
+    save_calibration,
     save_weights,
 )
 
@@ -136,7 +138,7 @@ class Pretraining(lightning.LightningModule):
             loss = self.elbo(views)
         self._validated = True
         self._add("loss", loss.detach())
-        if batch_idx % PART_EVERY == 0:
+        if batch_idx % PART_EVERY == 0 and self.trainer.progress_bar_callback is not None:
             for name in ("loss", "log_direction", "log_radius", "kl"):
                 if name in self.sums:
                     self.log(
@@ -152,13 +154,22 @@ class Pretraining(lightning.LightningModule):
         if self._generator is None or self._generator.device != device:
             self._generator = torch.Generator(device)
         step = (self.config.seed, self.global_step)
-        torch.manual_seed(derive_seed("latents", *step, self.global_rank))
+        # Only the device's own generator: torch.manual_seed visits every backend, a millisecond a step.
+        latents = (
+            torch.cuda.default_generators[device.index or 0]
+            if device.type == "cuda"
+            else torch.default_generator
+        )
+        latents.manual_seed(derive_seed("latents", *step, self.global_rank))
         # Equal on every rank: the views of a global batch do not depend on how many processes share it.
         return self._generator.manual_seed(derive_seed("views", *step))
 
     def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
         posterior = cast(Independent, guide_trace.nodes["z"]["fn"]).base_dist
-        target, likelihood = model_trace.nodes["target"]["value"], cast(Any, model_trace.nodes["target"]["fn"])
+        target, likelihood = (
+            model_trace.nodes["target"]["value"],
+            cast(Any, model_trace.nodes["target"]["fn"]),
+        )
         kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
         self._add("kl", kl.mean())
         self._add("log_likelihood", likelihood.log_prob(target).mean())
@@ -178,8 +189,8 @@ class Pretraining(lightning.LightningModule):
         return means
 
 
-def load_train_set(config: TrainConfig) -> ImageSet:
-    """Load the images that a run with these (resolved) settings pretrains on.
+def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
     Raises
     ------
@@ -196,12 +207,13 @@ def load_train_set(config: TrainConfig) -> ImageSet:
     )
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
+    train_set, held_out = hold_out(train_set, config)
     if len(train_set) < (config.batch_size or 0):
         raise ValueError(
             f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
             f"choose at most {len(train_set)}"
         )
-    return train_set
+    return train_set, held_out
 
 
 def train(
@@ -235,7 +247,7 @@ def train(
         If the loss stops being finite; the last checkpoint stays.
     """
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
-    train_set = load_train_set(config)
+    train_set, held_out = load_train_set(config)
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
     # The encoder's convolutions are fastest with channels last on every device we measured.
@@ -269,10 +281,23 @@ def train(
         except SystemExit:  # how Lightning ends on Ctrl-C
             raise KeyboardInterrupt from None
     if trainer.is_global_zero:
+        if held_out is not None:
+            device = next(vje.parameters()).device
+            save_calibration(folder, encode(vje, held_out, info.view, device=device))
         save_weights(folder, vje, info)
         report.draw(vje, info.classes)
         log.info("run folder: %s", folder)
     return folder
+
+
+def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """Split off ``config.holdout`` of the images, drawn by the run's seed; ``None`` if that is not one image."""
+    count = round(config.holdout * len(images))
+    if count == 0:
+        return images, None
+    generator = torch.Generator().manual_seed(derive_seed("holdout", config.seed))
+    order = torch.randperm(len(images), generator=generator)
+    return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 import csv
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from pyro_vje import embed, load_run, score
 from pyro_vje.encoding import encode
 from pyro_vje.evaluation import load_split
+from pyro_vje.runs import load_calibration
 from pyro_vje.scoring import SCORES, latent_noise, likelihood_parts
 
 
@@ -33,8 +36,9 @@ def test_parts_are_the_expectation_they_claim_to_be(trained_run):
     run = load_run(trained_run)
     images = load_split(run, "test", None, None)
     encoded = encode(run.vje, images, run.info.view)
-    many = likelihood_parts(run.vje, encoded, latent_noise(2_000, run.vje.embedding_dim, 1))
-    few = likelihood_parts(run.vje, encoded, latent_noise(64, run.vje.embedding_dim, 0))
+    posteriors = (encoded.embeddings, encoded.loc, encoded.scale)
+    many = likelihood_parts(run.vje, *posteriors, latent_noise(2_000, run.vje.embedding_dim, 1))
+    few = likelihood_parts(run.vje, *posteriors, latent_noise(64, run.vje.embedding_dim, 0))
     with torch.no_grad():
         z = encoded.loc + encoded.scale * torch.randn(2_000, *encoded.loc.shape)
         likelihood = run.vje.likelihood(z, encoded.scale.expand_as(z))
@@ -72,15 +76,15 @@ def test_csv_of_the_runs_own_test_split(trained_run, out):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 256])
 def test_scores_do_not_depend_on_the_batch_size(trained_run, out, batch_size):
-    score(trained_run, out=out, batch_size=5)
+    score(trained_run, out=out, batch_size=5, draw=False)
     reference = numbers(read(out))
-    score(trained_run, out=out, batch_size=batch_size)
+    score(trained_run, out=out, batch_size=batch_size, draw=False)
     np.testing.assert_allclose(numbers(read(out)), reference, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", list(SCORES))
 def test_every_score_is_finite_and_is_the_column_it_names(trained_run, out, name):
-    result = score(trained_run, out=out, score=name)
+    result = score(trained_run, out=out, score=name, draw=False)
     rows = read(out)
     assert result.score == name
     expected = {
@@ -93,8 +97,34 @@ def test_every_score_is_finite_and_is_the_column_it_names(trained_run, out, name
     np.testing.assert_allclose(numbers(rows), expected, atol=3e-6)
 
 
+def test_p_values_come_from_the_held_out_images(trained_run, out, tmp_path):
+    run = load_run(trained_run)
+    assert run.info.train_images == 46  # of 48: 5 % are held out
+    held_out = load_calibration(run)
+    assert [tuple(tensor.shape) for tensor in held_out] == [(2, 8)] * 3
+    noise = latent_noise(16, 8, 0)
+    calibration = SCORES["conditional"](likelihood_parts(run.vje, *held_out, noise)).numpy()
+    score(trained_run, out=out, draw=False)
+    rows = read(out)
+    expected = [(1 + (calibration >= s).sum()) / 3 for s in numbers(rows)]
+    np.testing.assert_allclose(numbers(rows, "p_value"), expected, atol=1e-6)
+    # a weights file alone has no calibration
+    score(trained_run / "weights.safetensors", out=tmp_path / "bare.csv", draw=False)
+    assert {row["p_value"] for row in read(tmp_path / "bare.csv")} == {""}
+
+
+def test_damaged_calibration_is_refused(trained_run, out, tmp_path):
+    copy = shutil.copytree(trained_run, tmp_path / "copy")
+    (copy / "calibration.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"calibration\.safetensors is no readable"):
+        score(copy, out=out)
+    save_file({"embeddings": torch.zeros(2, 5)}, copy / "calibration.safetensors")
+    with pytest.raises(ValueError, match="does not fit the model"):
+        score(copy, out=out)
+
+
 def test_normal_class_chooses_the_positive_class(trained_run, out):
-    result = score(trained_run, out=out, normal_class="stripes")
+    result = score(trained_run, out=out, normal_class="stripes", draw=False)
     rows = read(out)
     truth = [row["label"] != "stripes" for row in rows]
     assert result.auroc == pytest.approx(roc_auc_score(truth, numbers(rows)))

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyro_vje import TrainConfig, load_run, train, training
+from pyro_vje.data import load_dataset
 from pyro_vje.monitoring import COLUMNS, TrainingDiverged
 from pyro_vje.training import choose_precision
 
@@ -25,6 +26,7 @@ def test_run_folder_is_complete(trained_run, tiny_config):
     assert {
         "config.json",
         "weights.safetensors",
+        "calibration.safetensors",
         "metrics.csv",
         "checkpoints/last.ckpt",
         "pictures/training.png",
@@ -33,7 +35,7 @@ def test_run_folder_is_complete(trained_run, tiny_config):
     config = json.loads((trained_run / "config.json").read_text())
     assert config["config"]["epochs"] == 3
     assert config["classes"] == ["normal", "spots", "stripes"]
-    assert config["train_images"] == 48
+    assert config["train_images"] == 46  # 5 % of 48 are held out
     rows = read_metrics(trained_run)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     for row in rows:
@@ -45,7 +47,7 @@ def test_run_folder_is_complete(trained_run, tiny_config):
 
 
 def test_training_improves_the_objective(tiny_config, tmp_path):
-    folder = train(dataclasses.replace(tiny_config, epochs=12, lr=0.3), tmp_path / "run")
+    folder = train(dataclasses.replace(tiny_config, epochs=30, lr=0.3), tmp_path / "run")
     losses = [float(row["loss"]) for row in read_metrics(folder)]
     assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.5
 
@@ -112,9 +114,20 @@ def test_overwrite_replaces_only_when_the_data_are_there(tiny_config, tmp_path):
 
 
 def test_batch_larger_than_the_data(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="batch_size 64 is larger than the data, 48 images"):
+    with pytest.raises(ValueError, match="batch_size 64 is larger than the data, 46 images"):
         train(dataclasses.replace(tiny_config, batch_size=64), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_images_are_never_trained_on(tiny_config):
+    config = dataclasses.replace(tiny_config, holdout=0.25).resolved()
+    kept, held_out = training.load_train_set(config)
+    everything = load_dataset("folder", config.data_dir, "pretrain")
+    assert (len(kept), len(held_out)) == (36, 12)
+    assert sorted(kept.paths + held_out.paths) == sorted(everything.paths)
+    assert training.load_train_set(dataclasses.replace(config, holdout=0.0))[1] is None
+    other = training.load_train_set(dataclasses.replace(config, seed=1))[1]
+    assert other.paths != held_out.paths
 
 
 def test_one_class_run_sees_one_class_only(tiny_config, tmp_path, monkeypatch):
@@ -129,8 +142,8 @@ def test_one_class_run_sees_one_class_only(tiny_config, tmp_path, monkeypatch):
         dataclasses.replace(tiny_config, normal_class="normal", batch_size=8, epochs=1, knn_every=0),
         tmp_path / "run",
     )
-    assert set(seen) == {16}
-    assert json.loads((folder / "config.json").read_text())["train_images"] == 16
+    assert set(seen) == {15}
+    assert json.loads((folder / "config.json").read_text())["train_images"] == 15
     assert read_metrics(folder)[0]["knn_accuracy"] == ""
 
 
