@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import click
+from pyro_vje.cli.ablate import ablate_command
 from pyro_vje.cli.evaluate import eval_command
 from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
@@ -70,5 +71,6 @@ def main(debug: bool, log_level: str) -> None:
 
 main.add_command(train_command)
 main.add_command(eval_command)
+main.add_command(ablate_command)
 main.add_command(score_command)
 main.add_command(embed_command)

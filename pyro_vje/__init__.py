@@ -5,7 +5,7 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     VJE, SymmetricELBO, PosteriorNetwork     the model (Pyro model/guide) and its objective
     distributions                            PolarStudentT, ... for any Pyro program
     likelihoods                              named families, and how to register your own
-    TrainConfig, train, evaluate, score, embed, load_run
+    TrainConfig, train, evaluate, score, embed, load_run, ablate
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_vje import distributions, likelihoods
+    from pyro_vje.ablation import ablate
     from pyro_vje.config import TrainConfig
     from pyro_vje.encoders import build_encoder
     from pyro_vje.evaluation import evaluate
@@ -31,6 +32,7 @@ __all__ = [
     "PosteriorNetwork",
     "SymmetricELBO",
     "TrainConfig",
+    "ablate",
     "build_encoder",
     "distributions",
     "embed",
@@ -46,6 +48,7 @@ _HOMES = {
     "PosteriorNetwork": "model",
     "SymmetricELBO": "objective",
     "TrainConfig": "config",
+    "ablate": "ablation",
     "build_encoder": "encoders",
     "embed": "scoring",
     "evaluate": "evaluation",

@@ -134,7 +134,7 @@ def test_likelihood_of_the_users_own_file(image_folder, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["score"], ["embed"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["ablate"], ["score"], ["embed"]])
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys\n"

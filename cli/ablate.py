@@ -1,0 +1,43 @@
+"""``pyro-vje ablate``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+from pyro_vje.cli import options
+
+from pyro_vje.config import ABLATION_AXES
+
+
+@click.command("ablate")
+@options.train_settings(repeated=ABLATION_AXES, without=("devices",))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the ablation; one that was begun goes on.",
+)
+@click.pass_context
+def ablate_command(ctx: click.Context, out: Path, **settings: Any) -> None:
+    """Train and evaluate every combination of the repeatable settings, and compare them in one table.
+
+    Finished cells are not run again, and more values may be given later. Leaves ablation.csv, .txt, .json and .png,
+    and a run folder for each cell.
+    """
+    given = {name: settings.pop(name) for name in ABLATION_AXES}
+    given["radius"] = tuple(None if value == options.NO_RADIUS else value for value in given["radius"])
+    axes = {name: values for name, values in given.items() if values}  # none: the default follows from others
+
+    from pyro_vje.ablation import ablate
+
+    try:
+        result = ablate(dataclasses.replace(options.DEFAULTS, **settings), axes, out)
+    except KeyboardInterrupt:
+        click.echo("stopped: what is finished is kept, and the same command goes on from it", err=True)
+        ctx.exit(130)
+    click.echo(result.table)
+    click.echo(f"\n{len(result.cells)} cells: {result.folder}")
