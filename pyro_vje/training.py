@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -270,10 +271,11 @@ def train(
     module = Pretraining(vje, config, train_set)
     report = EpochReport(folder, train_set, _monitor_sets(config, info, train_set), info.view)
     # Only now, with data and model at hand, is anything on disk touched.
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, info.to_dict())
+    if _is_first_process():
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, info.to_dict())
     with _quiet_lightning():
         trainer = _trainer(folder, config, report, precision)
         try:
@@ -346,6 +348,8 @@ def _choose_folder(
                 f"{folder} holds no checkpoint to resume from: train it anew with --overwrite"
             )
         return stored, folder
+    if not _is_first_process():  # the first one has checked the folder, and may have begun to fill it
+        return config.resolved(), folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not folder.is_dir() or not (folder / CONFIG).is_file():
             raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
@@ -354,6 +358,11 @@ def _choose_folder(
                 f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
             )
     return config.resolved(), folder
+
+
+def _is_first_process() -> bool:
+    """Whether no launcher has started this process as one of the others; Lightning runs the command again in each."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def _monitor_sets(
@@ -399,7 +408,8 @@ def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: 
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=config.devices,
         strategy="ddp" if config.devices > 1 else "auto",
-        sync_batchnorm=config.devices > 1,
+        # PyTorch has synchronised batch norm for GPUs only; on CPUs each process normalises its own share.
+        sync_batchnorm=config.devices > 1 and torch.cuda.is_available(),
         precision=precision,  # type: ignore[arg-type]
         callbacks=callbacks,
         logger=logger,
