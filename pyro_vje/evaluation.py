@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def probe(
     test_index, test = extract(test_set)
     data = train, train_set.labels_at(train_index), test, test_set.labels_at(test_index)
     knn = metrics.knn_accuracy(*data, k=k, temperature=temperature)
-    linear = metrics.linear_probe(*data, seed=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the linear probe stopped")  # said in the row instead
+        linear = metrics.linear_probe(*data, seed=seed)
     row = {
         "dim": train.shape[1],
         "knn": knn["accuracy"],
@@ -176,7 +179,10 @@ def format_table(result: dict[str, Any]) -> str:
         f"{'representation':<20}{'dim':>6}{'k-NN':>9}{'linear':>9}",
     ]
     for row in result["rows"]:
-        lines.append(f"{row['representation']:<20}{row['dim']:>6}{row['knn']:>9.4f}{row['linear']:>9.4f}")
+        note = "" if row["linear_converged"] else "  (linear probe not converged)"
+        lines.append(
+            f"{row['representation']:<20}{row['dim']:>6}{row['knn']:>9.4f}{row['linear']:>9.4f}{note}"
+        )
     lines.append("k-NN:   " + ", ".join(f"{name} {value}" for name, value in knn.items()))
     lines.append("linear: " + ", ".join(f"{name} {value}" for name, value in linear.items()))
     return "\n".join(lines)
