@@ -99,6 +99,8 @@ class EpochReport(lightning.pytorch.Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             self._write()
+            if trainer.logger is not None:  # TensorBoard, where it is installed
+                trainer.logger.log_metrics({name: row[name] for name in COLUMNS if name in row}, step=row["epoch"])
             if not sys.stderr.isatty():
                 log.info(_line(row, trainer.max_epochs or 0))
 
