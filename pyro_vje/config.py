@@ -165,7 +165,7 @@ class TrainConfig:
 
 
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"encoder": "resnet-small", "epochs": 30, "batch_size": 128},
+    "digits": {"encoder": "resnet-small", "epochs": 20, "batch_size": 128, "knn_every": 5},
     "cifar10": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
     "cifar100": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
     "stl10": {"encoder": "resnet18", "epochs": 200, "batch_size": 256},
