@@ -41,6 +41,9 @@ def train_command(
             dataclasses.replace(options.DEFAULTS, **settings), out, resume=resume, overwrite=overwrite
         )
     except KeyboardInterrupt:
-        click.echo("stopped: the last finished epoch is kept, and --resume goes on from it", err=True)
+        click.echo(
+            "stopped: --resume goes on after the last finished epoch; one stopped in its first epoch starts anew",
+            err=True,
+        )
         ctx.exit(130)
     click.echo(folder)

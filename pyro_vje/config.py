@@ -91,6 +91,8 @@ class TrainConfig:
         return config
 
     def _check(self) -> None:
+        if self.dataset == "folder" and self.data_dir is None:
+            raise ValueError("the data set 'folder' needs to know which folder: name it (--data-dir DIR)")
         ranges: dict[str, tuple[float, float]] = {
             "epochs": (1, math.inf),
             "batch_size": (2, math.inf),  # batch norm needs two images
@@ -165,7 +167,7 @@ class TrainConfig:
 
 
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    "digits": {"encoder": "resnet-small", "epochs": 20, "batch_size": 128, "knn_every": 5},
+    "digits": {"encoder": "resnet-small", "epochs": 30, "batch_size": 128, "knn_every": 5},
     "cifar10": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
     "cifar100": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
     "stl10": {"encoder": "resnet18", "epochs": 200, "batch_size": 256},

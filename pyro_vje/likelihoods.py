@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,6 +64,26 @@ class LikelihoodFamily:
     def __call__(self, loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
         """Make the distribution over R^D with batch shape ``loc.shape[:-1]`` and event shape ``(D,)``."""
         return self.function(loc, scale, settings)
+
+    def check(self, dim: int, settings: LikelihoodSettings) -> None:
+        """Try the family on a small batch, so that an unfit one is known before anything depends on it.
+
+        Raises
+        ------
+        ValueError
+            If it gives no distribution with batch shape ``loc.shape[:-1]`` and event shape ``(dim,)``.
+        """
+        found = self.function(torch.ones(2, 3, dim), torch.ones(2, 3, dim), settings)
+        if not isinstance(found, TorchDistributionMixin):  # Pyro's Normal, Independent, ... share only this
+            raise ValueError(
+                f"likelihood {self.name!r} must give a Pyro distribution, but gave {type(found).__name__}"
+            )
+        if (found.batch_shape, found.event_shape) != ((2, 3), (dim,)):
+            raise ValueError(
+                f"likelihood {self.name!r} must have batch shape (2, 3) and event shape ({dim},) for loc of shape "
+                f"(2, 3, {dim}), but has {tuple(found.batch_shape)} and {tuple(found.event_shape)}: "
+                "is a .to_event(1) missing?"
+            )
 
 
 FAMILIES: dict[str, LikelihoodFamily] = {}

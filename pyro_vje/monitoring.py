@@ -100,7 +100,9 @@ class EpochReport(lightning.pytorch.Callback):
         if trainer.is_global_zero:
             self._write()
             if trainer.logger is not None:  # TensorBoard, where it is installed
-                trainer.logger.log_metrics({name: row[name] for name in COLUMNS if name in row}, step=row["epoch"])
+                trainer.logger.log_metrics(
+                    {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
+                )
             if not sys.stderr.isatty():
                 log.info(_line(row, trainer.max_epochs or 0))
 

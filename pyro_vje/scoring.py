@@ -40,7 +40,8 @@ class LikelihoodParts(NamedTuple):
     log_likelihood
         E_q log p(e | z, scale): the image's own embedding under the latents inferred from it.
     log_direction, log_radius
-        Its two factors; NaN for a family that does not split them.
+        Its two factors, apart from the Jacobian: log_likelihood = log_direction + log_radius - (D - 1) log ‖e‖. NaN
+        for a family that does not split them.
     kl
         KL(q(z | image) ‖ p(z)), unweighted.
     variance
@@ -211,6 +212,8 @@ def score(
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     if data is not None:
         images = load_dataset("folder", data, "all", image_size=run.info.image_size)
+        if normal_class is None and run.info.config.normal_class in (images.classes or ()):
+            normal_class = run.info.config.normal_class
     else:
         images = load_split(run, "test", dataset, data_dir, download=download)
         # A run's own normal class means nothing in another data set.
@@ -276,7 +279,13 @@ def _p_values(run: LoadedRun, score: str, scores: Tensor, noise: Tensor) -> Tens
     """Conformal p-values from the run's held-out images, scored with the same noise; NaN where there are none."""
     held_out = load_calibration(run)
     if held_out is None:
+        log.info("no p-values: this run has no held-out images to calibrate them")
         return torch.full_like(scores, torch.nan)
+    log.info(
+        "p-values against %d held-out images: none is below %.3g",
+        len(held_out[0]),
+        1 / (len(held_out[0]) + 1),
+    )
     calibration = SCORES[score](likelihood_parts(run.vje.cpu(), *held_out, noise))
     return torch.from_numpy(conformal_p_values(scores, calibration))
 

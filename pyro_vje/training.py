@@ -42,6 +42,7 @@ from pyro_vje.objective import SymmetricELBO
 from pyro_vje.runs import (
     CHECKPOINTS,
     CONFIG,
+    WEIGHTS,
     RunInfo,
     build_model,
     describe_run,
@@ -270,6 +271,9 @@ def train(
     )
     module = Pretraining(vje, config, train_set)
     report = EpochReport(folder, train_set, _monitor_sets(config, info, train_set), info.view)
+    vje.family.check(vje.embedding_dim, vje.settings)
+    if resume:
+        _check_resumable(folder, info)
     # Only now, with data and model at hand, is anything on disk touched.
     if _is_first_process():
         if overwrite and folder.exists():
@@ -353,11 +357,28 @@ def _choose_folder(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not folder.is_dir() or not (folder / CONFIG).is_file():
             raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
-        if not overwrite:
+        # A run that was stopped in its first epoch has nothing to lose.
+        begun = (folder / WEIGHTS).exists() or (folder / CHECKPOINTS / LAST).exists()
+        if begun and not overwrite:
             raise FileExistsError(
                 f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
             )
     return config.resolved(), folder
+
+
+def _check_resumable(folder: Path, info: RunInfo) -> None:
+    """Refuse to go on with a damaged checkpoint, or on other images than the run began with."""
+    before = read_info(folder).train_images
+    if before != info.train_images:
+        raise ValueError(
+            f"{folder} was trained on {before} images, but now there are {info.train_images}: the held-out images "
+            "would no longer be those that calibrate it; restore the data, or train anew with --overwrite"
+        )
+    path = folder / CHECKPOINTS / LAST
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise ValueError(f"{path} is damaged ({error}): train anew with --overwrite") from None
 
 
 def _is_first_process() -> bool:

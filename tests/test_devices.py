@@ -27,8 +27,28 @@ def tiny(image_size):
 def train(tmp_path, image_folder, name, devices):
     (tmp_path / name / "seen").mkdir(parents=True)
     (tmp_path / name / "encoder_for_test.py").write_text(ENCODER)
-    command = [sys.executable, "-m", "pyro_vje.cli", "train", "--dataset", "folder", "--data-dir", image_folder]
-    command += "--encoder encoder_for_test:tiny --embedding-dim 8 --hidden-dim 16 --epochs 2 --batch-size 16".split()
+    command = [
+        sys.executable,
+        "-m",
+        "pyro_vje.cli",
+        "train",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        image_folder,
+    ]
+    command += [
+        "--encoder",
+        "encoder_for_test:tiny",
+        "--embedding-dim",
+        "8",
+        "--hidden-dim",
+        "16",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "16",
+    ]
     command += f"--precision 32 --image-size 16 --out run --devices {devices}".split()
     result = subprocess.run(
         [str(part) for part in command], cwd=tmp_path / name, capture_output=True, text=True, timeout=300

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -111,6 +112,46 @@ def test_overwrite_replaces_only_when_the_data_are_there(tiny_config, tmp_path):
     assert (folder / "weights.safetensors").read_bytes() == before
     train(dataclasses.replace(config, seed=5), folder, overwrite=True)
     assert (folder / "weights.safetensors").read_bytes() != before
+
+
+def test_unfit_family_is_found_before_an_old_run_is_replaced(tiny_config, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny_config, epochs=1)
+    folder = train(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfit_family.py").write_text(
+        "import pyro.distributions as dist\n"
+        "def nothing(loc, scale, settings): return None\n"
+        "def forgotten(loc, scale, settings): return dist.Normal(loc, scale)\n"
+    )
+    for name, message in (("nothing", "gave NoneType"), ("forgotten", r"is a \.to_event\(1\) missing")):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(config, likelihood=f"unfit_family:{name}"), folder, overwrite=True)
+    assert (folder / "weights.safetensors").exists()
+
+
+def test_resuming_on_other_images_or_a_damaged_checkpoint_is_refused(tiny_config, image_folder, tmp_path):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    config = dataclasses.replace(tiny_config, epochs=1, data_dir=str(images))
+    folder = train(config, tmp_path / "run")
+    extra = images / "train" / "spots" / "new.png"
+    shutil.copy(next(images.rglob("*.png")), extra)
+    with pytest.raises(ValueError, match="was trained on 46 images, but now there are 47"):
+        train(config, folder, resume=True)
+    extra.unlink()
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+        train(config, folder, resume=True)
+
+
+def test_a_run_stopped_in_its_first_epoch_starts_anew(tiny_config, tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny_config, epochs=1)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(
+            training.Pretraining, "training_step", lambda *a: (_ for _ in ()).throw(RuntimeError("power cut"))
+        )
+        train(config, tmp_path / "run")
+    assert (train(config, tmp_path / "run") / "weights.safetensors").exists()
 
 
 def test_batch_larger_than_the_data(tiny_config, tmp_path):
