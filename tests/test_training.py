@@ -146,11 +146,14 @@ def test_resuming_on_other_images_or_a_damaged_checkpoint_is_refused(tiny_config
 
 def test_a_run_stopped_in_its_first_epoch_starts_anew(tiny_config, tmp_path, monkeypatch):
     config = dataclasses.replace(tiny_config, epochs=1)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
-        patch.setattr(
-            training.Pretraining, "training_step", lambda *a: (_ for _ in ()).throw(RuntimeError("power cut"))
-        )
-        train(config, tmp_path / "run")
+
+    def power_cut(*arguments):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Pretraining, "training_step", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config, tmp_path / "run")
     assert (train(config, tmp_path / "run") / "weights.safetensors").exists()
 
 
