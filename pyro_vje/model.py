@@ -18,6 +18,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 from torch.nn import functional
 
+# A direction normalised in bfloat16 is off the sphere by more than float32 forgives, so the model leaves autocast.
+from pyro_vje.distributions._common import at_least_float32
 from pyro_vje.likelihoods import LikelihoodSettings, get_family, resolve_radius, resolve_unit_radius
 
 MIN_SCALE = 1e-3
@@ -69,11 +71,6 @@ def stack_views(views: Tensor | Sequence[Tensor]) -> Tensor:
     if views.dim() < 3 or views.shape[0] != 2:
         raise ValueError(f"stacked views must have shape (2, B, C, H, W), not {tuple(views.shape)}")
     return views
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Leave an autocast region: a direction normalised in bfloat16 is off the sphere by more than float32 forgives."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class PosteriorNetwork(nn.Module):

@@ -191,6 +191,17 @@ class Pretraining(lightning.LightningModule):
         return means
 
 
+def _load_split(config: TrainConfig, split: str, image_size: int | None) -> ImageSet:
+    return load_dataset(
+        config.dataset,
+        config.data_dir,
+        split,
+        image_size=image_size,
+        download=config.download,
+        residency=config.residency,
+    )
+
+
 def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
@@ -199,14 +210,7 @@ def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     ValueError, FileNotFoundError
         If there is no such data set or class, or it has fewer images than a batch.
     """
-    train_set = load_dataset(
-        config.dataset,
-        config.data_dir,
-        "pretrain",
-        image_size=config.image_size,
-        download=config.download,
-        residency=config.residency,
-    )
+    train_set = _load_split(config, "pretrain", config.image_size)
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
     train_set, held_out = hold_out(train_set, config)
@@ -395,14 +399,7 @@ def _monitor_sets(
     labelled = train_set.labelled()
     if labelled.labels is None or len(labelled.labels.unique()) < 2:
         return None
-    test = load_dataset(
-        config.dataset,
-        config.data_dir,
-        "test",
-        image_size=info.image_size,
-        download=config.download,
-        residency=config.residency,
-    ).labelled()
+    test = _load_split(config, "test", info.image_size).labelled()
     return labelled.select(evenly_spread(len(labelled), MONITOR_TRAIN)), test.select(
         evenly_spread(len(test), MONITOR_TEST)
     )
