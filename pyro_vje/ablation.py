@@ -31,6 +31,7 @@ from pyro_vje.comparison import Cell, format_csv, format_table, plot_cells, text
 from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.evaluation import features_of, load_split, probe
 from pyro_vje.files import write_atomic, write_json
+from pyro_vje.likelihoods import SETTINGS, get_family
 from pyro_vje.monitoring import HEALTH_IMAGES
 from pyro_vje.runs import CHECKPOINTS, CONFIG, METRICS, WEIGHTS, build_model, load_run, read_info, versions
 from pyro_vje.scoring import score
@@ -54,6 +55,8 @@ class AblationResult:
 
 def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConfig]:
     """Every combination of the axes' values, resolved, each once, the first seed's before the second's.
+
+    A setting that a likelihood does not use keeps its default, so that no cell is trained twice.
 
     Raises
     ------
@@ -81,7 +84,10 @@ def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConf
 
 def _resolved(config: TrainConfig) -> TrainConfig:
     try:
-        return config.resolved()
+        config = config.resolved()
+        default = TrainConfig(embedding_dim=config.embedding_dim).resolved()
+        ignored = set(SETTINGS).difference(get_family(config.likelihood).uses)
+        return dataclasses.replace(config, **{name: getattr(default, name) for name in ignored})
     except ValueError:  # the cell will be a row that says what is wrong
         return config
 

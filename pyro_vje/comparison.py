@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.files import write_atomic
+from pyro_vje.likelihoods import FAMILIES, SETTINGS
 from pyro_vje.pictures import BLUE, GREY, VERMILION
 
 MEASURES = {
@@ -28,6 +29,10 @@ MEASURES = {
     "seconds": ("seconds", ".0f"),
 }
 """What is measured of a cell: heading and format in the table."""
+
+
+NOT_USED = "-"
+"""What the table says of a setting that a likelihood does not look at."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,20 @@ def text(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
+def _setting(config: TrainConfig, name: str) -> str:
+    """A setting as text, empty where the likelihood does not use it."""
+    family = FAMILIES.get(config.likelihood)
+    ignored = family is not None and name in SETTINGS and name not in family.uses
+    return "" if ignored else text(getattr(config, name))
+
+
 def format_csv(cells: Sequence[Cell], names: Sequence[str]) -> str:
     """A row for each cell: its settings called ``names``, its measures, its status."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["cell", *names, *MEASURES, "status", "error"])
     for cell in cells:
-        settings = [text(getattr(cell.config, name)) for name in names]
+        settings = [_setting(cell.config, name) for name in names]
         numbers = [cell.measures.get(name, "") for name in MEASURES]
         writer.writerow([cell.name, *settings, *numbers, cell.status, cell.error or ""])
     return stream.getvalue()
@@ -78,13 +90,15 @@ def _by_setting(cells: Sequence[Cell], names: Sequence[str]) -> list[tuple[dict[
     groups: dict[tuple[str, ...], list[Cell]] = {}
     names = [name for name in names if name != "seed"]
     for cell in cells:
-        groups.setdefault(tuple(text(getattr(cell.config, name)) for name in names), []).append(cell)
+        groups.setdefault(tuple(_setting(cell.config, name) or NOT_USED for name in names), []).append(cell)
     return [(dict(zip(names, values, strict=True)), members) for values, members in groups.items()]
 
 
 def _varied(groups: Sequence[tuple[dict[str, str], list[Cell]]]) -> list[str]:
     settings = [values for values, _ in groups]
-    return [name for name in (settings or [{}])[0] if len({values[name] for values in settings}) > 1]
+    return [
+        name for name in (settings or [{}])[0] if len({values[name] for values in settings} - {NOT_USED}) > 1
+    ]
 
 
 def _spread(values: Sequence[float], style: str) -> str:
@@ -122,7 +136,10 @@ def format_table(
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     constant = {
-        name: value for settings, _ in groups for name, value in settings.items() if name not in varied
+        name: value
+        for settings, _ in groups
+        for name, value in settings.items()
+        if name not in varied and value != NOT_USED
     }
     notes = [", ".join(f"{name} {text(value)}" for name, value in {**common, **constant}.items())]
     notes.append("seeds: cells with a result; numbers: mean ± half the range over them")
@@ -141,7 +158,8 @@ def plot_cells(cells: Sequence[Cell], names: Sequence[str], path: Path) -> None:
         return
     points = [
         (
-            ", ".join(f"{name} {settings[name]}" for name in varied) or settings["likelihood"],
+            ", ".join(f"{name} {settings[name]}" for name in varied if settings[name] != NOT_USED)
+            or settings["likelihood"],
             [cell.measures[measure] for cell in members if measure in cell.measures],
             sorted({cell.status for cell in members} - {"finished"}),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import pyro.distributions as dist
@@ -52,14 +52,30 @@ class LikelihoodSettings:
 FamilyFunction = Callable[[Tensor, Tensor, LikelihoodSettings], TorchDistribution]
 
 
+SETTINGS = tuple(field.name for field in fields(LikelihoodSettings))
+
+
 @dataclass(frozen=True)
 class LikelihoodFamily:
-    """A named family: its function, whether its density integrates to one, and a line of description."""
+    """A named family.
+
+    Attributes
+    ----------
+    function : callable
+        The family itself.
+    is_normalized : bool or None
+        Whether its density integrates to one over R^D; ``None`` where nobody has said.
+    description : str
+        A line for people.
+    uses : tuple of str
+        The fields of `LikelihoodSettings` that it looks at: an ablation does not vary the others.
+    """
 
     name: str
     function: FamilyFunction
     is_normalized: bool | None
     description: str
+    uses: tuple[str, ...] = SETTINGS
 
     def __call__(self, loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
         """Make the distribution over R^D with batch shape ``loc.shape[:-1]`` and event shape ``(D,)``."""
@@ -90,12 +106,12 @@ FAMILIES: dict[str, LikelihoodFamily] = {}
 
 
 def register(
-    name: str, description: str, *, is_normalized: bool
+    name: str, description: str, *, is_normalized: bool, uses: tuple[str, ...] = SETTINGS
 ) -> Callable[[FamilyFunction], FamilyFunction]:
-    """Enter a family function in the registry under ``name``."""
+    """Enter a family function in the registry under ``name``; the rest as in `LikelihoodFamily`."""
 
     def enter(function: FamilyFunction) -> FamilyFunction:
-        FAMILIES[name] = LikelihoodFamily(name, function, is_normalized, description)
+        FAMILIES[name] = LikelihoodFamily(name, function, is_normalized, description, uses)
         return function
 
     return enter
@@ -125,7 +141,12 @@ def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
     return PolarStudentT(settings.df, loc, scale, unit_radius=settings.unit_radius, radius=settings.radius)
 
 
-@register("polar-student-t-exact", "projected Student-t times log-radius Student-t", is_normalized=True)
+@register(
+    "polar-student-t-exact",
+    "projected Student-t times log-radius Student-t",
+    is_normalized=True,
+    uses=("df", "unit_radius"),
+)
 def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
     return PolarStudentT(
@@ -138,39 +159,56 @@ def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettin
     )
 
 
-@register("polar-normal", "the Gaussian limit of polar-student-t", is_normalized=False)
+@register(
+    "polar-normal",
+    "the Gaussian limit of polar-student-t",
+    is_normalized=False,
+    uses=("unit_radius", "radius"),
+)
 def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
     return polar_student_t(loc, scale, replace(settings, df=math.inf))
 
 
-@register("student-t", "multivariate Student-t with diagonal scale, no polar split", is_normalized=True)
+@register(
+    "student-t",
+    "multivariate Student-t with diagonal scale, no polar split",
+    is_normalized=True,
+    uses=("df",),
+)
 def student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
-    """One heavy tail for all features together; ``unit_radius`` and ``radius`` do not apply."""
+    """One heavy tail for all features together."""
     return DiagonalStudentT(settings.df, loc, scale)
 
 
-@register("student-t-independent", "a univariate Student-t for each feature", is_normalized=True)
+@register(
+    "student-t-independent", "a univariate Student-t for each feature", is_normalized=True, uses=("df",)
+)
 def student_t_independent(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
-    """A product of univariate Student-t; ``unit_radius`` and ``radius`` do not apply."""
+    """A product of univariate Student-t."""
     if math.isinf(settings.df):
         return normal(loc, scale, settings)
     return dist.StudentT(settings.df, loc, scale).to_event(1)
 
 
-@register("normal", "diagonal Gaussian, no polar split", is_normalized=True)
+@register("normal", "diagonal Gaussian, no polar split", is_normalized=True, uses=())
 def normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
-    """Independent Normal for each feature; ``df``, ``unit_radius`` and ``radius`` do not apply."""
+    """Independent Normal for each feature."""
     return dist.Normal(loc, scale).to_event(1)
 
 
-@register("laplace", "a Laplace for each feature, no polar split", is_normalized=True)
+@register("laplace", "a Laplace for each feature, no polar split", is_normalized=True, uses=())
 def laplace(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
-    """Independent Laplace for each feature; ``df``, ``unit_radius`` and ``radius`` do not apply."""
+    """Independent Laplace for each feature."""
     return dist.Laplace(loc, scale).to_event(1)
 
 
-@register("power-spherical", "power spherical direction times log-radius Student-t", is_normalized=True)
+@register(
+    "power-spherical",
+    "power spherical direction times log-radius Student-t",
+    is_normalized=True,
+    uses=("df", "unit_radius"),
+)
 def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration κ is 2/σ² for the mean variance σ² of the unit direction.
 
@@ -180,7 +218,12 @@ def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
     return PolarProduct(direction, _log_radius(loc, scale, settings))
 
 
-@register("spherical-cauchy", "spherical Cauchy direction times log-radius Student-t", is_normalized=True)
+@register(
+    "spherical-cauchy",
+    "spherical Cauchy direction times log-radius Student-t",
+    is_normalized=True,
+    uses=("df", "unit_radius"),
+)
 def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration ρ solves (1-ρ)²/ρ = (D-1) σ² for the mean variance σ² of the unit direction.
 

@@ -75,6 +75,24 @@ def test_grid_is_the_product_with_all_settings_of_the_first_seed_first():
     assert {cell.lr for cell in cells} == {0.5}
 
 
+def test_a_setting_that_a_likelihood_does_not_use_makes_no_second_cell():
+    families = [
+        "normal",
+        "student-t",
+        "polar-normal",
+        "polar-student-t",
+        "polar-student-t-exact",
+        "math:hypot",
+    ]
+    cells = grid(
+        TrainConfig(embedding_dim=8),
+        {"likelihood": families, "df": [1, 5], "unit_radius": ["1", "sqrt-d"], "radius": [None, "student-t"]},
+    )
+    counts = {name: sum(cell.likelihood == name for cell in cells) for name in families}
+    assert list(counts.values()) == [1, 2, 4, 8, 4, 8]  # of a user's own family nothing is known
+    assert next(cell for cell in cells if cell.likelihood == "normal").df == 6  # the default, D - 2
+
+
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
@@ -123,7 +141,8 @@ def test_tables(finished):
     ]
     for row in rows:
         assert row["status"] == "finished"
-        assert (row["df"], row["shared_variance"], row["auroc"], row["error"]) == ("5", "true", "", "")
+        assert (row["shared_variance"], row["auroc"], row["error"]) == ("true", "", "")
+        assert row["df"] == ("" if row["likelihood"] == "normal" else "5")  # it has none
         assert 0 <= float(row["knn"]) <= 1
         assert 0 <= float(row["linear"]) <= 1
         assert 1 <= float(row["effective_rank"]) <= 16
@@ -167,7 +186,7 @@ def test_finished_cells_are_not_run_again_and_values_may_be_added(finished, quic
     again = ablate(quick, {"likelihood": [PAPER, "normal"], "seed": [1]}, out)
     assert trained == []
     assert again.cells == finished.cells  # all of them, not only those asked for
-    grown = ablate(quick, {"likelihood": ["normal"], "df": [5, 7], "seed": [0]}, out)
+    grown = ablate(quick, {"likelihood": ["normal", PAPER], "df": [5, 7], "seed": [0]}, out)
     assert [("df-7" in name, "seed-0" in name) for name in trained] == [(True, True)]
     assert len(grown.cells) == 5
     assert {path: path.stat().st_mtime_ns for path in before} == before

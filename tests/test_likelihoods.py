@@ -1,5 +1,6 @@
 """Families: what each is, checked against scipy and by integrating the densities that claim to be normalised."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -174,3 +175,19 @@ def test_every_family_trains_a_step(name):
     loss = SymmetricELBO()(vje.model, vje.guide)(torch.randn(2, 7, 6))
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in vje.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_use_what_they_say(name):
+    loc, scale, value = draw()
+    base = LikelihoodSettings(df=5.0, unit_radius=1.0, radius="student-t")
+    changes = {"df": 3.0, "unit_radius": 2.0, "radius": "log-student-t"}
+    family = get_family(name)
+    before = family(loc, scale, base).log_prob(value)
+    changed = {
+        setting: not torch.equal(
+            family(loc, scale, dataclasses.replace(base, **{setting: new})).log_prob(value), before
+        )
+        for setting, new in changes.items()
+    }
+    assert changed == {setting: setting in family.uses for setting in changes}
