@@ -1,6 +1,7 @@
 """Distributions for probabilistic embeddings, usable in any Pyro program."""
 
 from pyro_vje.distributions.ambient import DiagonalStudentT
+from pyro_vje.distributions.pairwise import pairwise_log_prob
 from pyro_vje.distributions.polar import PolarStudentT
 from pyro_vje.distributions.product import PolarProduct
 from pyro_vje.distributions.projected import ProjectedStudentT
@@ -14,4 +15,5 @@ __all__ = [
     "ProjectedStudentT",
     "SphericalCauchy",
     "VonMisesFisher",
+    "pairwise_log_prob",
 ]

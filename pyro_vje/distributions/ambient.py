@@ -9,14 +9,14 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 
 from pyro_vje.distributions._common import (
-    Scalar,
-    VectorDistribution,
+    StudentTDistribution,
     inverse_mixing_scale,
+    squared_distance,
     student_t_log_density,
 )
 
 
-class DiagonalStudentT(VectorDistribution):
+class DiagonalStudentT(StudentTDistribution):
     """Multivariate Student-t with a scale for each feature and one mixing variable for the vector.
 
     Pyro's ``MultivariateStudentT`` with diagonal ``scale_tril``, in O(D) time and memory instead of O(D²). The
@@ -32,25 +32,11 @@ class DiagonalStudentT(VectorDistribution):
         Scale of each feature, shape ``batch_shape + (D,)``.
     """
 
-    arg_constraints = {  # noqa: RUF012
-        "df": constraints.positive,
-        "loc": constraints.real_vector,
-        "scale": constraints.independent(constraints.positive, 1),
-    }
     support = constraints.real_vector
     has_rsample = True
 
-    df: Tensor
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, df: Scalar, loc: Tensor, scale: Tensor, *, validate_args: bool | None = None) -> None:
-        self._df = df
-        self._set_parameters(validate_args, loc=loc, scale=scale, df=df)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at value (..., D), shape ``(...)``."""
-        squared = ((self._checked(value) - self.loc) / self.scale).square().sum(-1)
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        squared = squared_distance(value, self.loc, self.scale, matrix)
         return student_t_log_density(self._df, self.event_shape[0], squared) - self.scale.log().sum(-1)
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Size, Tensor
 
 from pyro_vje.distributions._common import (
     Scalar,
-    VectorDistribution,
+    StudentTDistribution,
     at_least_float32,
     inverse_mixing_scale,
+    squared_distance,
     student_t_log_density,
     unit,
     unit_and_norm,
@@ -26,7 +27,7 @@ Direction = Literal["restricted", "projected"]
 Radius = Literal["student-t", "log-student-t"]
 
 
-class PolarStudentT(VectorDistribution):
+class PolarStudentT(StudentTDistribution):
     """Heavy-tailed density over R^D, factorised into direction u = t/‖t‖ and radius r = ‖t‖.
 
     ::
@@ -74,16 +75,10 @@ class PolarStudentT(VectorDistribution):
     """
 
     arg_constraints = {  # noqa: RUF012
-        "df": constraints.positive,
-        "loc": constraints.real_vector,
-        "scale": constraints.independent(constraints.positive, 1),
+        **StudentTDistribution.arg_constraints,
         "radius_scale": constraints.positive,
     }
     support = constraints.real_vector
-
-    df: Tensor
-    loc: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -147,12 +142,11 @@ class PolarStudentT(VectorDistribution):
             )
         return log_restricted_mass(self.df, self.scale[..., 0] / self.unit_radius, self.event_shape[0])
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at value (..., D) with respect to Lebesgue measure, shape ``(...)``."""
-        u, r = unit_and_norm(self._checked(value))
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        u, r = unit_and_norm(value)
         m, loc_norm = unit_and_norm(self.loc)
         r = r.squeeze(-1)
-        log_prob = self._log_prob_direction(u, m) - (self.event_shape[0] - 1) * r.log()
+        log_prob = self._log_prob_direction(u, m, matrix) - (self.event_shape[0] - 1) * r.log()
         if self.radius is None:
             return log_prob
         return log_prob + self._log_prob_radius(r, loc_norm.squeeze(-1), m)
@@ -175,13 +169,14 @@ class PolarStudentT(VectorDistribution):
         Raises
         ------
         NotImplementedError
-            Unless ``direction="projected"`` and ``radius="log-student-t"``. A radius in ``student-t`` has the
-            reparameterisation-free :meth:`sample`.
+            Unless ``direction="projected"`` and ``radius="log-student-t"``. A radius in ``student-t`` has
+            :meth:`sample`, which has no gradient.
         """
         if not self.has_rsample:
             raise NotImplementedError(
-                f"PolarStudentT has no rsample for direction={self.direction!r}, radius={self.radius!r}; use "
-                "direction='projected' with radius='log-student-t', or for radius='student-t' sample()"
+                f"no such draws of PolarStudentT with direction={self.direction!r}, radius={self.radius!r}: "
+                "direction='projected' with radius='log-student-t' has sample() and rsample(), with "
+                "radius='student-t' it has sample()"
             )
         m, loc_norm = unit_and_norm(self.loc)
         loc_norm = loc_norm.squeeze(-1)
@@ -216,11 +211,11 @@ class PolarStudentT(VectorDistribution):
         noise = self._standard_normal(sample_shape, m)
         return sample_direction(self.df, m, self.scale / self.unit_radius, noise, sample_shape)
 
-    def _log_prob_direction(self, u: Tensor, m: Tensor) -> Tensor:
+    def _log_prob_direction(self, u: Tensor, m: Tensor, matrix: bool = False) -> Tensor:
         if self.direction == "projected":
-            return projected_student_t_log_prob(self._df, m, self.scale / self.unit_radius, u)
+            return projected_student_t_log_prob(self._df, m, self.scale / self.unit_radius, u, matrix)
         dim = self.event_shape[0]
-        squared = ((u - m) / self.scale).square().sum(-1) * self.unit_radius**2
+        squared = squared_distance(u, m, self.scale, matrix) * self.unit_radius**2
         log_scale = self.scale.log().sum(-1) - dim * math.log(self.unit_radius)
         return student_t_log_density(self._df, dim, squared) - log_scale
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
 
-from pyro_vje.distributions._common import at_least_float32, unit, unit_and_norm
+from pyro_vje.distributions._common import as_column, at_least_float32, unit, unit_and_norm
+from pyro_vje.distributions.pairwise import pairwise_log_prob
 
 
 class PolarProduct(TorchDistribution):
@@ -67,12 +68,23 @@ class PolarProduct(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density at value (..., D) with respect to Lebesgue measure, shape ``(...)``."""
+        return self._log_prob(value, self.direction.log_prob)
+
+    def pairwise_log_prob(self, value: Tensor) -> Tensor:
+        """Log density of every value (M, D) under every batch element, as in :func:`pairwise_log_prob`."""
+
+        def log_prob_direction(u: Tensor) -> Tensor:
+            return pairwise_log_prob(self.direction, u.flatten(0, -2)).movedim(-1, 0)
+
+        return self._log_prob(as_column(self, value), log_prob_direction).movedim(0, -1)
+
+    def _log_prob(self, value: Tensor, log_prob_direction: Callable[[Tensor], Tensor]) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
         u, r = unit_and_norm(at_least_float32(value))
         r = r.squeeze(-1)
         jacobian = (self.event_shape[0] - 1) * r.log()
-        return self.direction.log_prob(u) + self.radius.log_prob(r) - jacobian
+        return log_prob_direction(u) + self.radius.log_prob(r) - jacobian
 
     def log_prob_direction(self, value: Tensor) -> Tensor:
         """Log of the directional factor at value/‖value‖."""

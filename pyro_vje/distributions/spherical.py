@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
-from pyro_vje.distributions._common import Scalar, VectorDistribution, log_gamma_ratio, unit
+from pyro_vje.distributions._common import Scalar, VectorDistribution, log_gamma_ratio, row_products, unit
 from pyro_vje.distributions.quadrature import exponential_polar_nodes
 
 
@@ -29,9 +29,15 @@ class _Symmetric(VectorDistribution):
         """Dimension D of the ambient space."""
         return self.event_shape[0]
 
-    def _half_gap(self, value: Tensor) -> Tensor:
-        """sin²(θ/2) = (1 - <loc, value>)/2, exact where it is small."""
-        return 0.25 * (value - self.loc).square().sum(-1)
+    def _half_gap(self, value: Tensor, matrix: bool) -> Tensor:
+        """sin²(θ/2) = (1 - <loc, value>)/2, exact where it is small; with ``matrix``, to 1e-16."""
+        if not matrix:
+            return 0.25 * (value - self.loc).square().sum(-1)
+        x, m = value.double(), self.loc.double()
+        # Unit vectors in float32 have norms off by 1e-7, which (1 - <loc, value>)/2 would take for an angle.
+        norms = x.square().sum(-1) + m.square().sum(-1)
+        gap = 0.25 * torch.sub(norms, row_products(x, m), alpha=2)
+        return gap.clamp_min(0).to(torch.result_type(value, self.loc))
 
     def _at_angle(self, cos: Tensor, sin: Tensor) -> Tensor:
         """Unit vectors at a given angle from ``loc`` (cosine and sine of shape ``(...)``), uniform around it."""
@@ -61,10 +67,8 @@ class PowerSpherical(_Symmetric):
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
     has_rsample = True
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at unit vectors value (..., D) with respect to surface measure, shape ``(...)``."""
-        value = self._checked(value)
-        gap, other = self._half_gap(value), 0.25 * (value + self.loc).square().sum(-1)
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        gap, other = self._half_gap(value, matrix), self._half_gap(-value, matrix)
         other = other.clamp_min(torch.finfo(value.dtype).tiny)  # zero density opposite to loc, but no NaN
         log_cos2 = torch.where(gap < 0.5, torch.log1p(-gap.clamp_max(0.5)), other.log())
         # Γ(α+β) / Γ(α) / (2^(α+β) π^β) (1 + t)^κ, α = β + κ, β = (D-1)/2, with 2^κ drawn into (1 + t)^κ.
@@ -109,9 +113,8 @@ class SphericalCauchy(_Symmetric):
     }
     has_rsample = True
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at unit vectors value (..., D) with respect to surface measure, shape ``(...)``."""
-        rho, gap = self.concentration, self._half_gap(self._checked(value))
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        rho, gap = self.concentration, self._half_gap(value, matrix)
         # 1 + ρ² - 2ρt = (1-ρ)² + 4ρ (1-t)/2, which does not cancel near loc.
         log_ratio = torch.log1p(rho) + torch.log1p(-rho) - ((1 - rho).square() + 4 * rho * gap).log()
         return (self.dim - 1) * log_ratio - log_area(self.dim)
@@ -141,11 +144,9 @@ class VonMisesFisher(_Symmetric):
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
     has_rsample = False
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at unit vectors value (..., D) with respect to surface measure, shape ``(...)``."""
-        value = self._checked(value)
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
         log_mass = exponential_polar_nodes(self.concentration, self.dim)[1].logsumexp(-1)
-        return -2 * self.concentration * self._half_gap(value) - log_mass.to(value.dtype)
+        return -2 * self.concentration * self._half_gap(value, matrix) - log_mass.to(value.dtype)
 
     @property
     def mean(self) -> Tensor:

@@ -116,6 +116,16 @@ def test_arguments_are_validated(family):
 
 
 @pytest.mark.parametrize("family", CLASSES)
+def test_arguments_of_another_type_are_named(family):
+    keywords = arguments(family)
+    for name, value in keywords.items():
+        with pytest.raises(TypeError, match=f"{name} must be a tensor or a number, not a list"):
+            family(**(keywords | {name: [value.tolist()]}))
+    with pytest.raises(TypeError, match="at least one must be a tensor"):
+        family(**dict.fromkeys(keywords, 0.5))
+
+
+@pytest.mark.parametrize("family", CLASSES)
 def test_values_are_validated(family):
     distribution = family(**arguments(family))
     with pytest.raises(ValueError, match=r"support|shape"):

@@ -223,6 +223,9 @@ def test_rsample_that_does_not_exist_names_the_way_out(direction, radius):
     assert not polar.has_rsample
     with pytest.raises(NotImplementedError, match="direction='projected' with radius='log-student-t'"):
         polar.rsample()
+    if (direction, radius) != ("projected", "student-t"):
+        with pytest.raises(NotImplementedError, match="radius='student-t' it has sample"):
+            polar.sample()
 
 
 @pytest.mark.parametrize(("direction", "radius"), FACTORS)
