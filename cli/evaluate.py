@@ -15,14 +15,36 @@ from pyro_vje.cli import options
 @options.data_dir
 @options.download
 @click.option(
-    "--k", default=200, show_default=True, type=click.IntRange(min=1), help="Neighbours of the k-NN."
+    "--k",
+    default=(200,),
+    multiple=True,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Neighbours of the k-NN. Repeatable: all combinations with --temperature, the first in the table.",
 )
 @click.option(
     "--temperature",
-    default=0.1,
+    default=(0.1,),
+    multiple=True,
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
-    help="Temperature of the k-NN weights.",
+    help="Temperature of the k-NN weights. Repeatable, as --k.",
+)
+@click.option(
+    "--linear",
+    default=("logistic",),
+    multiple=True,
+    show_default=True,
+    type=click.Choice(["logistic", "sgd"]),
+    help="Linear probe: logistic regression on clean features, or SGD on augmented images with steps of --batch-size, "
+    "for which both encoders pass over all training images in each of --probe-epochs epochs. Repeatable.",
+)
+@click.option(
+    "--probe-epochs",
+    default=90,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Epochs of --linear sgd; its cost is proportional to them.",
 )
 @options.batch_size
 @click.option(
@@ -30,7 +52,11 @@ from pyro_vje.cli import options
 )
 @options.trust_plugins
 def eval_command(ckpt: Path, out: Path | None, **settings: Any) -> None:
-    """Weighted k-NN and linear probe: the trained encoder, the same untrained, and raw pixels."""
+    """Probes of the representation: the trained encoder, the same untrained, and raw pixels.
+
+    Weighted k-NN and linear probe; of the encoders also effective rank, alignment, uniformity, and whether the
+    posterior's variance says where retrieval fails (R-AUROC, accuracy against rejected share, a picture of it).
+    """
     from pyro_vje.evaluation import evaluate, format_table
 
     click.echo(format_table(evaluate(ckpt, out=out, **settings)))

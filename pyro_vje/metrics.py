@@ -168,7 +168,7 @@ def _similarities(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]
 
 
 def _top_k(similarity: Tensor, k: int) -> Tensor:
-    """Columns ``(rows, k)`` of each row's largest entries; of equal entries the first columns win.
+    """Columns ``(rows, k)`` of each row's largest entries, largest first; of equal entries the first columns win.
 
     ``torch.topk`` leaves open which of several equal entries it takes, and takes different ones on different devices.
     """
@@ -180,7 +180,8 @@ def _top_k(similarity: Tensor, k: int) -> Tensor:
         above, equal = rows > smallest, rows == smallest
         room = k - above.sum(1, keepdim=True)
         index[tied] = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
-    return index.sort(dim=1).values
+    index = index.sort(dim=1).values
+    return index.gather(1, similarity.gather(1, index).argsort(dim=1, descending=True, stable=True))
 
 
 def knn_predict(
@@ -213,25 +214,76 @@ def knn_predict(
     ValueError
         If shapes disagree, features are not finite, labels are negative, or ``k`` or ``temperature`` is not positive.
     """
+    return _knn_votes(train_features, train_labels, test_features, [k], [temperature])[0, 0]
+
+
+def check_knn(ks: Sequence[int], temperatures: Sequence[float]) -> None:
+    """Raise ``ValueError`` unless there are settings for k-NN and all of them are positive."""
+    if not ks or not temperatures:
+        raise ValueError("k-NN needs at least one k and one temperature")
+    if min(ks) < 1:
+        raise ValueError(f"k must be at least 1, got {min(ks)}")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _knn_votes(
+    train_features: Array,
+    train_labels: Array,
+    test_features: Array,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> Tensor:
+    """`knn_predict` for all combinations, ``(ks, temperatures, M)``; the neighbours are found once."""
     train = _features(train_features, "train_features")
     test = _features(test_features, "test_features").to(train)
     _same_width(train, test)
     labels = _labels(train_labels, "train_labels", len(train)).to(train.device)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    train, test, k = normalize(train), normalize(test), min(k, len(train))
-    classes = int(labels.max()) + 1
-    predicted = torch.empty(len(test), dtype=torch.long, device=train.device)
+    check_knn(ks, temperatures)
+    train, test = normalize(train), normalize(test)
+    classes, most = int(labels.max()) + 1, min(max(ks), len(train))
+    shape = (len(ks), len(temperatures), len(test))
+    predicted = torch.empty(shape, dtype=torch.long, device=train.device)
     for start, similarity in _similarities(test, train):
-        nearest = _top_k(similarity, k)
-        logits = similarity.gather(1, nearest).double() / temperature
+        nearest = _top_k(similarity, most)
         # Relative to the nearest one, so that a small temperature overflows nothing.
-        weights = (logits - logits.amax(1, keepdim=True)).exp()
-        votes = weights.new_zeros(len(similarity), classes).scatter_add_(1, labels[nearest], weights)
-        predicted[start : start + len(similarity)] = votes.argmax(1)
+        logits = similarity.gather(1, nearest).double()
+        logits -= logits[:, :1].clone()
+        for j, temperature in enumerate(temperatures):
+            weights = (logits / temperature).exp()
+            for i, k in enumerate(ks):
+                votes = weights.new_zeros(len(similarity), classes)
+                votes.scatter_add_(1, labels[nearest[:, :k]], weights[:, :k])
+                predicted[i, j, start : start + len(similarity)] = votes.argmax(1)
     return predicted
+
+
+def knn_sweep(
+    train_features: Array,
+    train_labels: Array,
+    test_features: Array,
+    test_labels: Array,
+    *,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+) -> list[KnnResult]:
+    """`knn_accuracy` for all combinations, k varying slowest; raises as it does, also if there is none."""
+    predicted = _knn_votes(train_features, train_labels, test_features, ks, temperatures)
+    labels = _labels(test_labels, "test_labels", predicted.shape[-1]).to(predicted.device)
+    return [
+        KnnResult(
+            accuracy=(classes == labels).double().mean().item(),
+            k=min(k, len(train_features)),
+            temperature=temperature,
+            metric="cosine",
+            weights="exp(similarity / temperature)",
+            train_images=len(train_features),
+            test_images=len(labels),
+        )
+        for k, by_temperature in zip(ks, predicted, strict=True)
+        for temperature, classes in zip(temperatures, by_temperature, strict=True)
+    ]
 
 
 def knn_accuracy(
@@ -244,17 +296,8 @@ def knn_accuracy(
     temperature: float = 0.1,
 ) -> KnnResult:
     """Accuracy of `knn_predict` with the protocol behind it; raises as it does."""
-    predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature)
-    labels = _labels(test_labels, "test_labels", len(predicted)).to(predicted.device)
-    return KnnResult(
-        accuracy=(predicted == labels).double().mean().item(),
-        k=min(k, len(train_features)),
-        temperature=temperature,
-        metric="cosine",
-        weights="exp(similarity / temperature)",
-        train_images=len(train_features),
-        test_images=len(labels),
-    )
+    data = train_features, train_labels, test_features, test_labels
+    return knn_sweep(*data, ks=[k], temperatures=[temperature])[0]
 
 
 def linear_probe(
@@ -534,6 +577,13 @@ def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int)
 # Uncertainty ----------------------------------------------------------------------------------------------------------
 
 
+def _uncertain(correct: Array, uncertainty: Array) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    vector, right = as_vector(uncertainty, "uncertainty"), as_numpy(correct)
+    if right.shape != vector.shape or not np.isin(right, (0, 1)).all():
+        raise ValueError(f"correct must hold {vector.size} booleans, one for each uncertainty")
+    return right.astype(bool), vector
+
+
 def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
     """Accuracy of the images that remain as the most uncertain ones are rejected, from none to all but one.
 
@@ -543,10 +593,7 @@ def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
     Takes booleans ``correct`` and numbers ``uncertainty``, both ``(N,)``; raises ``ValueError`` if lengths differ or
     an uncertainty is not finite.
     """
-    vector = as_vector(uncertainty, "uncertainty")
-    right = as_numpy(correct)
-    if right.shape != vector.shape or not np.isin(right, (0, 1)).all():
-        raise ValueError(f"correct must hold {vector.size} booleans, one for each uncertainty")
+    right, vector = _uncertain(correct, uncertainty)
     _, level = np.unique(vector, return_inverse=True)
     expected = (np.bincount(level, weights=right) / np.bincount(level))[level]
     kept = np.arange(1, vector.size + 1)
@@ -554,22 +601,51 @@ def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
     return RejectionCurve(1 - kept[::-1] / vector.size, accuracy, float(accuracy.mean()))
 
 
-def r_auroc(features: Array, labels: Array, uncertainty: Array) -> float:
-    """AUROC of ``uncertainty`` ``(N,)`` for the nearest other image (cosine) being of another class.
+def r_auroc(correct: Array, uncertainty: Array) -> float:
+    """AUROC of ``uncertainty`` ``(N,)`` for retrieval failing; ``correct`` ``(N,)`` says where it does not.
 
-    Retrieval's R-AUROC (Kirchhof et al. 2023, "URL: a representation learning benchmark for transferable uncertainty
-    estimates"): 0.5 says that the uncertainty knows nothing of where retrieval fails. Raises as `auroc` does; also if
-    retrieval never fails or always does.
+    R-AUROC of Kirchhof et al. 2023 ("URL: a representation learning benchmark for transferable uncertainty
+    estimates"), where an image is retrieved correctly if its nearest neighbour is of its class (Recall@1; `knn_predict`
+    with k = 1). 0.5 says that the uncertainty knows nothing of where retrieval fails. Raises as `rejection_curve`; also
+    if retrieval never fails or always does.
     """
-    directions = normalize(_features(features, "features", least=2))
-    classes = _labels(labels, "labels", len(directions)).to(directions.device)
-    failed = torch.empty_like(classes, dtype=torch.bool)
-    for start, similarity in _similarities(directions, directions):
-        rows = torch.arange(len(similarity), device=similarity.device)
-        similarity[rows, start + rows] = -torch.inf
-        failed[start + rows] = classes[_top_k(similarity, 1)[:, 0]] != classes[start + rows]
-    if failed.all() or not failed.any():
+    right, vector = _uncertain(correct, uncertainty)
+    if right.all() or not right.any():
         raise ValueError(
-            f"retrieval {'always' if failed.all() else 'never'} fails, so that R-AUROC does not exist"
+            f"retrieval {'never' if right.all() else 'always'} fails, so that R-AUROC does not exist"
         )
-    return auroc(uncertainty, failed)
+    return auroc(vector, ~right)
+
+
+def detection_metrics(
+    scores: Array, is_anomaly: Array, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """All that is usually quoted of an anomaly score, with the positive class in each name.
+
+    Parameters
+    ----------
+    scores : (N,)
+        Higher for stranger images.
+    is_anomaly : (N,) bool
+        The truth; both kinds must occur.
+    resamples, seed : int
+        Of the bootstrap interval.
+
+    Returns
+    -------
+    dict
+        ``auroc`` (anomalies positive) with its 95 % bootstrap interval ``auroc_95``, ``aupr_anomalies_positive``,
+        ``aupr_normal_positive``, ``fpr_at_95_tpr_anomalies_positive`` and ``fpr_at_95_tpr_normal_positive``.
+
+    Raises
+    ------
+    ValueError
+        If one kind is missing, or the scores are not finite.
+    """
+    low, high = auroc_interval(scores, is_anomaly, resamples=resamples, seed=seed)
+    found: dict[str, Any] = {"auroc": auroc(scores, is_anomaly), "auroc_95": [low, high]}
+    kinds: tuple[tuple[str, Positive], ...] = (("anomalies", "anomaly"), ("normal", "normal"))
+    for name, positive in kinds:
+        found[f"aupr_{name}_positive"] = aupr(scores, is_anomaly, positive=positive)
+        found[f"fpr_at_95_tpr_{name}_positive"] = fpr_at_tpr(scores, is_anomaly, positive=positive)
+    return found

@@ -46,7 +46,8 @@ _PANELS = (
 # Shared parts ---------------------------------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -61,7 +62,8 @@ def _save(figure: Figure, path: str | Path) -> Path:
     return write_atomic(Path(path), stream.getvalue())
 
 
-def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+    """Title, labels and a quiet grid."""
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.set_ylabel(ylabel, fontsize=9)
@@ -96,16 +98,22 @@ def _some(count: int, most: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(count)[:most]
 
 
-def _range(values: NDArray[Any]) -> tuple[float, float, bool]:
-    """Limits of an axis, and whether they leave out tails: a few extreme scores must not squeeze all others."""
-    low, high = float(values.min()), float(values.max())
-    inner_low, inner_high = np.quantile(values, [0.01, 0.99])
-    margin = 0.5 * (inner_high - inner_low)
+def _range(*groups: NDArray[Any]) -> tuple[float, float, bool]:
+    """Limits of an axis, and whether they leave out tails: a few extreme scores must not squeeze all others.
+
+    Groups count alike, whatever their sizes, except those of fewer than twenty beside larger ones.
+    """
+    low, high = float(min(map(np.min, groups))), float(max(map(np.max, groups)))
+    large = [values for values in groups if len(values) >= 20] or groups
+    typical = np.concatenate([np.quantile(values, np.linspace(0, 1, 501)) for values in large])
+    inner_low, inner_high = np.quantile(typical, [0.05, 0.95])
+    margin = inner_high - inner_low
     clipped_low, clipped_high = max(low, inner_low - margin), min(high, inner_high + margin)
     if clipped_high > clipped_low and high - low > 2 * (clipped_high - clipped_low):
         return float(clipped_low), float(clipped_high), True
     if high == low:
-        return low - 0.5, high + 0.5, False
+        margin = max(0.5, 1e-3 * abs(low))
+        return low - margin, high + margin, False
     return low, high, False
 
 
@@ -116,7 +124,9 @@ def _vectors(*columns: Array, names: str) -> list[NDArray[np.float64]]:
     return vectors
 
 
-def _groups(is_anomaly: Array | None, finite: NDArray[np.bool_]) -> list[tuple[str, str, NDArray[np.bool_]]]:
+def split_by_label(
+    is_anomaly: Array | None, finite: NDArray[np.bool_]
+) -> list[tuple[str, str, NDArray[np.bool_]]]:
     """Name, colour and members of what is told apart: normal images and anomalies, or all images."""
     if is_anomaly is None:
         return [("images", BLUE, finite)]
@@ -125,6 +135,46 @@ def _groups(is_anomaly: Array | None, finite: NDArray[np.bool_]) -> list[tuple[s
         raise ValueError(f"is_anomaly has shape {anomalous.shape}, the scores {finite.shape}")
     groups = [("normal", BLUE, finite & ~anomalous), ("anomalies", VERMILION, finite & anomalous)]
     return [group for group in groups if group[2].any()]
+
+
+def draw_shares(axes: Axes, values: NDArray[Any], bins: NDArray[Any], colour: str) -> None:
+    """Bars of the share of ``values`` in each of ``bins``; what lies outside goes into the outer ones."""
+    counts, _ = np.histogram(np.clip(values, bins[0], bins[-1]), bins)
+    axes.stairs(counts / len(values), bins, fill=True, color=colour, alpha=0.35)
+    axes.stairs(counts / len(values), bins, color=colour, linewidth=1.5)
+
+
+def draw_scores(axes: Axes, groups: Sequence[tuple[str, NDArray[Any]]], xlabel: str) -> None:
+    """Histogram of finite scores of groups (colour, scores), each as shares of its own images."""
+    low, high, clipped = _range(*(values for _, values in groups))
+    count = sum(len(values) for _, values in groups)
+    bins = np.linspace(low, high, int(np.clip(np.sqrt(count), 8, 50)) + 1)
+    for colour, values in groups:
+        draw_shares(axes, values, bins, colour)
+    style(axes, "", xlabel + (", tails in the outer bars" if clipped else ""), "share of images")
+
+
+def draw_direction_radius(
+    axes: Axes, direction: Array, radius: Array, is_anomaly: Array | None
+) -> list[tuple[str, str, NDArray[np.bool_]]]:
+    """Scatter of `plot_direction_radius`; which images it shows, as `split_by_label` has them."""
+    horizontal, vertical = _vectors(direction, radius, names="direction and radius")
+    finite = np.isfinite(horizontal) & np.isfinite(vertical)
+    if not finite.any():
+        raise ValueError("no image has a finite direction and radius")
+    groups = split_by_label(is_anomaly, finite)
+    chosen = np.flatnonzero(finite)[_some(int(finite.sum()), MOST_POINTS)]
+    colours = np.full(len(finite), BLUE, dtype=object)
+    for _, colour, members in groups:
+        colours[members] = colour
+    labels, shown = [], []
+    for part, values in (("direction", horizontal), ("radius", vertical)):
+        low, high, clipped = _range(*(values[members] for _, _, members in groups))
+        shown.append(np.clip(values[chosen], low, high))
+        labels.append(f"log-likelihood of the {part} (nats)" + (", tails at the edge" if clipped else ""))
+    _scatter(axes, np.stack(shown, axis=1), colours[chosen], np.full(len(chosen), "o"))
+    style(axes, "", *labels)
+    return groups
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -158,7 +208,7 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: str | Path) -> Pat
         raise ValueError(f"no column with a number among {', '.join(name for name, *_ in _PANELS)}")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
-    figure = _figure(3.1 * across, 2.5 * down)
+    figure = new_figure(3.1 * across, 2.5 * down)
     length = len(next(iter(columns.values())))
     epochs = columns.get("epoch", np.arange(1.0, length + 1))
     limits = epochs[0] - 0.02 * length, epochs[-1] + 0.02 * length
@@ -167,7 +217,7 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: str | Path) -> Pat
         shown = np.isfinite(columns[name])
         marker = "o" if shown.sum() < 30 else ""
         axes.plot(epochs[shown], columns[name][shown], color=BLUE, linewidth=1.6, marker=marker, markersize=3)
-        _style(axes, title, "epoch", unit)
+        style(axes, title, "epoch", unit)
         axes.set_xlim(*limits)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         if threshold is not None:
@@ -231,7 +281,7 @@ def plot_embedding(
         entries.append((name if len(name) <= 24 else name[:23] + "…", colour, marker))
     if told_apart and (groups < 0).any():
         entries.append(("unlabelled", GREY, "o"))
-    figure = _figure(6.4, 5.0)
+    figure = new_figure(6.4, 5.0)
     axes = figure.subplots()
     _scatter(axes, flat, colours, markers)
     if entries:
@@ -239,7 +289,7 @@ def plot_embedding(
     title = f"Directions of {len(points):,} embeddings"
     if len(present) > MOST_CLASSES:
         title += f" of {len(present)} classes"
-    _style(
+    style(
         axes,
         title,
         *(f"principal component {i + 1} ({share:.0%} of variance)" for i, share in enumerate(shares)),
@@ -263,21 +313,16 @@ def plot_score_histogram(
     finite = np.isfinite(values)
     if not finite.any():
         raise ValueError("no score is finite")
-    groups = _groups(is_anomaly, finite)
-    low, high, clipped = _range(values[finite])
-    bins = np.linspace(low, high, int(np.clip(np.sqrt(finite.sum()), 8, 50)) + 1)
-    figure = _figure(6.4, 3.6)
+    groups = split_by_label(is_anomaly, finite)
+    figure = new_figure(6.4, 3.6)
     axes = figure.subplots()
-    for _, colour, members in groups:
-        counts, _ = np.histogram(np.clip(values[members], low, high), bins)
-        axes.stairs(counts / members.sum(), bins, fill=True, color=colour, alpha=0.35)
-        axes.stairs(counts / members.sum(), bins, color=colour, linewidth=1.5)
+    draw_scores(axes, [(colour, values[members]) for _, colour, members in groups], xlabel)
     if is_anomaly is not None:
         _legend(axes, [(f"{name} ({members.sum():,})", colour, "s") for name, colour, members in groups])
     title = f"Anomaly scores of {finite.sum():,} images"
     if len(groups) == 2:
         title = f"Anomaly scores: AUROC {auroc(values[finite], as_numpy(is_anomaly)[finite]):.3f}"  # type: ignore[arg-type]
-    _style(axes, title, xlabel + (", tails in the outer bars" if clipped else ""), "share of images")
+    axes.set_title(title, fontsize=11, loc="left")
     return _save(figure, path)
 
 
@@ -288,26 +333,12 @@ def plot_direction_radius(
 
     At most 5,000 images; those with a part that is not finite are left out. Raises as `plot_score_histogram`.
     """
-    horizontal, vertical = _vectors(direction, radius, names="direction and radius")
-    finite = np.isfinite(horizontal) & np.isfinite(vertical)
-    if not finite.any():
-        raise ValueError("no image has a finite direction and radius")
-    groups = _groups(is_anomaly, finite)
-    chosen = np.flatnonzero(finite)[_some(int(finite.sum()), MOST_POINTS)]
-    colours = np.full(len(finite), BLUE, dtype=object)
-    for _, colour, members in groups:
-        colours[members] = colour
-    figure = _figure(6.0, 4.6)
+    figure = new_figure(6.0, 4.6)
     axes = figure.subplots()
-    labels, shown = [], []
-    for part, values in (("direction", horizontal), ("radius", vertical)):
-        low, high, clipped = _range(values[finite])
-        shown.append(np.clip(values[chosen], low, high))
-        labels.append(f"log-likelihood of the {part} (nats)" + (", tails at the edge" if clipped else ""))
-    _scatter(axes, np.stack(shown, axis=1), colours[chosen], np.full(len(chosen), "o"))
+    groups = draw_direction_radius(axes, direction, radius, is_anomaly)
     if is_anomaly is not None:
         _legend(axes, [(f"{name} ({members.sum():,})", colour, "o") for name, colour, members in groups])
-    _style(axes, "Where the likelihood comes from", *labels)
+    axes.set_title("Where the likelihood comes from", fontsize=11, loc="left")
     return _save(figure, path)
 
 
@@ -364,7 +395,7 @@ def plot_strangest(images: Array, scores: Array, path: str | Path, k: int = 12) 
     halves = [half for half in (("Most normal", BLUE, low), ("Strangest", VERMILION, high)) if len(half[2])]
     across = min(6, len(low))
     down = -(-len(low) // across)
-    figure = _figure(max(2.4, 1.15 * across), len(halves) * (1.3 * down + 0.35))
+    figure = new_figure(max(2.4, 1.15 * across), len(halves) * (1.3 * down + 0.35))
     parts: NDArray[Any] = figure.subfigures(len(halves), 1, squeeze=False)
     part: SubFigure
     for part, (title, colour, chosen) in zip(parts[:, 0], halves, strict=True):
@@ -388,11 +419,35 @@ def plot_views(
     if len(pixels) != len(rows):
         raise ValueError(f"views have {len(pixels)} rows, but {len(rows)} names: {', '.join(rows)}")
     down, across = pixels.shape[:2]
-    figure = _figure(max(2.4, 1.1 * across), 1.1 * down)
+    figure = new_figure(max(2.4, 1.1 * across), 1.1 * down)
     for row, line, name in zip(figure.subplots(down, across, squeeze=False), pixels, rows, strict=True):
         for axes, image in zip(row, line, strict=True):
             _show(axes, image)
         row[0].text(
             -0.08, 0.5, name, transform=row[0].transAxes, rotation=90, va="center", ha="right", fontsize=9
         )
+    return _save(figure, path)
+
+
+def plot_rejection(
+    curves: Mapping[str, tuple[Array, Array]], path: str | Path, *, ylabel: str = "accuracy of those kept"
+) -> Path:
+    """Accuracy of the images kept against the rejected share, up to 90 %, a line for each named pair of the two.
+
+    Takes vectors ``(N,)`` of `metrics.rejection_curve`; the dotted lines are the accuracy without rejecting, where a
+    curve stays whose uncertainty knows nothing. Raises ``ValueError`` if there is no curve or lengths differ.
+    """
+    if not curves:
+        raise ValueError("no rejection curve to draw")
+    figure = new_figure(6.0, 3.8)
+    axes = figure.subplots()
+    entries = []
+    for (name, pair), colour in zip(curves.items(), PALETTE, strict=False):
+        rejected, accuracy = _vectors(*pair, names="rejected share and accuracy")
+        shown = rejected <= 0.9  # beyond it the accuracy of few images jumps
+        axes.plot(100 * rejected[shown], accuracy[shown], color=colour, linewidth=1.6)
+        axes.axhline(accuracy[0], color=colour, linestyle=":", linewidth=1)
+        entries.append((name, colour, "s"))
+    _legend(axes, entries)
+    style(axes, "Rejecting the most uncertain images", "share rejected (%)", ylabel)
     return _save(figure, path)

@@ -88,11 +88,26 @@ class TestKnn:
         train = torch.tensor([[1.0, 1], [1, 1], [1, 0], [1, 1], [1, 1]])
         labels = torch.tensor([3, 1, 0, 2, 2])
         index = metrics._top_k(torch.tensor([[0.5, 0.5, 1.0, 0.5, 0.5]]), 3)
-        assert index.tolist() == [[0, 1, 2]]
+        assert index.tolist() == [[2, 0, 1]]
         # Class 0 is nearest but outvoted at a high temperature only if both images of class 2 were taken.
         assert metrics.knn_predict(
             train, labels, torch.tensor([[1.0, 0]]), k=3, temperature=100.0
         ).tolist() == [0]
+
+    def test_sweep_is_separate_calls(self, rng):
+        # Coarse features, so that many similarities are equal, also at the smaller k.
+        train, labels = (values[:90] for values in clusters(rng, 120, dim=2))
+        test, truth = clusters(rng, 70, dim=2)
+        data = train.round(), labels, test.round(), truth
+        swept = metrics.knn_sweep(*data, ks=[40, 1, 500, 6], temperatures=[0.1, 5.0])
+        separate = [
+            metrics.knn_accuracy(*data, k=k, temperature=t) for k in (40, 1, 500, 6) for t in (0.1, 5.0)
+        ]
+        assert swept == separate
+        assert [result["k"] for result in swept[::2]] == [40, 1, 90, 6]
+        assert len({result["accuracy"] for result in swept}) > 3
+        with pytest.raises(ValueError, match="at least one k and one temperature"):
+            metrics.knn_sweep(*data, ks=[5], temperatures=[])
 
     def test_small_temperature_overflows_nothing(self, rng):
         train, labels = clusters(rng, 60)
@@ -449,19 +464,18 @@ class TestUncertainty:
         with pytest.raises(ValueError, match="uncertainty are NaN"):
             metrics.rejection_curve(np.array([True]), np.array([np.nan]))
 
-    def test_r_auroc(self, rng, monkeypatch):
-        features, labels = clusters(rng, 200)
-        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-        similarity = unit @ unit.T
-        np.fill_diagonal(similarity, -2)
-        failed = labels[similarity.argmax(1)] != labels
-        uncertainty = failed + rng.normal(size=200)
-        expected = roc_auc_score(failed, uncertainty)
+    def test_r_auroc(self, rng):
+        correct = rng.random(200) < 0.7
+        uncertainty = (~correct + rng.normal(size=200)).round(1)  # with ties
+        expected = roc_auc_score(~correct, uncertainty)
         assert 0.6 < expected < 0.95
-        assert metrics.r_auroc(features, labels, uncertainty) == pytest.approx(expected)
-        monkeypatch.setattr(metrics, "BLOCK_ENTRIES", 7 * 200)
-        assert metrics.r_auroc(features, labels, uncertainty) == pytest.approx(expected)
+        assert metrics.r_auroc(torch.from_numpy(correct), uncertainty) == pytest.approx(expected)
+        assert metrics.r_auroc(correct, np.zeros(200)) == 0.5
 
-    def test_r_auroc_without_failures(self):
+    def test_r_auroc_bad_input(self):
         with pytest.raises(ValueError, match="never fails"):
-            metrics.r_auroc(torch.eye(4) + 1, torch.zeros(4, dtype=torch.long), torch.rand(4))
+            metrics.r_auroc(np.ones(4, dtype=bool), torch.rand(4))
+        with pytest.raises(ValueError, match="always fails"):
+            metrics.r_auroc(np.zeros(4, dtype=bool), torch.rand(4))
+        with pytest.raises(ValueError, match="4 booleans"):
+            metrics.r_auroc(np.array([0, 1, 2, 0]), torch.rand(4))

@@ -183,7 +183,13 @@ class TwoViews(CleanView):
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, generator: torch.Generator | None = None, *, rank: int = 0, world_size: int = 1
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        same_for_all: bool = False,
     ) -> Tensor:
         """Draw two views of each image.
 
@@ -196,6 +202,8 @@ class TwoViews(CleanView):
         rank, world_size
             Of several processes with equally seeded generators, each with its part of one global batch: the
             views are those that one process would draw for the global batch.
+        same_for_all
+            Draw once, the same for every image, so that an image's views do not depend on the batch it is in.
 
         Returns
         -------
@@ -203,17 +211,30 @@ class TwoViews(CleanView):
             float32 (2, B, 3, S, S), normalised.
         """
         check_images(images)
+        shape = (world_size, 1 if same_for_all else len(images), 2, _DRAWS)
+        draws = torch.rand(shape, generator=generator, device=images.device)[rank]
+        return self._render(images, draws.expand(len(images), -1, -1))
+
+    @torch.no_grad()
+    def one(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a single view of each image, as the first of two: float32 (B, 3, S, S), normalised."""
+        check_images(images)
+        shape = (len(images), 1, _DRAWS)
+        return self._render(images, torch.rand(shape, generator=generator, device=images.device))[0]
+
+    def _render(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Views (V, B, 3, S, S) of uint8 images from uniform numbers (B, V, 32)."""
         batch, _, height, width = images.shape
-        draws = torch.rand((world_size, batch, 2, _DRAWS), generator=generator, device=images.device)[rank]
-        drawn = [draw_parameters(draws[:, view], (height, width), self.recipe, view) for view in (0, 1)]
-        out = torch.empty((2, batch, 3, self.image_size, self.image_size), device=images.device)
+        count = draws.shape[1]
+        drawn = [draw_parameters(draws[:, view], (height, width), self.recipe, view) for view in range(count)]
+        out = torch.empty((count, batch, 3, self.image_size, self.image_size), device=images.device)
         side = max(height, width, self.image_size)
         chunk = max(1, _CHUNK // (3 * side**2)) if images.device.type == "cpu" else max(1, batch)
         with torch.autocast(images.device.type, enabled=False):  # grid_sample and conv2d would lose precision
             for start in range(0, batch, chunk):
                 part = slice(start, start + chunk)
                 floats = images[part].float().div_(255)
-                for view in (0, 1):
+                for view in range(count):
                     parameters = ViewParameters(*(p[part] for p in drawn[view]))
                     out[view, part] = self._normalise_(self.augment(floats, parameters))
         return out
