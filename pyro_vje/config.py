@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,8 @@ class TrainConfig:
         The model's probabilistic settings, as in `pyro_vje.VJE`. ``df`` is D - 2 unless said.
     epochs, batch_size, lr, weight_decay, warmup_epochs :
         SGD with momentum 0.9 and a cosine schedule after linear warm-up. ``lr`` is for 256 images and is scaled by
-        ``batch_size / 256``; weights of one dimension (biases, batch norm) are not decayed.
+        ``batch_size / 256``; weights of one dimension (biases, batch norm) are not decayed. Data smaller than the
+        default batch become one batch (`fitted`); a batch size that was asked for and is too large is an error.
     num_particles :
         Samples of z for each image and direction.
     devices, precision, compile :
@@ -90,6 +92,26 @@ class TrainConfig:
         config._check()
         return config
 
+    def fitted(self, images: int, processes: int = 1) -> TrainConfig:
+        """Resolved settings whose default batch is no larger than the data, in equal shares for the processes.
+
+        Of fewer images than the default batch it takes a quarter: a step an epoch would hardly train.
+
+        Raises
+        ------
+        ValueError
+            If there are too few images for any batch.
+        """
+        most = self.batch_size or images
+        if images < most:
+            most = max(images // 4, min(16, images))
+        most -= most % processes
+        if most < 2:  # batch norm needs two
+            raise ValueError(f"training needs at least two images, and one a process, but has {images}")
+        if most != self.batch_size:
+            logging.getLogger("pyro_vje").info("batch_size %d, to fit %d images", most, images)
+        return dataclasses.replace(self, batch_size=most)
+
     def _check(self) -> None:
         if self.dataset == "folder" and self.data_dir is None:
             raise ValueError("the data set 'folder' needs to know which folder: name it (--data-dir DIR)")
@@ -112,8 +134,8 @@ class TrainConfig:
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not (low <= value < high if math.isinf(high) else low <= value <= high):
-                upper = "" if math.isinf(high) else f" and at most {high:g}"
-                raise ValueError(f"{name} must be at least {low:g}{upper}, not {value}")
+                upper = "" if math.isinf(high) else f" and at most {high}"
+                raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
         if self.image_size is not None and self.image_size < 8:
             raise ValueError(f"image_size must be at least 8 pixels, not {self.image_size}")
         if self.df is not None and not self.df > 0:

@@ -12,6 +12,22 @@ from pyro_vje.data import CleanView, ImageSet, iter_batches
 from pyro_vje.model import VJE
 
 
+class Posteriors(NamedTuple):
+    """Embeddings of N images and the posterior given each (or given another view of it), ``(N, D)`` each."""
+
+    embeddings: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def to(self, device: str | torch.device) -> Posteriors:
+        """The same on another device."""
+        return Posteriors(*(tensor.to(device) for tensor in self))
+
+    def split(self, count: int) -> Iterator[Posteriors]:
+        """Parts of at most ``count`` images."""
+        return map(Posteriors, *(tensor.split(count) for tensor in self))
+
+
 class Encoded(NamedTuple):
     """What a model says of N images, all float32 on the CPU unless said.
 
@@ -30,6 +46,11 @@ class Encoded(NamedTuple):
     embeddings: Tensor
     loc: Tensor
     scale: Tensor
+
+    @property
+    def posteriors(self) -> Posteriors:
+        """Embeddings and posteriors without the rest."""
+        return Posteriors(self.embeddings, self.loc, self.scale)
 
 
 def encode_batches(

@@ -20,7 +20,13 @@ from torch.nn import functional
 
 # A direction normalised in bfloat16 is off the sphere by more than float32 forgives, so the model leaves autocast.
 from pyro_vje.distributions._common import at_least_float32
-from pyro_vje.likelihoods import LikelihoodSettings, get_family, resolve_radius, resolve_unit_radius
+from pyro_vje.likelihoods import (
+    LikelihoodFamily,
+    LikelihoodSettings,
+    get_family,
+    resolve_radius,
+    resolve_unit_radius,
+)
 
 MIN_SCALE = 1e-3
 """Floor of the posterior's standard deviation: the restricted likelihood's mass grows without bound below it."""
@@ -208,11 +214,16 @@ class VJE(nn.Module):
         """Loc and scale ``(N, D)`` of q(z | context) for context embeddings ``(N, D)``."""
         return self.posterior_network(embeddings)
 
-    def likelihood(self, z: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        """p(target | z, scale), a distribution over R^D for latents ``(..., D)`` and posterior scales."""
+    def likelihood(
+        self, z: Tensor, scale: Tensor, family: LikelihoodFamily | None = None
+    ) -> dist.TorchDistribution:
+        """p(target | z, scale), a distribution over R^D for latents ``(..., D)`` and posterior scales.
+
+        ``family`` takes the place of the model's own, with the same settings.
+        """
         if self.likelihood_raw_scale is not None:
             scale = (functional.softplus(self.likelihood_raw_scale) + MIN_SCALE).expand_as(scale)
-        return self.family(z, scale, self.settings)
+        return (family or self.family)(z, scale, self.settings)
 
     def encode_views(self, views: Tensor | Sequence[Tensor]) -> ViewPair:
         """Posterior and stopped target of both directions, from one pass over the 2·B images."""

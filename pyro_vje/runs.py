@@ -5,6 +5,7 @@
     RUN/config.json           settings, image size, classes, versions
     RUN/weights.safetensors   weights; its header repeats config.json, so that the file stands alone
     RUN/calibration.safetensors   embeddings and posteriors of held-out images, which calibrate scores
+    RUN/reference.safetensors     the same of images that were trained on, at most 10,000: the score `aggregate`
     RUN/metrics.csv           a row for each epoch
     RUN/checkpoints/          what resuming needs
     RUN/pictures/             training curves, embedding, scores
@@ -29,16 +30,17 @@ from torch import Tensor
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import DATASETS, CleanView, ImageSet
 from pyro_vje.encoders import build_encoder, describe_stem, feature_dim
-from pyro_vje.encoding import Encoded
+from pyro_vje.encoding import Posteriors
 from pyro_vje.files import write_atomic, write_json
 from pyro_vje.model import VJE
 from pyro_vje.plugins import is_reference
 
 SCHEMA_VERSION = 1
-CONFIG, WEIGHTS, CALIBRATION, METRICS, CHECKPOINTS, PICTURES = (
+CONFIG, WEIGHTS, CALIBRATION, REFERENCE, METRICS, CHECKPOINTS, PICTURES = (
     "config.json",
     "weights.safetensors",
     "calibration.safetensors",
+    "reference.safetensors",
     "metrics.csv",
     "checkpoints",
     "pictures",
@@ -180,36 +182,35 @@ def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
     return write_atomic(folder / WEIGHTS, safetensors_bytes(state, header))
 
 
-def save_calibration(folder: Path, encoded: Encoded) -> Path:
-    """Write the embeddings and posteriors of the held-out images: 12 bytes a feature and image."""
-    tensors = {name: getattr(encoded, name).contiguous() for name in ("embeddings", "loc", "scale")}
-    return write_atomic(folder / CALIBRATION, safetensors_bytes(tensors))
+def save_posteriors(path: Path, posteriors: Posteriors) -> Path:
+    """Write embeddings and posteriors of a run's images: 12 bytes a feature and image."""
+    tensors = {name: value.contiguous() for name, value in posteriors._asdict().items()}
+    return write_atomic(path, safetensors_bytes(tensors))
 
 
-def load_calibration(run: LoadedRun) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Embeddings, loc and scale ``(n, D)`` of a run's held-out images; ``None`` where the run has none.
+def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
+    """Read what `save_posteriors` wrote as ``name`` (`CALIBRATION` or `REFERENCE`); ``None`` where there is none.
 
     Raises
     ------
     ValueError
         If the file is damaged or does not fit the model.
     """
-    path = None if run.folder is None else run.folder / CALIBRATION
+    path = None if run.folder is None else run.folder / name
     if path is None or not path.is_file():
         return None
     try:
         tensors = safetensors_load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    loaded = [tensors.get(name) for name in ("embeddings", "loc", "scale")]
+    loaded = [tensors.get(field) for field in Posteriors._fields]
     shape = (len(loaded[0]) if loaded[0] is not None and loaded[0].dim() else 0, run.vje.embedding_dim)
     for tensor in loaded:
-        if tensor is None or tensor.shape != shape or not torch.isfinite(tensor).all():
+        if tensor is None or tensor.shape != shape or not len(tensor) or not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{path} does not fit the model: it must hold finite embeddings, loc and scale {shape}"
             )
-    embeddings, loc, scale = (tensor.float() for tensor in loaded if tensor is not None)
-    return embeddings, loc, scale
+    return Posteriors(*(tensor.float() for tensor in loaded if tensor is not None))
 
 
 def read_info(folder: Path) -> RunInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -10,7 +11,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,26 +35,31 @@ from pyro_vje.data import (
     make_loader,
     views_for,
 )
+from pyro_vje.distributed import CPUSyncBatchNorm, GlobalNoise
 from pyro_vje.encoding import encode
 from pyro_vje.files import write_json
 from pyro_vje.model import VJE
 from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
 from pyro_vje.objective import SymmetricELBO
 from pyro_vje.runs import (
+    CALIBRATION,
     CHECKPOINTS,
     CONFIG,
+    REFERENCE,
     WEIGHTS,
     RunInfo,
     build_model,
     describe_run,
     read_info,
-    save_calibration,
+    save_posteriors,
     save_weights,
 )
 
 log = logging.getLogger("pyro_vje")
 
 LAST = "last.ckpt"
+REFERENCE_IMAGES = 10_000
+"""At most: 15 MB at D = 128, and a density over them costs less than an encoder's pass."""
 PART_EVERY = 5
 """Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
 
@@ -61,8 +67,8 @@ PART_EVERY = 5
 class Pretraining(lightning.LightningModule):
     """VJE pretraining as a Lightning module: views, symmetric ELBO, SGD with a cosine schedule.
 
-    All random draws of a step (views, latents) come from generators seeded by (seed, step, rank), so a resumed run
-    draws what an uninterrupted one would.
+    All random draws of a step (views, latents) are functions of (seed, step), so a resumed run draws what an
+    uninterrupted one would, and several processes draw what one would for their global batch.
 
     Parameters
     ----------
@@ -132,11 +138,16 @@ class Pretraining(lightning.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Loss of a uint8 image batch ``(B, 3, H, W)``, in nats an image."""
+        rank, world_size = self.global_rank, self.trainer.world_size
         generator = self._seeded_generator(batch.device)
-        views = self.views(batch, generator, rank=self.global_rank, world_size=self.trainer.world_size)
+        views = self.views(batch, generator, rank=rank, world_size=world_size)
+        noise: GlobalNoise | nullcontext[None] = nullcontext()
+        if world_size > 1:  # from the seed of the only process's latents, see below
+            generator.manual_seed(derive_seed("latents", self.config.seed, self.global_step, 0))
+            noise = GlobalNoise(generator, rank, world_size)
         self.objective.monitor = self._record_parts if batch_idx % PART_EVERY == 0 else None
         # Validation reads back from the device at every site; the shapes it checks do not change after step one.
-        with pyro.validation_enabled(not self._validated):
+        with pyro.validation_enabled(not self._validated), noise:
             loss = self.elbo(views)
         self._validated = True
         self._add("loss", loss.detach())
@@ -185,10 +196,12 @@ class Pretraining(lightning.LightningModule):
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def epoch_means(self) -> dict[str, float]:
-        """Means of what was recorded since the last call: the one place that reads back from the device."""
-        means = {name: (value / self.counts[name]).item() for name, value in self.sums.items()}
+        """Means over all processes since the last call: the one place that reads back from the device."""
+        means = torch.stack([value / self.counts[name] for name, value in self.sums.items()])
+        names = list(self.sums)
         self.sums, self.counts = {}, {}
-        return means
+        # Equal shares of every batch: the mean over the processes is that over all images.
+        return dict(zip(names, self.trainer.strategy.reduce(means).tolist(), strict=True))
 
 
 def _load_split(config: TrainConfig, split: str, image_size: int | None) -> ImageSet:
@@ -218,6 +231,13 @@ def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
         raise ValueError(
             f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
             f"choose at most {len(train_set)}"
+        )
+    processes = config.devices * _machines()
+    if (config.batch_size or 0) % processes:
+        # Gradients and batch statistics are averaged over the processes, which is right for equal shares.
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared equally by {processes} processes: "
+            f"choose a multiple of {processes}"
         )
     return train_set, held_out
 
@@ -252,8 +272,13 @@ def train(
     TrainingDiverged
         If the loss stops being finite; the last checkpoint stays.
     """
+    unset = config.batch_size is None
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
-    train_set, held_out = load_train_set(config)
+    if unset and not resume:
+        train_set, held_out = load_train_set(dataclasses.replace(config, batch_size=None))
+        config = config.fitted(len(train_set), config.devices * _machines())
+    else:
+        train_set, held_out = load_train_set(config)
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
     # The encoder's convolutions are fastest with channels last on every device we measured.
@@ -291,12 +316,13 @@ def train(
         except SystemExit:  # how Lightning ends on Ctrl-C
             raise KeyboardInterrupt from None
     if trainer.is_global_zero:
-        if held_out is not None:
-            device = next(vje.parameters()).device
-            save_calibration(folder, encode(vje, held_out, info.view, device=device))
+        device = next(vje.parameters()).device
+        kept = {CALIBRATION: held_out, REFERENCE: reference_images(train_set, config.seed)}
+        for name, images in kept.items():
+            if images is not None:
+                save_posteriors(folder / name, encode(vje, images, info.view, device=device).posteriors)
         save_weights(folder, vje, info)
         report.draw(vje, info.classes)
-        log.info("run folder: %s", folder)
     return folder
 
 
@@ -305,9 +331,19 @@ def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet 
     count = round(config.holdout * len(images))
     if count == 0:
         return images, None
+    log.info("%d of %d images are held out of training, to calibrate scores", count, len(images))
     generator = torch.Generator().manual_seed(derive_seed("holdout", config.seed))
     order = torch.randperm(len(images), generator=generator)
     return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
+
+
+def reference_images(train_set: ImageSet, seed: int) -> ImageSet:
+    """The training images that scores compare with: all, or `REFERENCE_IMAGES` of them drawn by the run's seed."""
+    if len(train_set) <= REFERENCE_IMAGES:
+        return train_set
+    generator = torch.Generator().manual_seed(derive_seed("reference", seed))
+    order = torch.randperm(len(train_set), generator=generator)
+    return train_set.select(order[:REFERENCE_IMAGES].sort().values)
 
 
 @contextmanager
@@ -390,6 +426,11 @@ def _is_first_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
+def _machines() -> int:
+    """Machines that train together, as torchrun tells its processes; ``devices`` are those of each machine."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def _monitor_sets(
     config: TrainConfig, info: RunInfo, train_set: ImageSet
 ) -> tuple[ImageSet, ImageSet] | None:
@@ -421,13 +462,16 @@ def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: 
         logger: Any = TensorBoardLogger(folder, name="", version="tensorboard")
     except ModuleNotFoundError:  # neither tensorboard nor tensorboardX is installed
         logger = False
+    several = config.devices * _machines() > 1
     return lightning.Trainer(
         max_epochs=config.epochs,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=config.devices,
-        strategy="ddp" if config.devices > 1 else "auto",
-        # PyTorch has synchronised batch norm for GPUs only; on CPUs each process normalises its own share.
-        sync_batchnorm=config.devices > 1 and torch.cuda.is_available(),
+        num_nodes=_machines(),
+        strategy="ddp" if several else "auto",
+        # PyTorch has synchronised batch norm for GPUs only.
+        sync_batchnorm=several and torch.cuda.is_available(),
+        plugins=[CPUSyncBatchNorm()] if several and not torch.cuda.is_available() else None,
         precision=precision,  # type: ignore[arg-type]
         callbacks=callbacks,
         logger=logger,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pyro_vje import TrainConfig, load_run, train, training
 from pyro_vje.data import load_dataset
 from pyro_vje.monitoring import COLUMNS, TrainingDiverged
+from pyro_vje.runs import read_info
 from pyro_vje.training import choose_precision
 
 
@@ -220,6 +221,7 @@ def test_collapse_is_warned_of(tiny_config, tmp_path, caplog):
     [
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"devices": 3}, "batch_size 16 cannot be shared equally by 3 processes"),
         ({"df": 0.0}, "df must be positive"),
         ({"df": math.nan}, "df must be positive"),
         ({"kl_weight": -1.0}, "kl_weight must be at least 0"),
@@ -252,3 +254,9 @@ def test_precision_setting():
     assert choose_precision("32") == "32-true"
     assert choose_precision("bf16") == "bf16-mixed"
     assert choose_precision("auto") in ("32-true", "bf16-mixed")
+
+
+def test_default_batch_fits_few_images(tiny_config, tmp_path):
+    folder = train(dataclasses.replace(tiny_config, batch_size=None, epochs=1), tmp_path / "run")
+    assert read_info(folder).config.batch_size == 16
+    assert train(TrainConfig(), folder, resume=True) == folder
