@@ -8,58 +8,105 @@ from typing import Any
 import click
 from pyro_vje.cli import options
 
+from pyro_vje.scores import SCORES
+
+LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
+
 
 @click.command("score")
 @options.ckpt
-@click.option("--data", type=click.Path(path_type=Path), metavar="PATH", help="A folder of images to score.")
-@click.option("--dataset", help="Score a data set's test split. [default: the run's own]")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="A folder of images, all of which are scored.",
+)
+@click.option(
+    "--dataset", type=options.DATASETS, help="Score a data set's test split instead. [default: the run's own]"
+)
 @options.data_dir
 @options.download
-@click.option("--normal-class", metavar="K", help="The class that counts as normal, for the AUROC.")
+@click.option("--normal-class", metavar="K", help="The class that counts as normal, for the metrics.")
 @click.option(
     "--score",
+    type=click.Choice(list(SCORES)),
     default="conditional",
     show_default=True,
-    help="conditional, elbo, direction, radius or variance.",
+    help="; ".join(f"{score.name}: {score.description}" for score in SCORES.values()) + ".",
+)
+@click.option(
+    "--score-likelihood",
+    metavar="FAMILY",
+    help="Score with this likelihood family, for instance polar-student-t-exact. [default: the one trained with]",
+)
+@click.option(
+    "--num-pairs",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="0: the image's own embedding, one pass of the encoder. K: mean over K augmented pairs, 2 K passes.",
 )
 @click.option(
     "--num-particles",
     default=16,
     show_default=True,
     type=click.IntRange(min=1),
-    help="Samples of the latent an image; one forward pass whatever their number.",
+    help="Samples of the latent an image; they cost no pass of the encoder.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of those samples.")
+@click.option("--seed", default=0, show_default=True, help="Seed of every draw.")
+@click.option("--alpha", type=LEVEL, help="Call an image an anomaly if its p-value is at most this.")
+@click.option(
+    "--fdr",
+    type=LEVEL,
+    help="Call images anomalies of which at most this share is normal (Benjamini-Hochberg).",
+)
 @options.batch_size
 @click.option(
     "--out", type=click.Path(path_type=Path), help="The CSV. [default: scores.csv in the run folder]"
 )
 @click.option("--draw/--no-draw", default=True, show_default=True, help="Draw pictures beside the CSV.")
+@click.option("--report", is_flag=True, help="Write one self-contained HTML page beside the CSV.")
+@click.option("--parquet", is_flag=True, help="Write the table as Parquet too (needs pyarrow).")
+@click.option("--resume", is_flag=True, help="Go on from an interrupted call with the same options.")
 @options.trust_plugins
 @click.pass_context
 def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
-    """Anomaly score of each image, higher for stranger ones, with the likelihood's parts, as a CSV."""
+    """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
+    from pyro_vje.data.imageset import counted
     from pyro_vje.scoring import score
 
     result = score(ckpt, **settings)
+    how = result.settings
+    passes = f"{how.passes} forward pass{'es' if how.passes > 1 else ''} an image"
     click.echo(
-        f"{result.scored} images scored by {result.score} "
-        f"(1 forward pass an image, {result.num_particles} particles, seed {result.seed}): {result.csv}"
+        f"{counted(result.scored)} scored by {how.score} "
+        f"({passes}, {how.num_particles} particles, seed {how.seed}): {result.csv}"
     )
     if result.auroc is not None:
         click.echo(
             f"AUROC {result.auroc:.4f} (anomalies positive: {result.scored - (result.normal or 0)}, "
             f"normal: {result.normal})"
         )
+    if result.flagged is not None:
+        rule = f"p-value ≤ {settings['alpha']:g}"
+        if settings["fdr"] is not None:
+            rule = f"Benjamini-Hochberg at a false-discovery rate of {settings['fdr']:g}"
+        click.echo(f"{result.flagged} of {result.scored} called anomalies ({rule})")
+    if result.report:
+        click.echo(f"report: {result.report}")
     if result.failed:
-        click.echo(f"{result.failed} images could not be read: see the column error", err=True)
+        click.echo(f"{counted(result.failed)} could not be read: see the column error", err=True)
         ctx.exit(1)
 
 
 @click.command("embed")
 @options.ckpt
 @click.option(
-    "--data", required=True, type=click.Path(path_type=Path), metavar="PATH", help="A folder of images."
+    "--data",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="A folder of images.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), metavar="FILE.npz", help="The file to write."
@@ -69,10 +116,11 @@ def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
 @click.pass_context
 def embed_command(ctx: click.Context, ckpt: Path, data: Path, out: Path, **settings: Any) -> None:
     """Features, embeddings and posterior loc and scale of each image, as a NumPy .npz."""
+    from pyro_vje.data.imageset import counted
     from pyro_vje.scoring import embed
 
     path, written, failed = embed(ckpt, data, out, **settings)
-    click.echo(f"{written} images embedded: {path}")
+    click.echo(f"{counted(written)} embedded: {path}")
     if failed:
-        click.echo(f"{failed} images could not be read and are left out", err=True)
+        click.echo(f"{counted(failed)} could not be read and left out", err=True)
         ctx.exit(1)

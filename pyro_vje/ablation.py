@@ -176,7 +176,7 @@ def _name(config: TrainConfig, names: Iterable[str]) -> str:
 def _run(name: str, config: TrainConfig, folder: Path) -> Cell:
     try:
         config = config.resolved()
-        _train(config, folder)
+        train_cell(config, folder)
         return Cell(name, config, "finished", None, *_measure(config, folder))
     except (FloatingPointError, ValueError) as error:
         status = "diverged" if isinstance(error, FloatingPointError) else "failed"
@@ -184,7 +184,7 @@ def _run(name: str, config: TrainConfig, folder: Path) -> Cell:
         return Cell(name, config, status, str(error), {}, {})
 
 
-def _train(config: TrainConfig, folder: Path) -> None:
+def train_cell(config: TrainConfig, folder: Path) -> None:
     """Train a cell, whatever an interruption has left of it."""
     begun = (folder / CONFIG).is_file()
     if begun:
@@ -220,8 +220,7 @@ def _measure(config: TrainConfig, folder: Path) -> tuple[dict[str, float], dict[
         scored = score(folder, download=config.download, draw=False, trust_plugins=True)
         if scored.auroc is not None:
             measures["auroc"] = scored.auroc
-            particles = {"num_particles": scored.num_particles, "seed": scored.seed}
-            protocols["auroc"] = {"score": scored.score, **particles, "positive": "anomalies"}
+            protocols["auroc"] = {**dataclasses.asdict(scored.settings), "positive": "anomalies"}
     return measures, protocols
 
 

@@ -30,6 +30,24 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
     return path
 
 
+def check_writable(path: Path) -> Path:
+    """Check before hours of work that ``path`` can be written at their end, and return it.
+
+    Raises
+    ------
+    FileNotFoundError, IsADirectoryError, PermissionError
+        If it cannot, naming what is in the way.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file (--out FILE)")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write {path}: the folder {folder} is read-only; name another (--out)")
+    return path
+
+
 def write_json(path: Path, values: Any) -> Path:
     """Write ``values`` as indented JSON, atomically; NaN and infinities are refused."""
     return write_atomic(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

@@ -1,124 +1,106 @@
-"""Anomaly scores from the likelihood, one forward pass an image; higher is stranger.
+"""Scoring images: a row for each in a CSV, p-values and decisions, a summary, pictures, a report.
 
-A new score is one function of `LikelihoodParts` and one entry in `SCORES`.
+Images are read, encoded and written batch by batch, so memory does not grow with their number and an interrupted run
+can go on.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import hashlib
 import io
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from pyro_vje import metrics, pictures
-from pyro_vje.calibration import conformal_p_values
-from pyro_vje.data import ImageSet, load_dataset
-from pyro_vje.encoding import encode, encode_batches
+from pyro_vje.calibration import benjamini_hochberg, conformal_p_values
+from pyro_vje.data import ImageSet, iter_batches, load_dataset, views_for
+from pyro_vje.encoding import Posteriors, encode
 from pyro_vje.evaluation import load_split
-from pyro_vje.files import write_atomic
-from pyro_vje.model import VJE
-from pyro_vje.runs import PICTURES, LoadedRun, load_calibration, load_run
+from pyro_vje.files import check_writable, write_atomic, write_json
+from pyro_vje.journal import Journal, Table
+from pyro_vje.report import ReportData, render_report
+from pyro_vje.runs import (
+    CALIBRATION,
+    PICTURES,
+    REFERENCE,
+    WEIGHTS,
+    LoadedRun,
+    load_posteriors,
+    load_run,
+    versions,
+)
+from pyro_vje.scorer import Scorer, augmented_pairs, clean
+from pyro_vje.scores import SCORES, LikelihoodParts
 
 log = logging.getLogger("pyro_vje")
 
 NORMAL_FOLDER = "normal"
 """A class folder of this name holds the normal images; every other class is an anomaly."""
-
-
-class LikelihoodParts(NamedTuple):
-    """What scores are made of, each ``(N,)`` in nats an image (variance: squared units of the latent).
-
-    Attributes
-    ----------
-    log_likelihood
-        E_q log p(e | z, scale): the image's own embedding under the latents inferred from it.
-    log_direction, log_radius
-        Its two factors, apart from the Jacobian: log_likelihood = log_direction + log_radius - (D - 1) log ‖e‖. NaN
-        for a family that does not split them.
-    kl
-        KL(q(z | image) ‖ p(z)), unweighted.
-    variance
-        Mean posterior variance over features.
-    """
-
-    log_likelihood: Tensor
-    log_direction: Tensor
-    log_radius: Tensor
-    kl: Tensor
-    variance: Tensor
-
-
-SCORES: dict[str, Callable[[LikelihoodParts], Tensor]] = {
-    "conditional": lambda parts: -parts.log_likelihood,
-    "elbo": lambda parts: parts.kl - parts.log_likelihood,
-    "direction": lambda parts: -parts.log_direction,
-    "radius": lambda parts: -parts.log_radius,
-    "variance": lambda parts: parts.variance,
-}
-
-
-def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
-    """Standard normal noise ``(num_particles, D)``, antithetic in pairs, the same for every image.
-
-    Common noise makes the score of an image independent of the batch it is in and lowers the variance of
-    differences between images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    half = torch.randn((num_particles + 1) // 2, dim, generator=generator)
-    return torch.cat([half, -half])[:num_particles]
-
-
-@torch.no_grad()
-def likelihood_parts(
-    vje: VJE, embeddings: Tensor, loc: Tensor, scale: Tensor, noise: Tensor
-) -> LikelihoodParts:
-    """Evaluate the likelihood of each image's embedding under its own posterior.
-
-    Parameters
-    ----------
-    vje : VJE
-        The model.
-    embeddings, loc, scale : tensors
-        ``(N, D)`` each: N images and their posteriors.
-    noise : tensor
-        ``(P, D)`` from `latent_noise`: the particles z = loc + scale · noise.
-    """
-    radius = torch.linalg.vector_norm(embeddings, dim=-1)
-    log_jacobian = (embeddings.shape[-1] - 1) * radius.log()
-    sums = torch.zeros(3, len(loc), dtype=torch.float64, device=loc.device)
-    for particle in noise.to(loc.device):  # one at a time: memory does not grow with the number of particles
-        likelihood = vje.likelihood(loc + scale * particle, scale)
-        if hasattr(likelihood, "log_prob_direction"):
-            direction, radial = likelihood.log_prob_direction(embeddings), likelihood.log_prob_radius(radius)
-            joint = direction + radial - log_jacobian
-        else:
-            joint = likelihood.log_prob(embeddings)
-            direction = radial = torch.full_like(joint, torch.nan)
-        sums += torch.stack([joint, direction, radial])
-    joint, direction, radial = sums / len(noise)
-    kl = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
-    return LikelihoodParts(joint, direction, radial, kl.double(), (scale**2).mean(-1).double())
-
-
+PARTS = tuple(field.name for field in dataclasses.fields(LikelihoodParts) if field.name != "typical")
 COLUMNS = (
     "path",
     "anomaly_score",
     "p_value",
-    "log_likelihood",
-    "log_direction",
-    "log_radius",
-    "kl",
-    "posterior_variance",
+    "decision",
+    *("posterior_variance" if name == "variance" else name for name in PARTS),
     "label",
     "error",
 )
+THRESHOLDS = (0.05, 0.01)
+PROGRESS_EVERY = 30.0  # seconds
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How images are scored.
+
+    Attributes
+    ----------
+    score : str
+        A name in `pyro_vje.scores.SCORES`.
+    likelihood : str or None
+        A likelihood family to score with; by default the one that was trained.
+    num_pairs : int
+        0 scores an image's own embedding (one pass of the encoder). K > 0 scores K augmented pairs, each view given
+        the other (2 K passes), and takes the mean.
+    num_particles, seed : int
+        Samples of the latent for each expectation, and the seed of every draw.
+    """
+
+    score: str = "conditional"
+    likelihood: str | None = None
+    num_pairs: int = 0
+    num_particles: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"unknown score {self.score!r}: choose one of {', '.join(SCORES)}")
+        if self.num_pairs < 0:
+            raise ValueError(f"num_pairs must be at least 0, not {self.num_pairs}")
+        if self.num_pairs and SCORES[self.score].needs_reference:
+            raise ValueError(
+                f"the score {self.score!r} compares clean images with the clean reference images: leave pairs out"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Passes of the encoder an image."""
+        return 2 * self.num_pairs or 1
 
 
 @dataclass(frozen=True)
@@ -127,26 +109,29 @@ class ScoreResult:
 
     Attributes
     ----------
-    csv : Path
-        The table, one row an image.
+    csv, summary, report : Path
+        The table, one row an image; ``*_summary.json``; and ``*_report.html`` if it was asked for.
     scored, failed : int
         Images scored, and images that could not be decoded (rows with an ``error``).
     normal : int or None
         Images labelled normal, where there are labels of normal and anomalous images.
     auroc : float or None
         Area under the ROC curve of the anomaly score, anomalies as the positive class.
-    score, num_particles, seed
-        How the score was made; one forward pass an image.
+    flagged : int or None
+        Images decided to be anomalies, where ``alpha`` or ``fdr`` was given.
+    settings : ScoreSettings
+        How it was done.
     """
 
     csv: Path
+    summary: Path
+    report: Path | None
     scored: int
     failed: int
     normal: int | None
     auroc: float | None
-    score: str
-    num_particles: int
-    seed: int
+    flagged: int | None
+    settings: ScoreSettings
 
 
 def score(
@@ -157,15 +142,22 @@ def score(
     data_dir: str | None = None,
     normal_class: str | None = None,
     score: str = "conditional",
+    score_likelihood: str | None = None,
+    num_pairs: int = 0,
     num_particles: int = 16,
     seed: int = 0,
+    alpha: float | None = None,
+    fdr: float | None = None,
     batch_size: int = 256,
     download: bool = True,
     out: str | Path | None = None,
     draw: bool = True,
+    report: bool = False,
+    parquet: bool = False,
+    resume: bool = False,
     trust_plugins: bool = False,
 ) -> ScoreResult:
-    """Score images: a CSV with a row for each, and pictures beside it.
+    """Score images: a CSV with a row for each and a summary, pictures and a report beside it.
 
     Parameters
     ----------
@@ -178,40 +170,49 @@ def score(
     normal_class : str, optional
         The class that counts as normal; by default the class that the run was trained on, or the class folder
         ``normal``.
-    score : str
-        A name in `SCORES`.
-    num_particles : int
-        Samples of the latent an image; they cost no further pass of the encoder.
-    seed : int
-        Seed of those samples.
+    score, score_likelihood, num_pairs, num_particles, seed :
+        See `ScoreSettings`.
+    alpha : float, optional
+        Decide: an image is an anomaly if its p-value is at most this. Of normal images, at most this share is
+        expected to be called anomalies.
+    fdr : float, optional
+        Decide by Benjamini-Hochberg instead: of the images called anomalies at most this share is expected to be
+        normal.
     batch_size : int
         Images in a forward pass; the scores do not depend on it.
     out : path, optional
         The CSV; by default ``scores.csv`` in the run folder.
-    draw : bool
-        Whether to draw pictures into a folder ``pictures`` beside the CSV.
+    draw, report, parquet : bool
+        Whether to draw pictures into a folder ``pictures`` beside the CSV, to write one self-contained HTML page,
+        and to write the table as Parquet too (needs pyarrow).
+    resume : bool
+        Go on from an interrupted call with the same arguments; its rows are in ``<out>.part``.
     trust_plugins : bool
         See `pyro_vje.runs.load_run`.
 
     Raises
     ------
     ValueError
-        If a name is unknown, or no image can be decoded.
+        If a name is unknown, a decision is asked for and there are no p-values, or no image can be decoded.
     FileNotFoundError
         If the run or the images are missing.
+    PermissionError, IsADirectoryError
+        If the CSV cannot be written where it is wanted.
     """
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}: choose one of {', '.join(SCORES)}")
-    if num_particles < 1 or batch_size < 1:
-        raise ValueError(
-            f"num_particles and batch_size must be at least 1, not {num_particles} and {batch_size}"
-        )
+    settings = ScoreSettings(score, score_likelihood, num_pairs, num_particles, seed)
+    _check_levels(alpha, fdr)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if data is not None and dataset is not None:
         raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
+    if out is not None:
+        check_writable(Path(out))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
+    target = Path(out) if out is not None else (run.folder or Path()) / "scores.csv"
+    check_writable(target)
     if data is not None:
-        images = load_dataset("folder", data, "all", image_size=run.info.image_size)
+        images = load_dataset("folder", data, "all", image_size=run.info.image_size, residency="stream")
         if normal_class is None and run.info.config.normal_class in (images.classes or ()):
             normal_class = run.info.config.normal_class
     else:
@@ -220,42 +221,75 @@ def score(
         if dataset is None or dataset == run.info.config.dataset:
             normal_class = normal_class if normal_class is not None else run.info.config.normal_class
     is_anomaly = anomaly_labels(images, normal_class)
-    if out is None:
-        out = run.folder / "scores.csv" if run.folder else Path("scores.csv")
-    target = Path(out)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    scorer = make_scorer(run, settings)
+    calibration = calibration_scores(run, scorer, settings)
+    _say_calibration(calibration, alpha, fdr)
 
-    noise = latent_noise(num_particles, run.vje.embedding_dim, seed)
-    indices, batches = [], []
-    for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
-        indices.append(encoded.indices)
-        found = likelihood_parts(run.vje, encoded.embeddings, encoded.loc, encoded.scale, noise)
-        batches.append(LikelihoodParts(*(part.cpu() for part in found)))
-    if not batches:
+    weights = run.folder / WEIGHTS if run.folder else Path(ckpt)
+    fingerprint = {
+        **dataclasses.asdict(settings),
+        "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "images": hashlib.sha256("\0".join(images.paths).encode(errors="surrogateescape")).hexdigest(),
+    }
+    journal = Journal(target.with_name(target.name + ".part"), fingerprint, resume=resume)
+    _score_all(run, scorer, settings, images, journal, batch_size)
+    table = journal.read(images)
+    if not len(table.positions):
         raise ValueError("no image could be scored: not one of them could be decoded")
-    index = torch.cat(indices)
-    parts = LikelihoodParts(*(torch.cat(column) for column in zip(*batches, strict=True)))
-    scores = SCORES[score](parts)
-    if torch.isnan(scores).all():
-        raise ValueError(
-            f"the score {score!r} does not exist for the likelihood {run.info.config.likelihood!r}"
-        )
-    p_values = _p_values(run, score, scores, noise)
-    _write_csv(target, images, index, scores, p_values, parts)
-    known = None if is_anomaly is None else is_anomaly[index]
+    if np.isnan(table.scores).all():
+        family = settings.likelihood or run.info.config.likelihood
+        raise ValueError(f"the score {score!r} does not exist for the likelihood {family!r}")
+
+    p_values = None if calibration is None else conformal_p_values(table.scores, calibration)
+    decisions = None
+    if p_values is not None and (alpha is not None or fdr is not None):
+        decisions = benjamini_hochberg(p_values, fdr) if fdr is not None else p_values <= (alpha or 0)
+    known = None if is_anomaly is None else is_anomaly[table.positions].numpy()
+    both = known is not None and 0 < known.sum() < len(known)
+    found = metrics.detection_metrics(table.scores, known, seed=seed) if known is not None and both else None
+    _write_csv(target, images, table, p_values, decisions)
+    if parquet:
+        _write_parquet(target)
+    summary = {
+        "run": str(ckpt),
+        "data": str(data or f"{dataset or run.info.config.dataset}, split test"),
+        "score": {
+            **dataclasses.asdict(settings),
+            "meaning": SCORES[score].description,
+            "likelihood": settings.likelihood or run.info.config.likelihood,
+            "forward_passes_an_image": settings.passes,
+        },
+        "counts": {
+            "scored": len(table.positions),
+            "failed": len(table.failed),
+            "normal": None if known is None else int((~known).sum()),
+            "anomalies": None if known is None else int(known.sum()),
+        },
+        "calibration": _describe_calibration(calibration),
+        "decision": None if decisions is None else _describe_decision(alpha, fdr, decisions),
+        "metrics": found,
+        "weights_sha256": fingerprint["weights"],
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    summary_path = write_json(target.with_name(f"{target.stem}_summary.json"), summary)
     if draw:
-        _draw(target, images, index, scores, parts, known)
-    auroc = None if known is None or len(known.unique()) < 2 else metrics.auroc(scores.numpy(), known.numpy())
+        _draw(target, images, table, known)
+    report_path = None
+    if report:
+        page = _report(summary, images, table, p_values, calibration, known, decisions)
+        report_path = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
+    journal.path.unlink()  # only now is everything written
     return ScoreResult(
         csv=target,
-        scored=len(index),
-        failed=len(images.failed),
-        normal=None if known is None else int((~known).sum()),
-        auroc=auroc,
-        score=score,
-        num_particles=num_particles,
-        seed=seed,
+        summary=summary_path,
+        report=report_path,
+        scored=len(table.positions),
+        failed=len(table.failed),
+        normal=summary["counts"]["normal"],
+        auroc=found["auroc"] if found else None,
+        flagged=None if decisions is None else int(decisions.sum()),
+        settings=settings,
     )
 
 
@@ -275,74 +309,256 @@ def anomaly_labels(images: ImageSet, normal_class: str | None) -> Tensor | None:
     return None if images.labels is None else images.labels != label
 
 
-def _p_values(run: LoadedRun, score: str, scores: Tensor, noise: Tensor) -> Tensor:
-    """Conformal p-values from the run's held-out images, scored with the same noise; NaN where there are none."""
-    held_out = load_calibration(run)
-    if held_out is None:
-        log.info("no p-values: this run has no held-out images to calibrate them")
-        return torch.full_like(scores, torch.nan)
-    log.info(
-        "p-values against %d held-out images: none is below %.3g",
-        len(held_out[0]),
-        1 / (len(held_out[0]) + 1),
+# From images to scores ------------------------------------------------------------------------------------------------
+
+
+def make_scorer(run: LoadedRun, settings: ScoreSettings) -> Scorer:
+    """The scorer of a run, with the reference images if the run has them."""
+    return Scorer(
+        run.vje,
+        reference=load_posteriors(run, REFERENCE),
+        num_particles=settings.num_particles,
+        seed=settings.seed,
+        likelihood=settings.likelihood,
     )
-    calibration = SCORES[score](likelihood_parts(run.vje.cpu(), *held_out, noise))
-    return torch.from_numpy(conformal_p_values(scores, calibration))
+
+
+def posteriors_of(
+    run: LoadedRun, images: ImageSet, settings: ScoreSettings, batch_size: int = 256
+) -> Iterator[tuple[Tensor, list[Posteriors]]]:
+    """Indices of the images of each batch, and their contexts and targets: one pair, or ``settings.passes`` pairs."""
+    device = next(run.vje.parameters()).device
+    views, _ = views_for(run.info.config.dataset, run.info.image_size)
+    for index, batch in iter_batches(images, batch_size):
+        pixels = batch.to(device)
+        with torch.no_grad():
+            if settings.num_pairs:
+                pairs = augmented_pairs(
+                    run.vje, views, pixels, num_pairs=settings.num_pairs, seed=settings.seed
+                )
+            else:
+                pairs = [clean(run.vje, run.info.view, pixels)]
+        yield index, pairs
+
+
+def calibration_scores(run: LoadedRun, scorer: Scorer, settings: ScoreSettings) -> NDArray[np.float64] | None:
+    """Scores ``(n,)`` of the run's held-out images, made like those of any image; ``None`` where there are none."""
+    if not settings.num_pairs:
+        stored = load_posteriors(run, CALIBRATION)
+        return None if stored is None else scorer.scores(settings.score, stored).cpu().numpy()
+    from pyro_vje.training import load_train_set  # Lightning takes seconds to import
+
+    try:
+        config = dataclasses.replace(run.info.config, image_size=run.info.image_size, download=False)
+        train_set, held_out = load_train_set(config)
+    except (FileNotFoundError, ValueError) as error:
+        log.warning(
+            "augmented pairs are calibrated on the held-out images themselves, not at hand: %s", error
+        )
+        return None
+    if held_out is None or len(train_set) != run.info.train_images:
+        log.warning("no p-values: the training images have changed since, and with them what was held out")
+        return None
+    batches = [
+        torch.stack([scorer.scores(settings.score, pair) for pair in pairs]).mean(0)
+        for _, pairs in posteriors_of(run, held_out, settings)
+    ]
+    return torch.cat(batches).cpu().numpy()
+
+
+def _score_all(
+    run: LoadedRun,
+    scorer: Scorer,
+    settings: ScoreSettings,
+    images: ImageSet,
+    journal: Journal,
+    batch_size: int,
+) -> None:
+    remaining = [i for i, path in enumerate(images.paths) if path not in journal.done]
+    if len(remaining) < len(images):
+        log.info("%d of %d images were scored before", len(images) - len(remaining), len(images))
+    todo = images.select(remaining)
+    entry = SCORES[settings.score]
+    said = time.monotonic()
+    done = 0
+    try:
+        for index, pairs in posteriors_of(run, todo, settings, batch_size) if remaining else ():
+            parts = [scorer.parts(pair, with_reference=entry.needs_reference) for pair in pairs]
+            scores = torch.stack([entry(part) for part in parts]).mean(0)
+            means = [torch.stack([getattr(part, name) for part in parts]).mean(0) for name in PARTS]
+            columns = torch.stack([scores, *means], dim=1).tolist()
+            journal.add((todo.paths[i], values) for i, values in zip(index.tolist(), columns, strict=True))
+            done += len(index)
+            if time.monotonic() - said > PROGRESS_EVERY:
+                said = time.monotonic()
+                log.info("%d of %d images scored", done, len(todo))
+    except KeyboardInterrupt:
+        log.warning("%d of %d images are in %s; --resume goes on", done, len(todo), journal.path)
+        raise
+    journal.add((path, reason) for path, reason in todo.failed if path not in journal.done)
+
+
+# Decisions ------------------------------------------------------------------------------------------------------------
+
+
+def _check_levels(alpha: float | None, fdr: float | None) -> None:
+    if alpha is not None and fdr is not None:
+        raise ValueError("give either alpha (for each image) or fdr (over all images), not both")
+    for name, level in (("alpha", alpha), ("fdr", fdr)):
+        if level is not None and not 0 < level < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {level}")
+
+
+def _say_calibration(calibration: NDArray[np.float64] | None, alpha: float | None, fdr: float | None) -> None:
+    if calibration is None:
+        if alpha is not None or fdr is not None:
+            raise ValueError(
+                "no p-values, so no decisions: this run has no held-out images to calibrate scores (train --holdout)"
+            )
+        log.info("no p-values: this run has no held-out images to calibrate them")
+        return
+    least = 1 / (len(calibration) + 1)
+    log.info("p-values against %d held-out images: none is below %.3g", len(calibration), least)
+    if alpha is not None and alpha < least:
+        log.warning(
+            "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)", alpha
+        )
+
+
+def _describe_calibration(calibration: NDArray[np.float64] | None) -> dict[str, Any] | None:
+    """Number of calibration images, and above which score an image's p-value is at most some levels."""
+    if calibration is None:
+        return None
+    count = len(calibration)
+    ordered = np.sort(calibration)[::-1]
+    ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
+    return {
+        "images": count,
+        "smallest_p_value": 1 / (count + 1),
+        "thresholds": {
+            f"{level:g}": float(ordered[rank - 1]) if rank else None for level, rank in ranks.items()
+        },
+        "threshold": "an image whose score is above it has a p-value of at most the level",
+    }
+
+
+def _describe_decision(
+    alpha: float | None, fdr: float | None, decisions: NDArray[np.bool_]
+) -> dict[str, Any]:
+    rule = "p-value at most the level"
+    if fdr is not None:
+        rule = "Benjamini-Hochberg: false-discovery rate at most the level"
+    return {"rule": rule, "level": alpha if fdr is None else fdr, "anomalies": int(decisions.sum())}
+
+
+# What is left behind --------------------------------------------------------------------------------------------------
 
 
 def _write_csv(
-    path: Path, images: ImageSet, index: Tensor, scores: Tensor, p_values: Tensor, parts: LikelihoodParts
+    path: Path,
+    images: ImageSet,
+    table: Table,
+    p_values: NDArray[np.float64] | None,
+    decisions: NDArray[np.bool_] | None,
 ) -> None:
-    rows: list[dict[str, Any]] = []
-    columns = torch.stack(
-        [
-            scores,
-            p_values,
-            parts.log_likelihood,
-            parts.log_direction,
-            parts.log_radius,
-            parts.kl,
-            parts.variance,
-        ],
-        dim=1,
-    )
-    for i, values in zip(index.tolist(), columns.tolist(), strict=True):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row, i in enumerate(table.positions.tolist()):
+        numbers = [table.scores[row], np.nan if p_values is None else p_values[row], *table.parts[row]]
+        cells = ["" if value != value else f"{value:.6f}" for value in numbers]
+        decision = "" if decisions is None else ("anomaly" if decisions[row] else "normal")
         label = ""
         if images.labels is not None and images.classes and images.labels[i] >= 0:
             label = images.classes[int(images.labels[i])]
-        numbers = ["" if value != value else f"{value:.6f}" for value in values]
-        rows.append(dict(zip(COLUMNS, [images.paths[i], *numbers, label, ""], strict=True)))
-    rows += [{"path": failed, "error": reason} for failed, reason in images.failed]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: row["path"]))
+        writer.writerow([images.paths[i], *cells[:2], decision, *cells[2:], label, ""])
+    for name, reason in table.failed:
+        writer.writerow([name, *[""] * (len(COLUMNS) - 2), reason])
     write_atomic(path, text.getvalue())
 
 
-def _draw(
-    csv_path: Path,
-    images: ImageSet,
-    index: Tensor,
-    scores: Tensor,
-    parts: LikelihoodParts,
-    is_anomaly: Tensor | None,
-) -> None:
+def _write_parquet(path: Path) -> None:
+    try:
+        from pyarrow import csv as arrow_csv
+        from pyarrow import parquet as arrow_parquet
+    except ImportError:
+        raise ValueError("Parquet needs pyarrow: pip install 'pyro-vje[parquet]'") from None
+    options = arrow_csv.ParseOptions(newlines_in_values=True)
+    arrow_parquet.write_table(
+        arrow_csv.read_csv(path, parse_options=options), path.with_suffix(".parquet"), compression="zstd"
+    )
+
+
+def _ends(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows of the most normal and the strangest images."""
+    order = np.argsort(scores, kind="stable")
+    k = min(SHOWN, (len(order) + 1) // 2)
+    return np.unique(np.concatenate([order[:k], order[len(order) - k :]]))
+
+
+def _draw(csv_path: Path, images: ImageSet, table: Table, is_anomaly: NDArray[np.bool_] | None) -> None:
     folder = csv_path.parent / PICTURES
     folder.mkdir(exist_ok=True)
     name = csv_path.stem
-    pictures.plot_score_histogram(scores, is_anomaly, folder / f"{name}_histogram.png")
-    if not torch.isnan(parts.log_direction).all():
-        pictures.plot_direction_radius(
-            parts.log_direction, parts.log_radius, is_anomaly, folder / f"{name}_direction_radius.png"
+    pictures.plot_score_histogram(table.scores, is_anomaly, folder / f"{name}_histogram.png")
+    direction, radius = table.parts[:, 1], table.parts[:, 2]
+    if not np.isnan(direction).all():
+        pictures.plot_direction_radius(direction, radius, is_anomaly, folder / f"{name}_direction_radius.png")
+    ends = _ends(table.scores)
+    shown = torch.stack([images.images[int(table.positions[row])] for row in ends])
+    pictures.plot_strangest(shown, table.scores[ends], folder / f"{name}_strangest.png", k=SHOWN)
+
+
+def _report(
+    summary: dict[str, Any],
+    images: ImageSet,
+    table: Table,
+    p_values: NDArray[np.float64] | None,
+    calibration: NDArray[np.float64] | None,
+    is_anomaly: NDArray[np.bool_] | None,
+    decisions: NDArray[np.bool_] | None,
+) -> str:
+    def thumbnails(rows: Sequence[int]) -> list[Image.Image]:
+        found = (images.images[int(table.positions[row])] for row in rows)
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
+
+    decision, found = summary["decision"] or {}, summary["metrics"]
+    quoted: dict[str, Any] | None = None
+    if found:
+        quoted = {"AUROC, anomalies positive": (found["auroc"], *found["auroc_95"])}
+        quoted |= {name.replace("_", " "): value for name, value in found.items() if "positive" in name}
+    return render_report(
+        ReportData(
+            title=f"Anomaly scores: {summary['data']}",
+            score_name=summary["score"]["score"],
+            score_meaning=summary["score"]["meaning"],
+            made={
+                "run": summary["run"],
+                "data": summary["data"],
+                **{
+                    name.replace("_", " "): value
+                    for name, value in summary["score"].items()
+                    if name != "meaning"
+                },
+                "date": summary["date"],
+                "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
+            },
+            paths=[images.paths[i] for i in table.positions.tolist()],
+            scores=table.scores,
+            thumbnails=thumbnails,
+            p_values=p_values,
+            calibration_scores=calibration,
+            is_anomaly=is_anomaly,
+            log_direction=table.parts[:, 1],
+            log_radius=table.parts[:, 2],
+            alpha=decision.get("level"),
+            decisions=decisions,
+            decided_by=decision.get("rule", ""),
+            failed=table.failed,
+            metrics=quoted,
+            k=SHOWN,
         )
-    order = scores.argsort()
-    k = min(12, len(order) // 2)
-    if k:
-        ends = torch.cat([order[:k], order[-k:]])
-        shown = images.select(index[ends])
-        tensors = [shown.images[i] for i in range(len(shown))]
-        pictures.plot_strangest(torch.stack(tensors), scores[ends], folder / f"{name}_strangest.png", k=k)
+    )
 
 
 def embed(
@@ -368,9 +584,7 @@ def embed(
     ValueError, FileNotFoundError
         As for `score`.
     """
-    target = Path(out)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    target = check_writable(Path(out))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run: LoadedRun = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     images = load_dataset("folder", data, "all", image_size=run.info.image_size)

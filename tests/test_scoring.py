@@ -1,21 +1,28 @@
 """Scores: against the definition, invariances, the CSV and its error rows."""
 
 import csv
+import json
 import math
 import shutil
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.neighbors import KernelDensity
 
-from pyro_vje import embed, load_run, score
+from pyro_vje import VJE, embed, load_run, score
+from pyro_vje.calibration import benjamini_hochberg
+from pyro_vje.data import decode_image, imageset
 from pyro_vje.encoding import encode
 from pyro_vje.evaluation import load_split
-from pyro_vje.runs import load_calibration
-from pyro_vje.scoring import SCORES, latent_noise, likelihood_parts
+from pyro_vje.likelihoods import get_family
+from pyro_vje.runs import CALIBRATION, REFERENCE, load_posteriors
+from pyro_vje.scorer import Scorer
+from pyro_vje.scores import SCORES
 
 
 def read(path):
@@ -36,9 +43,8 @@ def test_parts_are_the_expectation_they_claim_to_be(trained_run):
     run = load_run(trained_run)
     images = load_split(run, "test", None, None)
     encoded = encode(run.vje, images, run.info.view)
-    posteriors = (encoded.embeddings, encoded.loc, encoded.scale)
-    many = likelihood_parts(run.vje, *posteriors, latent_noise(2_000, run.vje.embedding_dim, 1))
-    few = likelihood_parts(run.vje, *posteriors, latent_noise(64, run.vje.embedding_dim, 0))
+    many = Scorer(run.vje, num_particles=2_000, seed=1).parts(encoded.posteriors)
+    few = Scorer(run.vje, num_particles=64, seed=0).parts(encoded.posteriors)
     with torch.no_grad():
         z = encoded.loc + encoded.scale * torch.randn(2_000, *encoded.loc.shape)
         likelihood = run.vje.likelihood(z, encoded.scale.expand_as(z))
@@ -86,24 +92,33 @@ def test_scores_do_not_depend_on_the_batch_size(trained_run, out, batch_size):
 def test_every_score_is_finite_and_is_the_column_it_names(trained_run, out, name):
     result = score(trained_run, out=out, score=name, draw=False)
     rows = read(out)
-    assert result.score == name
-    expected = {
+    assert result.settings.score == name
+    columns = {
         "conditional": -numbers(rows, "log_likelihood"),
         "elbo": numbers(rows, "kl") - numbers(rows, "log_likelihood"),
         "direction": -numbers(rows, "log_direction"),
         "radius": -numbers(rows, "log_radius"),
         "variance": numbers(rows, "posterior_variance"),
-    }[name]
-    np.testing.assert_allclose(numbers(rows), expected, atol=3e-6)
+    }
+    if name == "aggregate":
+        columns[name] = -numbers(rows, "log_aggregate")
+    elif name == "typicality":
+        run = load_run(trained_run)
+        reference = load_posteriors(run, REFERENCE)
+        median = Scorer(run.vje).parts(reference).log_likelihood.median().item()
+        columns[name] = np.abs(numbers(rows, "log_likelihood") - median)
+    else:  # which nobody waited for
+        assert {row["log_aggregate"] for row in rows} == {""}
+    np.testing.assert_allclose(numbers(rows), columns[name], atol=3e-6)
 
 
 def test_p_values_come_from_the_held_out_images(trained_run, out, tmp_path):
     run = load_run(trained_run)
     assert run.info.train_images == 46  # of 48: 5 % are held out
-    held_out = load_calibration(run)
+    held_out = load_posteriors(run, CALIBRATION)
     assert [tuple(tensor.shape) for tensor in held_out] == [(2, 8)] * 3
-    noise = latent_noise(16, 8, 0)
-    calibration = SCORES["conditional"](likelihood_parts(run.vje, *held_out, noise)).numpy()
+    assert [tuple(tensor.shape) for tensor in load_posteriors(run, REFERENCE)] == [(46, 8)] * 3
+    calibration = Scorer(run.vje).scores("conditional", held_out).numpy()
     score(trained_run, out=out, draw=False)
     rows = read(out)
     expected = [(1 + (calibration >= s).sum()) / 3 for s in numbers(rows)]
@@ -170,6 +185,24 @@ def test_bad_arguments(trained_run, tmp_path, out):
         score(trained_run, data=tmp_path / "nowhere", out=out)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         score(trained_run, out=tmp_path / "missing" / "scores.csv")
+    with pytest.raises(IsADirectoryError, match="it is a folder"):
+        score(trained_run, out=tmp_path)
+    for level in ("alpha", "fdr"):
+        with pytest.raises(ValueError, match=rf"{level} must lie between 0 and 1"):
+            score(trained_run, out=out, **{level: 1.0})
+    with pytest.raises(ValueError, match=r"alpha .* or fdr .*, not both"):
+        score(trained_run, out=out, alpha=0.1, fdr=0.1)
+    with pytest.raises(ValueError, match="leave pairs out"):
+        score(trained_run, out=out, score="aggregate", num_pairs=2)
+    with pytest.raises(ValueError, match="unknown likelihood family 'magic'"):
+        score(trained_run, out=out, score_likelihood="magic")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        score(trained_run, out=out, resume=True)
+    weights = trained_run / "weights.safetensors"
+    with pytest.raises(ValueError, match=r"no p-values, so no decisions"):
+        score(weights, out=out, alpha=0.5)
+    with pytest.raises(ValueError, match=r"none at hand.*reference\.safetensors"):
+        score(weights, out=out, score="aggregate")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         score(trained_run, data=tmp_path / "empty", out=out)
@@ -188,3 +221,184 @@ def test_embed_writes_posteriors(trained_run, image_folder, tmp_path):
         assert [str(arrays["classes"][i]) for i in arrays["labels"]] == [
             p.split("/")[-2] for p in arrays["paths"]
         ]
+
+
+@pytest.mark.parametrize("family", ["polar-student-t", "polar-student-t-exact", "normal", "laplace"])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_aggregate_is_the_log_mean_over_the_reference_images(trained_run, family, chunk):
+    run = load_run(trained_run)
+    reference = load_posteriors(run, REFERENCE)
+    test = encode(run.vje, load_split(run, "test", None, None), run.info.view).embeddings
+    found = Scorer(run.vje, reference=reference, likelihood=family).log_aggregate(test, chunk=chunk)
+    with torch.no_grad():
+        each = [
+            run.vje.likelihood(loc, scale, family=get_family(family)).log_prob(test)
+            for loc, scale in zip(reference.loc, reference.scale, strict=True)
+        ]
+    expected = torch.stack(each).double().logsumexp(0) - math.log(46)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_aggregate_of_equal_gaussian_kernels_is_scikit_learns_kernel_density(trained_run):
+    run = load_run(trained_run)
+    reference = load_posteriors(run, REFERENCE)
+    test = encode(run.vje, load_split(run, "test", None, None), run.info.view).embeddings
+    equal = reference._replace(scale=torch.full_like(reference.scale, 0.7))
+    found = Scorer(run.vje, reference=equal, likelihood="normal").log_aggregate(test)
+    kde = KernelDensity(bandwidth=0.7).fit(reference.loc.numpy())
+    np.testing.assert_allclose(found, kde.score_samples(test.numpy()), rtol=1e-5)
+
+
+def test_another_family_for_scoring(trained_run, out):
+    score(trained_run, out=out, draw=False)
+    trained = numbers(read(out))
+    result = score(trained_run, out=out, score_likelihood="normal", draw=False)
+    rows = read(out)
+    assert result.settings.likelihood == "normal"
+    assert {row["log_direction"] for row in rows} == {""}  # it has no such factor
+    run = load_run(trained_run)
+    encoded = encode(run.vje, load_split(run, "test", None, None), run.info.view)
+    # E log Normal(e; loc + scale noise, scale) = log Normal(e; loc, scale) - D / 2, up to 16 antithetic draws
+    density = torch.distributions.Normal(encoded.loc, encoded.scale).log_prob(encoded.embeddings).sum(-1)
+    assert abs((-numbers(rows) - (density.numpy() - 4)).mean()) < 1.5
+    assert np.abs(numbers(rows) - trained).max() > 1
+
+
+def test_pairs_are_a_mean_over_augmentations_common_to_all_images(trained_run, image_folder, out, caplog):
+    result = score(trained_run, out=out, num_pairs=2, draw=False)
+    assert result.settings.passes == 4
+    whole = {row["path"]: row for row in read(out)}
+    # calibrated on the held-out images, encoded in the same way
+    assert {row["p_value"] for row in whole.values()} <= {"0.333333", "0.666667", "1.000000"}
+    # an image's score depends neither on the others nor on the batch
+    score(trained_run, data=image_folder / "test" / "spots", out=out, num_pairs=2, batch_size=4, draw=False)
+    for row in read(out):
+        assert float(row["anomaly_score"]) == pytest.approx(
+            float(whole[row["path"]]["anomaly_score"]), abs=2e-4
+        )
+    one = score(trained_run, out=out, num_pairs=1, draw=False)
+    assert one.settings.passes == 2
+    different = [
+        abs(float(row["anomaly_score"]) - float(whole[row["path"]]["anomaly_score"])) for row in read(out)
+    ]
+    assert min(different) > 1e-3
+
+
+def test_decisions(trained_run, image_folder, tmp_path, out):
+    """With 46 calibration images (here those trained on, for their number) p-values go down to 1/47."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    shutil.copy(run / REFERENCE, run / CALIBRATION)
+    result = score(run, out=out, alpha=0.1, draw=False)
+    rows = read(out)
+    flagged = [row["decision"] == "anomaly" for row in rows]
+    assert flagged == [float(row["p_value"]) <= 0.1 for row in rows]
+    assert result.flagged == sum(flagged)
+    assert {row["decision"] for row in rows} <= {"anomaly", "normal"}
+    summary = json.loads(result.summary.read_text())
+    assert summary["decision"] == {
+        "rule": "p-value at most the level", "level": 0.1, "anomalies": sum(flagged)
+    }  # fmt: skip
+    for level, threshold in summary["calibration"]["thresholds"].items():
+        above = (
+            [float(row["anomaly_score"]) > threshold + 1e-6 for row in rows]
+            if threshold is not None
+            else None
+        )
+        assert above is None or above == [float(row["p_value"]) <= float(level) for row in rows]
+    by_rate = score(run, out=out, fdr=0.2, draw=False)
+    p_values = numbers(read(out), "p_value")
+    assert by_rate.flagged == benjamini_hochberg(p_values, 0.2).sum()
+
+
+def test_summary_says_what_was_done_and_found(trained_run, out):
+    result = score(trained_run, out=out, normal_class="stripes", draw=False)
+    rows = read(out)
+    truth = np.array([row["label"] != "stripes" for row in rows])
+    summary = json.loads(result.summary.read_text())
+    assert summary["counts"] == {"scored": 18, "failed": 0, "normal": 6, "anomalies": 12}
+    assert summary["metrics"]["auroc"] == pytest.approx(roc_auc_score(truth, numbers(rows)))
+    assert summary["metrics"]["aupr_normal_positive"] == pytest.approx(
+        average_precision_score(~truth, -numbers(rows))
+    )
+    assert {"fpr_at_95_tpr_anomalies_positive", "aupr_anomalies_positive"} <= summary["metrics"].keys()
+    assert summary["score"]["forward_passes_an_image"] == 1
+    assert summary["score"]["likelihood"] == "polar-student-t"
+    assert summary["calibration"]["images"] == 2
+    assert summary["decision"] is None
+    assert {"versions", "date", "weights_sha256"} <= summary.keys()
+
+
+def test_report_is_one_page(trained_run, out):
+    result = score(trained_run, out=out, report=True, draw=False)
+    page = result.report.read_text()
+    assert result.report.name == "scores_report.html"
+    assert page.count("data:image/") >= 12  # the strangest and the most normal
+    strangest = max(read(out), key=lambda row: float(row["anomaly_score"]))
+    folder, _, name = strangest["path"].rpartition("/")
+    assert folder in page
+    assert name in page
+
+
+def test_parquet_holds_the_same_table(trained_run, out):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    score(trained_run, out=out, parquet=True, draw=False)
+    table = parquet.read_table(out.with_suffix(".parquet")).to_pydict()
+    assert table["path"] == [row["path"] for row in read(out)]
+    np.testing.assert_allclose(table["anomaly_score"], numbers(read(out)))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9])
+def test_an_interrupted_call_goes_on_where_it_stopped(
+    trained_run, image_folder, tmp_path, out, monkeypatch, cut
+):
+    folder = shutil.copytree(image_folder / "test", tmp_path / "mixed")
+    (folder / "spots" / "03.png").write_bytes(b"no image")
+    settings = {"data": folder, "batch_size": 4, "draw": False}
+    score(trained_run, **settings, out=tmp_path / "whole.csv")
+    part = out.with_name("scores.csv.part")
+    calls = []
+    original = Scorer.parts
+
+    def interrupted(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 4:  # one is for the calibration images
+            raise KeyboardInterrupt
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Scorer, "parts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(trained_run, **settings, out=out)
+    assert not out.exists()
+    content = part.read_bytes()
+    assert content.count(b"\n") == 9  # the settings, and two batches of four
+    part.write_bytes(content[: len(content) - cut])  # a kill may leave half a line
+    monkeypatch.setattr(Scorer, "parts", original)
+    seen = []
+    encoding = VJE.embed
+    monkeypatch.setattr(VJE, "embed", lambda self, images: seen.append(len(images)) or encoding(self, images))
+    with pytest.raises(ValueError, match=r"other settings \(score\)"):
+        score(trained_run, **settings, out=out, score="elbo", resume=True)
+    result = score(trained_run, **settings, out=out, resume=True)
+    assert sum(seen) == 17 - 8 + (cut > 0)  # nothing twice
+    assert (result.scored, result.failed) == (17, 1)
+    assert not part.exists()
+    np.testing.assert_allclose(
+        numbers(read(out)[:17]), numbers(read(tmp_path / "whole.csv")[:17]), rtol=1e-5, atol=2e-5
+    )
+    assert [row["path"] for row in read(out)] == [row["path"] for row in read(tmp_path / "whole.csv")]
+
+
+def test_a_folder_is_read_as_it_is_scored(trained_run, image_folder, out, monkeypatch):
+    """Decoded images are never all held: at most the batch in work and the next."""
+    alive, most = weakref.WeakSet(), []
+
+    def watched(path, size):
+        image = decode_image(path, size)
+        alive.add(image)
+        most.append(len(alive))
+        return image
+
+    monkeypatch.setattr(imageset, "decode_image", watched)
+    score(trained_run, data=image_folder, out=out, batch_size=4, draw=False)
+    assert len(most) == 66
+    assert max(most) <= 12

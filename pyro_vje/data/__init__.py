@@ -2,7 +2,7 @@
 
 from pyro_vje.data.datasets import DATASETS, load_dataset
 from pyro_vje.data.images import ImageError, decode_image, list_images
-from pyro_vje.data.imageset import ImageSet, LazyImages
+from pyro_vje.data.imageset import ImageSet, LazyImages, free_memory
 from pyro_vje.data.loaders import ResidentLoader, StreamingLoader, derive_seed, iter_batches, make_loader
 from pyro_vje.data.views import RECIPES, CleanView, Recipe, TwoViews, views_for
 
@@ -19,6 +19,7 @@ __all__ = [
     "TwoViews",
     "decode_image",
     "derive_seed",
+    "free_memory",
     "iter_batches",
     "list_images",
     "load_dataset",

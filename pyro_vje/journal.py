@@ -1,0 +1,108 @@
+"""Rows on disk while images are being scored, so that an interrupted run can go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_vje.data import ImageSet
+from pyro_vje.files import write_atomic
+
+
+class Table(NamedTuple):
+    """What was found: positions in the image set ``(N,)``, scores ``(N,)``, parts ``(N, P)``, unreadable files."""
+
+    positions: Tensor
+    scores: NDArray[np.float64]
+    parts: NDArray[np.float64]
+    failed: list[tuple[str, str]]
+
+
+class Journal:
+    """Rows on disk while images are being scored: a line of JSON for each, after one that says how they were made.
+
+    Parameters
+    ----------
+    path : Path
+        The file; without ``resume`` it is begun anew.
+    fingerprint : dict
+        What rows depend on.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing to resume from.
+    ValueError
+        If the file's rows were made in another way.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.done: set[str] = set()
+        if not resume:
+            write_atomic(path, json.dumps(fingerprint) + "\n")
+            return
+        if not path.is_file():
+            raise FileNotFoundError(f"nothing to resume: there is no {path}")
+        whole = 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file):
+                if not line.endswith(b"\n"):  # what a kill cut off is scored again
+                    break
+                values = _parse(path, line)
+                if number == 0 and values != fingerprint:
+                    changed = [
+                        name
+                        for name, value in fingerprint.items()
+                        if not isinstance(values, dict) or values.get(name) != value
+                    ]
+                    raise ValueError(
+                        f"{path} was made with other settings ({', '.join(changed)}): score again without --resume"
+                    )
+                if number:
+                    self.done.add(values[0])
+                whole += len(line)
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+
+    def add(self, rows: Iterable[tuple[str, Any]]) -> None:
+        """Append (path, [score, parts ...]) or (path, reason of failure), and flush."""
+        lines = []
+        for path, values in rows:
+            self.done.add(path)
+            lines.append(json.dumps([path, values]) + "\n")
+        with open(self.path, "a", encoding="ascii") as file:
+            file.writelines(lines)
+
+    def read(self, images: ImageSet) -> Table:
+        """All rows, in the order of the images."""
+        position = {path: i for i, path in enumerate(images.paths)}
+        positions, rows, failed = [], [], []
+        with open(self.path, "rb") as file:
+            next(file)
+            for line in file:
+                path, values = _parse(self.path, line)
+                if isinstance(values, str):
+                    failed.append((path, values))
+                else:
+                    positions.append(position[path])
+                    rows.append(np.array(values))
+        order = np.argsort(positions, kind="stable")
+        numbers = np.stack(rows)[order] if rows else np.empty((0, 1))
+        return Table(
+            torch.tensor(positions, dtype=torch.int64)[order], numbers[:, 0], numbers[:, 1:], sorted(failed)
+        )
+
+
+def _parse(path: Path, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        raise ValueError(f"{path} is damaged: score again without --resume") from None
