@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 from pyro_vje.cli.ablate import ablate_command
+from pyro_vje.cli.benchmark import benchmark_command
 from pyro_vje.cli.evaluate import eval_command
 from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
 
 from pyro_vje import __version__
 
-EXIT_UNREADABLE, EXIT_USAGE, EXIT_DIVERGED = 1, 2, 3
+EXIT_UNREADABLE, EXIT_USAGE, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 130
 
 
 class Failure(click.ClickException):
@@ -32,6 +33,9 @@ class Commands(click.Group):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            ctx.exit(EXIT_STOPPED)
         except FloatingPointError as error:
             self._fail(ctx, error, EXIT_DIVERGED)
         except (ValueError, OSError) as error:
@@ -59,7 +63,8 @@ def main(debug: bool, log_level: str) -> None:
 
     Train on a data set or any folder of images, evaluate the representation, score images by their likelihood.
 
-    Exit codes: 0 success, 1 some images could not be read, 2 usage or bad input, 3 training diverged.
+    Exit codes: 0 success, 1 some images could not be read, 2 usage or bad input, 3 training diverged,
+    130 stopped by Ctrl-C.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -72,5 +77,6 @@ def main(debug: bool, log_level: str) -> None:
 main.add_command(train_command)
 main.add_command(eval_command)
 main.add_command(ablate_command)
+main.add_command(benchmark_command)
 main.add_command(score_command)
 main.add_command(embed_command)

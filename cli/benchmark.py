@@ -1,0 +1,96 @@
+"""``pyro-vje benchmark``: published protocols of anomaly detection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from pyro_vje.cli import options
+
+from pyro_vje.config import DATASET_DEFAULTS
+
+score_likelihood = click.option(
+    "--score-likelihood",
+    "likelihoods",
+    multiple=True,
+    metavar="FAMILY",
+    help="Score with this family too, beside the one trained with. Repeatable.",
+)
+folder = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the results."
+)
+
+
+@click.group("benchmark")
+def benchmark_command() -> None:
+    """Anomaly detection by the published protocols: all scores and cheap detectors in one table."""
+
+
+@benchmark_command.command("one-class")
+@options.train_settings(repeated=("normal_class", "seed"), without=("devices",))
+@score_likelihood
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Classes trained at once."
+)
+@folder
+@click.pass_context
+def one_class_command(
+    ctx: click.Context,
+    normal_class: tuple[str, ...],
+    seed: tuple[int, ...],
+    likelihoods: tuple[str, ...],
+    jobs: int,
+    out: Path,
+    **settings: Any,
+) -> None:
+    """Train on one class, score all test images; every class (or those of --normal-class) and every seed.
+
+    Finished cells are not run again. Leaves table.csv, .json and .md, and a run folder for each cell.
+    """
+    base = options.train_config(settings)
+
+    from pyro_vje.protocols import one_class
+
+    try:
+        result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods, jobs=jobs)
+    except KeyboardInterrupt:
+        click.echo("stopped: what is finished is kept, and the same command goes on from it", err=True)
+        ctx.exit(130)
+    click.echo(result.table)
+    click.echo(f"\nAUROC, anomalies positive: {result.folder}")
+
+
+@benchmark_command.command("ood")
+@options.ckpt
+@click.option(
+    "--outside",
+    multiple=True,
+    required=True,
+    metavar="SET",
+    help="A data set by name, or a folder of images. Repeatable.",
+)
+@click.option("--data-dir", metavar="DIR", help="Where data sets named by --outside lie.")
+@score_likelihood
+@folder
+@options.trust_plugins
+def ood_command(
+    ckpt: Path,
+    outside: tuple[str, ...],
+    data_dir: str | None,
+    likelihoods: tuple[str, ...],
+    out: Path,
+    trust_plugins: bool,
+) -> None:
+    """Tell a run's own test images from those of other data sets.
+
+    Leaves table.csv, .json and .md.
+    """
+    from pyro_vje.protocols import ood
+
+    known = {name: name for name in outside if name in DATASET_DEFAULTS and name != "folder"}
+    places: dict[str, tuple[str, str | None]] = {name: (name, data_dir) for name in known}
+    places |= {Path(name).name: ("folder", name) for name in outside if name not in known}
+    result = ood(ckpt, places, out, likelihoods=likelihoods, trust_plugins=trust_plugins)
+    click.echo(result.table)
+    click.echo(f"\nAUROC, anomalies positive: {result.folder}")
