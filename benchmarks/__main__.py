@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import platform
 import shlex
@@ -18,13 +19,11 @@ from typing import Any
 import pyro
 import torch
 
-from benchmarks import speed  # noqa: F401 - its functions enter the registry
 from benchmarks.harness import BENCHMARKS, Growth, Result, Settings, table
 from benchmarks.rivals import installed
+from benchmarks.speed import ROOT  # and its functions enter the registry
 from pyro_vje.files import write_json
 from pyro_vje.training import choose_precision
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,16 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # After each: a run that is broken off leaves what it has.
         write_json(options.out, {**about, **as_json(results)})
     print(table(results))
-    print(
-        f"{about['hardware']['cpu']}, {settings.threads} threads, {settings.device}; written to {options.out}"
-    )
+    print(f"{about['hardware']['cpu']}, {settings.threads} threads, {settings.device}, {settings.precision}")
+    print(f"{about['command']}; written to {options.out}")
 
 
 def as_json(results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
     """The results as JSON-ready values, rows against rivals and growth apart."""
     kinds: dict[str, list[dict[str, Any]]] = {"rows": [], "growth": []}
     for result in results:
-        kinds["growth" if isinstance(result, Growth) else "rows"].append(dataclasses.asdict(result))
+        values = dataclasses.asdict(
+            result
+        ).items()  # JSON has no NaN, the time of what was not there to be measured
+        plain = {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values
+        }
+        kinds["growth" if isinstance(result, Growth) else "rows"].append(plain)
     return kinds
 
 

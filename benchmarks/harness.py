@@ -33,6 +33,10 @@ class Settings:
         """Timings of each side that a ratio is the median of."""
         return 2 if self.quick else 5
 
+    def command(self, name: str) -> str:
+        """What runs one benchmark as it is run here."""
+        return f"python -m benchmarks --only {name} --threads {self.threads}{' --quick' * self.quick}"
+
     def autocast(self) -> torch.autocast:
         """The precision that training chooses, for rivals too."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
@@ -42,7 +46,8 @@ class Settings:
 class Row:
     """Seconds a call and the ratio of our time to the rival's: below 1 we are faster; ``wanted`` is an upper bound.
 
-    A row without numbers says why in ``note``. ``images`` is how many a call works on.
+    A row without numbers says why in ``note``. ``images`` is how many a call works on. What is said in no row of its
+    own, the registry fills in: the benchmark's name, the command that runs it alone, threads and precision.
     """
 
     what: str
@@ -56,7 +61,10 @@ class Row:
     wanted: float | None = None
     images: int | None = None
     note: str = ""
+    precision: str = ""
     benchmark: str = ""
+    command: str = ""
+    threads: int = 0
 
     def cells(self) -> list[str]:
         """The row as text, for the columns of ``HEADER``."""
@@ -64,13 +72,23 @@ class Row:
         wanted = "" if self.wanted is None else f"≤ {self.wanted:.3g}"
         rate = f"{self.images / self.ours_seconds:,.0f}" if self.images else ""
         times = (_seconds(self.ours_seconds), _seconds(self.rival_seconds))
-        return [self.benchmark, self.what, self.rival, *times, ratio, wanted, rate]
+        return [self.benchmark, self.what, self.rival, *times, ratio, wanted, rate, self.precision]
 
     def __str__(self) -> str:
         return f"{self.benchmark}: {self.what} against {self.rival}: {self.note}"
 
 
-HEADER = ["benchmark", "what", "rival", "ours", "rival's", "ratio [min, max]", "wanted", "images/s"]
+HEADER = [
+    "benchmark",
+    "what",
+    "rival",
+    "ours",
+    "rival's",
+    "ratio [min, max]",
+    "wanted",
+    "images/s",
+    "precision",
+]
 
 
 @dataclass
@@ -82,7 +100,10 @@ class Growth:
     unit: str
     points: list[tuple[int, float]]
     slope: float = math.nan
+    precision: str = ""
     benchmark: str = ""
+    command: str = ""
+    threads: int = 0
 
     def __post_init__(self) -> None:
         logs = [(math.log(x), math.log(y)) for x, y in self.points]
@@ -107,7 +128,9 @@ def benchmark(
         def run(settings: Settings) -> list[Result]:
             results = [result for case in cases(settings) for result in function(settings, *case)]
             for result in results:
-                result.benchmark = name
+                result.benchmark, result.command = name, settings.command(name)
+                result.threads = settings.threads
+                result.precision = result.precision or settings.precision
             return results
 
         BENCHMARKS[name] = run
@@ -124,12 +147,17 @@ def versus(
     theirs: Work,
     wanted: float | None = None,
     images: int | None = None,
+    precision: str = "",
 ) -> Row:
-    """Compare two tasks as the settings say; the ratio is that of neighbours in time, which share disturbances."""
+    """Compare two tasks as the settings say; the ratio is that of neighbours in time, which share disturbances.
+
+    ``precision`` is to be said where it is not that of the settings.
+    """
     times = compare(ours, theirs, settings.repetitions, min_seconds=0.0 if settings.quick else 0.2)
     ratios = [a / b for a, b in zip(*times, strict=True)]
     spread = (median(ratios), min(ratios), max(ratios))
-    return Row(what, rival, median(times[0]), median(times[1]), *spread, len(ratios), wanted, images)
+    numbers = (median(times[0]), median(times[1]), *spread, len(ratios), wanted, images)
+    return Row(what, rival, *numbers, precision=precision)
 
 
 def compare(

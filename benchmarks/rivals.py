@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -50,34 +51,22 @@ def _student_t(squared: Tensor, df: float, dim: int) -> Tensor:
     return constant - n * torch.log1p(squared / df)
 
 
-class _Pairs(Dataset[Tensor]):
-    """Two random views of each image."""
+class LoaderViews:
+    """Two views of each image by a rival's transform, in a `DataLoader` with a worker a core.
 
-    def __init__(self, images: Tensor, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images = images
-        self.transform = transform
+    Iterating gives batches (2, B, 3, S, S) on the device.
 
-    def __len__(self) -> int:
-        return len(self.images)
+    Parameters
+    ----------
+    images : tensor
+        uint8 (N, 3, H, W).
+    transform : callable
+        From one image (3, H, W) to its two views.
+    """
 
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.stack([self.transform(self.images[index]), self.transform(self.images[index])])
-
-
-class TorchvisionViews:
-    """torchvision v2 transforms of uint8 tensors in a `DataLoader` with a worker a core; batches (2, B, 3, S, S)."""
-
-    def __init__(self, images: Tensor, batch_size: int, ours: TwoViews, settings: Settings) -> None:
-        r = ours.recipe
-        transform = v2.Compose([
-            v2.RandomResizedCrop(ours.image_size, r.scale, r.ratio, antialias=True),
-            v2.RandomHorizontalFlip(r.flip),
-            v2.RandomApply([v2.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue)], r.jitter),
-            v2.RandomGrayscale(r.grey),
-            *([v2.RandomApply([v2.GaussianBlur(ours.kernel, r.sigma)], r.blur[0])] if any(r.blur) else []),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(ours.mean, ours.std),
-        ])  # fmt: skip
+    def __init__(
+        self, images: Tensor, batch_size: int, transform: Callable[[Tensor], list[Tensor]], settings: Settings
+    ) -> None:
         self.device = settings.device
         self.loader = DataLoader(
             _Pairs(images, transform),
@@ -92,6 +81,64 @@ class TorchvisionViews:
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self.loader:
             yield batch.to(self.device, non_blocking=True).transpose(0, 1)
+
+
+class _Pairs(Dataset[Tensor]):
+    def __init__(self, images: Tensor, transform: Callable[[Tensor], list[Tensor]]) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.stack(self.transform(self.images[index]))
+
+
+def torchvision_views(ours: TwoViews) -> Callable[[Tensor], list[Tensor]]:
+    """The same recipe in torchvision v2, on uint8 tensors as long as it can."""
+    r = ours.recipe
+    transform = v2.Compose([
+        v2.RandomResizedCrop(ours.image_size, r.scale, r.ratio, antialias=True),
+        v2.RandomHorizontalFlip(r.flip),
+        v2.RandomApply([v2.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue)], r.jitter),
+        v2.RandomGrayscale(r.grey),
+        *([v2.RandomApply([v2.GaussianBlur(ours.kernel, r.sigma)], r.blur[0])] if any(r.blur) else []),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(ours.mean, ours.std),
+    ])  # fmt: skip
+    return partial(_twice, transform)
+
+
+def lightly_views(ours: TwoViews) -> Callable[[Tensor], list[Tensor]]:
+    """The same recipe in lightly's transform of SimSiam, whose steps are SimCLR's, on PIL images."""
+    from lightly.transforms import SimSiamTransform  # type: ignore[import-not-found]
+
+    r = ours.recipe
+    transform = SimSiamTransform(
+        input_size=ours.image_size,
+        cj_prob=r.jitter,
+        cj_bright=r.brightness,
+        cj_contrast=r.contrast,
+        cj_sat=r.saturation,
+        cj_hue=r.hue,
+        min_scale=r.scale[0],
+        random_gray_scale=r.grey,
+        gaussian_blur=r.blur[0],
+        sigmas=r.sigma,
+        hf_prob=r.flip,
+        normalize={"mean": list(ours.mean), "std": list(ours.std)},
+    )
+    return partial(_of_pil_image, transform)
+
+
+# At the module's top, so that worker processes can be started by pickling.
+def _twice(transform: Callable[[Tensor], Tensor], image: Tensor) -> list[Tensor]:
+    return [transform(image), transform(image)]
+
+
+def _of_pil_image(transform: Callable[[Image.Image], list[Tensor]], image: Tensor) -> list[Tensor]:
+    return transform(Image.fromarray(image.movedim(0, -1).numpy()))
 
 
 def kornia_views(ours: TwoViews) -> Callable[[Tensor], Tensor]:
@@ -112,34 +159,23 @@ def kornia_views(ours: TwoViews) -> Callable[[Tensor], Tensor]:
 
 
 class SimSiam(nn.Module):
-    """SimSiam (Chen & He 2021) with two-layer heads, as on CIFAR; lightly's heads and loss where it is installed."""
+    """SimSiam (Chen & He 2021) of lightly's heads and loss, at their default width, on a given encoder."""
 
-    def __init__(self, encoder: nn.Module, feature_dim: int, width: int = 2048) -> None:
+    def __init__(self, encoder: nn.Module, feature_dim: int) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.criterion: Callable[[Tensor, Tensor], Tensor] = lambda p, z: -cosine_similarity(p, z).mean()
-        self.projector: nn.Module = nn.Sequential(
-            _mlp(feature_dim, width, width), nn.BatchNorm1d(width, affine=False)
+        from lightly.loss import NegativeCosineSimilarity  # type: ignore[import-not-found]
+        from lightly.models.modules import (  # type: ignore[import-not-found]
+            SimSiamPredictionHead,
+            SimSiamProjectionHead,
         )
-        self.predictor: nn.Module = _mlp(width, width // 4, width)
-        if installed("lightly"):
-            from lightly.loss import NegativeCosineSimilarity  # type: ignore[import-not-found]
-            from lightly.models.modules import (  # type: ignore[import-not-found]
-                SimSiamPredictionHead,
-                SimSiamProjectionHead,
-            )
 
-            self.criterion = NegativeCosineSimilarity()
-            self.projector = SimSiamProjectionHead(feature_dim, width, width)
-            self.predictor = SimSiamPredictionHead(width, width // 4, width)
+        self.encoder = encoder
+        self.projector = SimSiamProjectionHead(feature_dim)
+        self.predictor = SimSiamPredictionHead()
+        self.criterion = NegativeCosineSimilarity()
 
     def forward(self, views: Tensor) -> Tensor:
         """Symmetric loss of views (2, B, 3, S, S)."""
         z = [self.projector(self.encoder(view)) for view in views]
         p = [self.predictor(projection) for projection in z]
         return 0.5 * (self.criterion(p[0], z[1].detach()) + self.criterion(p[1], z[0].detach()))
-
-
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    activation = (nn.BatchNorm1d(hidden), nn.ReLU(inplace=True))
-    return nn.Sequential(nn.Linear(inputs, hidden, bias=False), *activation, nn.Linear(hidden, outputs))

@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import lightning
 import torch
+from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from benchmarks.harness import Growth, Result, Row, Settings, Work, benchmark, measure, synchronise, versus
-from benchmarks.rivals import SimSiam, TorchvisionViews, installed, kornia_views, plain_objective
+from benchmarks.rivals import (
+    LoaderViews,
+    SimSiam,
+    installed,
+    kornia_views,
+    lightly_views,
+    plain_objective,
+    torchvision_views,
+)
 from pyro_vje import VJE, SymmetricELBO, TrainConfig, training
 from pyro_vje.data import ImageSet, ResidentLoader, views_for
 from pyro_vje.encoders import build_encoder, feature_dim
-from pyro_vje.encoding import encode_batches
+from pyro_vje.encoding import Posteriors, encode_batches
 from pyro_vje.runs import build_model
-from pyro_vje.scoring import latent_noise, likelihood_parts
+from pyro_vje.scorer import Scorer
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
 """Pixels of the images, those of CIFAR, wherever nothing else is said."""
+FLOAT32 = "32-true"
+"""Lightning's name for no autocast, as the rows' precision."""
 
 
 def encoders(settings: Settings) -> list[tuple[str, int]]:
     """Encoder and batch size of whole steps: the one for CPUs, and CIFAR's."""
     return [("resnet-small", 16)] if settings.quick else [("resnet-small", 256), ("resnet18", 256)]
+
+
+def affordable_encoders(settings: Settings) -> list[tuple[str, int]]:
+    """Without CIFAR's on a CPU, where a step of it takes seconds and an epoch of a few many minutes in all."""
+    return encoders(settings) if settings.device.type == "cuda" else encoders(settings)[:1]
 
 
 def random_images(count: int, size: int = SIZE) -> ImageSet:
@@ -90,7 +110,7 @@ def elbo(settings: Settings, dim: int) -> Iterator[Result]:
         lambda: objective(embeddings).backward(),
         lambda: plain_objective(vje, embeddings).backward(),
     )
-    yield versus(settings, what, "plain torch", ours, rival)
+    yield versus(settings, what, "plain torch", ours, rival, precision=FLOAT32)
 
 
 def train_step(
@@ -116,7 +136,7 @@ def step(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     views = noise_views(batch, settings)
     ours = train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings)
     rival = train_step(vje, lambda views: plain_objective(vje, views), settings)
-    what = f"whole step, {encoder}, batch {batch}, {settings.precision}"
+    what = f"whole step, {encoder}, batch {batch}"
     yield versus(settings, what, "plain torch", lambda: ours(views), lambda: rival(views), 1.03, batch)
 
 
@@ -124,20 +144,36 @@ def step(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
 def views(settings: Settings, recipe: str, size: int) -> Iterator[Result]:
     """Pairs of views of resident images."""
     batch = 32 if settings.quick else 256
-    count = 2 * batch if settings.quick else 2048
+    count = 2 * batch if settings.quick else 2048 if size == 32 else 1024
     images = random_images(count, size).images
+    assert isinstance(images, Tensor)
     two_views, _ = views_for(recipe, size)
     generator = torch.Generator(settings.device).manual_seed(0)
-    resident = ResidentLoader(images, batch, device=settings.device)  # type: ignore[arg-type]
-    torchvision = TorchvisionViews(images, batch, two_views, settings)  # type: ignore[arg-type]
+    resident = ResidentLoader(images, batch, device=settings.device)
     what = f"two views, recipe {recipe}, {size} px"
     ours = drain(resident, lambda images: two_views(images, generator))
-    rival = f"torchvision v2, DataLoader of {settings.threads}"
-    yield versus(settings, what, rival, ours, drain(torchvision), 0.1 if size == 32 else None, count)
-    if installed("kornia"):
-        yield versus(settings, what, "kornia", ours, drain(resident, kornia_views(two_views)), None, count)
-    else:
-        yield Row(what, "kornia", note="kornia is not installed")
+    # Of those that are installed: their start is part of no row.
+    rivals: dict[str, tuple[str, Callable[[], Work]]] = {
+        "torchvision": (
+            f"torchvision v2, DataLoader of {settings.threads}",
+            lambda: drain(LoaderViews(images, batch, torchvision_views(two_views), settings)),
+        ),
+        "kornia": ("kornia", lambda: drain(resident, kornia_views(two_views))),
+        "lightly": (
+            f"lightly's SimSiamTransform, DataLoader of {settings.threads}",
+            lambda: drain(LoaderViews(images, batch, lightly_views(two_views), settings)),
+        ),
+    }
+    for module, (rival, work) in rivals.items():
+        if installed(module):
+            yield versus(settings, what, rival, ours, work(), 0.1, count, precision=FLOAT32)
+        else:
+            yield missing(what, rival, module)
+
+
+def missing(what: str, rival: str, module: str) -> Row:
+    """The row that stands for a comparison with what is not there."""
+    return Row(what, rival, note=f"{module} is not installed: pip install {module}")
 
 
 def drain(batches: Iterable[Tensor], function: Callable[[Tensor], object] = id) -> Callable[[], None]:
@@ -186,30 +222,42 @@ def vje_epoch(encoder: str, train_set: ImageSet, batch: int, settings: Settings)
     return epoch
 
 
-@benchmark("simsiam", encoders)
+@benchmark("simsiam", affordable_encoders)
 def simsiam(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
-    """An epoch against SimSiam's, each with its own views, heads and objective on the same encoder."""
+    """A step and an epoch against lightly's SimSiam, each with its own heads and objective on the same encoder.
+
+    The step is on resident views; to the epoch each brings its own, lightly's from a `DataLoader`.
+    """
     steps = 2 if settings.quick else 5
-    train_set = random_images(batch * steps)
+    whats = (
+        f"whole step, {encoder}, batch {batch}",
+        f"epoch of {steps} steps, {encoder}, batch {batch}",
+    )
+    if not installed("lightly"):
+        yield from (missing(what, "lightly's SimSiam", "lightly") for what in whats)
+        return
+    wanted = 1 / 3 if settings.device.type == "cuda" else 1.0
     network = new_encoder(encoder, settings)
     model = SimSiam(network, feature_dim(network, SIZE)).to(settings.device)
-    loader = TorchvisionViews(train_set.images, batch, views_for("cifar10", SIZE)[0], settings)  # type: ignore[arg-type]
-    rival = "lightly's SimSiam" if installed("lightly") else "SimSiam by hand (lightly is not installed)"
-    yield versus(
-        settings,
-        f"epoch of {steps} steps, {encoder}, batch {batch}, {settings.precision}",
-        f"{rival}, torchvision v2 views",
-        vje_epoch(encoder, train_set, batch, settings),
-        drain(loader, train_step(model, model, settings)),
-        1.0,
-        len(train_set),
-    )
+    rival = train_step(model, model, settings)
+    vje, _ = new_model(encoder, batch, settings)
+    ours = train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings)
+    views = noise_views(batch, settings)
+    name = "lightly's SimSiam, heads of 2048"
+    yield versus(settings, whats[0], name, lambda: ours(views), lambda: rival(views), wanted, batch)
+    train_set = random_images(batch * steps)
+    assert isinstance(train_set.images, Tensor)
+    transform = lightly_views(views_for("cifar10", SIZE)[0])
+    theirs = drain(LoaderViews(train_set.images, batch, transform, settings), rival)
+    epoch = vje_epoch(encoder, train_set, batch, settings)
+    name += f", SimSiamTransform in a DataLoader of {settings.threads}"
+    yield versus(settings, whats[1], name, epoch, theirs, wanted, len(train_set))
 
 
-@benchmark("epoch", encoders)
+@benchmark("epoch", affordable_encoders)
 def epoch(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     """A whole epoch against the encoder alone, forward and backward, on resident noise: the physical limit."""
-    steps = 2 if settings.quick else 10 if encoder == "resnet-small" else 5
+    steps = 2 if settings.quick else 10
     train_set = random_images(batch * steps)
     network = new_encoder(encoder, settings)
     noise = noise_views(batch, settings).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -221,12 +269,12 @@ def epoch(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
                 features = network(noise)
             features.float().square().mean().backward()
 
-    what = f"epoch of {steps} steps, {encoder}, batch {batch}, {settings.precision}"
+    what = f"epoch of {steps} steps, {encoder}, batch {batch}"
     ours = vje_epoch(encoder, train_set, batch, settings)
     yield versus(settings, what, "bare encoder", ours, bare, 1 / 0.9, len(train_set))
 
 
-@benchmark("scoring", encoders)
+@benchmark("scoring", affordable_encoders)
 def scoring(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     """Encoding and likelihood, as `score` has the model from `load_run`, against the forward pass in float32."""
     steps = 2 if settings.quick else 8
@@ -241,72 +289,151 @@ def scoring(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
             network(noise)
 
     ours = score_images(vje, images, batch, settings)
-    what = f"scoring, {encoder}, batch {batch}, 16 particles, float32"
-    yield versus(settings, what, "bare forward pass", ours, bare, 1 / 0.95, len(images))
+    what = f"scoring, {encoder}, batch {batch}, 16 particles"
+    yield versus(settings, what, "bare forward pass", ours, bare, 1 / 0.95, len(images), precision=FLOAT32)
 
 
 def score_images(vje: VJE, images: ImageSet, batch: int, settings: Settings) -> Work:
     """What `pyro_vje.score` computes of images, without its files."""
     _, view = views_for("cifar10", SIZE)
-    noise = latent_noise(16, vje.embedding_dim, seed=0)
+    scorer = Scorer(vje)
 
     def run() -> None:
         for encoded in encode_batches(vje, images, view, batch_size=batch, device=settings.device):
-            for part in likelihood_parts(vje, encoded.embeddings, encoded.loc, encoded.scale, noise):
-                part.cpu()
+            scorer.scores("conditional", encoded.posteriors).cpu()
 
     return run
 
 
-@benchmark("growth")
-def growth(settings: Settings) -> Iterator[Result]:
-    """Time against batch, D, images scored and particles."""
+REFERENCE, KERNEL_DIM = 10_000, 512
+"""Kernels of the aggregate density, and their dimension."""
+
+
+def kernels(settings: Settings, likelihood: str, *, width: float | None = None) -> tuple[Scorer, Tensor]:
+    """A scorer with random reference images, and embeddings to score; all kernels of one width, if there is one."""
+    count, dim = (50, 8) if settings.quick else (REFERENCE, KERNEL_DIM)
+    vje = VJE(nn.Identity(), dim, embedding_dim=dim, likelihood=likelihood).eval().requires_grad_(False)
+    loc = torch.randn(count, dim)
+    scale = torch.full_like(loc, width) if width else torch.rand_like(loc) + 0.5
+    embeddings = (loc + torch.randn(count, dim)).to(settings.device)
+    return Scorer(vje.to(settings.device), reference=Posteriors(loc, loc, scale)), embeddings
+
+
+@benchmark("aggregate")
+def aggregate(settings: Settings) -> Iterator[Result]:
+    """The density over reference images by matrix products, against a loop over the images and scikit-learn's KDE."""
+    scorer, embeddings = kernels(settings, "polar-student-t")
+    some = embeddings[: 5 if settings.quick else 100]
+    reference = scorer.reference
+    assert reference is not None
+
+    def loop() -> list[Tensor]:
+        likelihood = scorer.vje.likelihood(reference.loc, reference.scale)
+        return [likelihood.log_prob(embedding).logsumexp(0) for embedding in some]
+
+    size = f"aggregate, {len(reference.loc)} kernels × {len(some)} images × D {some.shape[1]}"
+    ours = partial(scorer.log_aggregate, some)
+    yield versus(settings, size, "loop over images", ours, loop, 0.1, len(some), FLOAT32)
+    scorer, embeddings = kernels(settings, "normal", width=0.7)
+    some = embeddings[: 5 * len(some)]
+    size = f"aggregate, {len(reference.loc)} kernels × {len(some)} images × D {some.shape[1]}, Gaussian"
+    rival = KernelDensity(bandwidth=0.7).fit(reference.loc.cpu().numpy())
+    ours, theirs = partial(scorer.log_aggregate, some), partial(rival.score_samples, some.cpu().numpy())
+    yield versus(settings, size, "scikit-learn KDE", ours, theirs, 0.1, len(some), FLOAT32)
+
+
+def aggregate_of(settings: Settings, count: int) -> Work:
+    """The aggregate density of a number of images, in batches as `score` takes them."""
+    scorer, embeddings = kernels(settings, "polar-student-t")
+    batches = embeddings[:count].split(256)
+    return lambda: [scorer.log_aggregate(batch) for batch in batches] and None
+
+
+def step_of(settings: Settings, batch: int) -> Work:
+    """A training step on a batch."""
+    vje, _ = new_model("resnet-small", batch, settings)
+    step, views = (
+        train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings),
+        noise_views(batch, settings),
+    )
+    return lambda: step(views)
+
+
+def objective_of(settings: Settings, dim: int) -> Work:
+    """The objective of a batch, and its gradients, in D dimensions."""
+    vje, embeddings = objective_alone(dim, 8 if settings.quick else 256, settings)
+    objective = SymmetricELBO()(vje.model, vje.guide)
+    return lambda: objective(embeddings).backward()
+
+
+def particles_of(settings: Settings, count: int) -> Work:
+    """The likelihood of encoded images, with a number of samples of each latent."""
     vje, _ = new_model("resnet-small", 256, settings)
-    train = train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings)
-    images, dim = 16 if settings.quick else 4096, vje.embedding_dim
-    embeddings, loc, scale = torch.randn(3, images, dim, device=settings.device)
+    shape = (3, 16 if settings.quick else 4096, vje.embedding_dim)
+    embeddings, loc, scale = torch.randn(shape, device=settings.device)
+    scorer, posteriors = Scorer(vje, num_particles=count), Posteriors(embeddings, loc, scale.exp())
+    return lambda: scorer.parts(posteriors)
 
-    def step_of(batch: int) -> Work:
-        views = noise_views(batch, settings)
-        return lambda: train(views)
 
-    def objective_of(dim: int) -> Work:
-        alone, embeddings = objective_alone(dim, 8 if settings.quick else 256, settings)
-        objective = SymmetricELBO()(alone.model, alone.guide)
-        return lambda: objective(embeddings).backward()
+def scoring_of(settings: Settings, count: int) -> Work:
+    """Scoring a number of images: one image, expanded, so that they take no memory of their own."""
+    images = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8).expand(count, -1, -1, -1)
+    vje, _ = new_model("resnet-small", 256, settings)
+    return score_images(vje, ImageSet(images, [""] * count), 256, settings)
 
-    def particles(count: int) -> Work:
-        noise = latent_noise(count, dim, seed=0)
-        return lambda: likelihood_parts(vje, embeddings, loc, scale.exp(), noise)
 
-    def scoring_of(count: int) -> Work:
-        return score_images(vje, random_images(count), 256, settings)
+@dataclass(frozen=True)
+class Task:
+    """Something whose cost grows: ``work(settings, x)`` for each x of ``sizes``; ``quick`` ones to try it out."""
 
-    def against(what: str, variable: str, task: Callable[[int], Work], *xs: int) -> Growth:
-        works = [task(x) for x in (xs[:2] if settings.quick else xs)]
-        [work() for work in works]  # warm-up
-        rounds = [
-            [measure(work) for work in works] for _ in range(2 if settings.quick else 3)
-        ]  # sizes in turns
-        return Growth(
-            what, variable, "s", list(zip(xs, map(median, zip(*rounds, strict=True)), strict=False))
-        )
+    what: str
+    variable: str
+    work: Callable[[Settings, int], Work]
+    sizes: Sequence[int]
+    quick: Sequence[int]
+    precision: str = FLOAT32
 
-    yield against("training step, resnet-small", "batch", step_of, 32, 64, 128, 256, 512)
-    yield against("ELBO alone", "D", objective_of, 128, 256, 512, 1024, 2048, 4096)
-    yield against(f"likelihood of {images} images", "particles", particles, 1, 4, 16, 64)
-    if not settings.quick:
-        yield against("scoring, resnet-small", "images", scoring_of, 1_000, 5_000, 10_000, 50_000)
+
+# An empty precision is that of the settings.
+TASKS = {
+    "step": Task("training step, resnet-small", "batch", step_of, (32, 64, 128, 256, 512), (4, 8), ""),
+    "elbo": Task("ELBO alone, batch 256", "D", objective_of, (128, 256, 512, 1024, 2048, 4096), (8, 16)),
+    "particles": Task("likelihood of 4096 images", "particles", particles_of, (1, 4, 16, 64), (1, 2)),
+    "scoring": Task("scoring, resnet-small", "images", scoring_of, (1_000, 5_000, 10_000, 50_000), (8, 16)),
+    "aggregate": Task(
+        f"aggregate, {REFERENCE} kernels, D {KERNEL_DIM}",
+        "images",
+        aggregate_of,
+        (1_000, 3_000, 10_000),
+        (8, 16),
+    ),
+}
+
+
+@benchmark("growth", lambda settings: [(task,) for task in TASKS.values()])
+def growth(settings: Settings, task: Task) -> Iterator[Result]:
+    """How time grows."""
+    sizes = task.quick if settings.quick else task.sizes
+    works = [task.work(settings, x) for x in sizes]
+    works[0]()
+    seconds = [measure(work) for work in works]
+    if sum(seconds) < 10:  # else they outlast any disturbance, and were no cold start
+        calls = [1 if settings.quick else math.ceil(0.1 / each) for each in seconds]
+        # Sizes in turns, as rivals are.
+        rounds = [[measure(*each) for each in zip(works, calls, strict=True)] for _ in range(3)]
+        seconds = [median(each) for each in zip(*rounds, strict=True)]
+    yield Growth(
+        task.what, task.variable, "s", list(zip(sizes, seconds, strict=True)), precision=task.precision
+    )
 
 
 # The kernel's own peak of this address space, where it tells: ru_maxrss starts at the parent's size on Linux.
 PEAK = """
 import resource, sys, torch
 from pathlib import Path
-from benchmarks.speed import ImageSet, Settings, new_model, score_images
-settings = Settings(False, torch.get_num_threads(), "32-true")
-images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(int(sys.argv[1]), -1, -1, -1)
-score_images(new_model("resnet-small", 256, settings)[0], ImageSet(images, [""] * len(images)), 256, settings)()
+from benchmarks.speed import TASKS, Settings
+name, size, quick, threads, precision = sys.argv[1:]
+TASKS[name].work(Settings(quick == "True", int(threads), precision), int(size))()
 status = Path("/proc/self/status")
 if torch.cuda.is_available():
     print(torch.cuda.max_memory_allocated() / 2**20)
@@ -317,12 +444,16 @@ else:
 """
 
 
-@benchmark("memory")
-def memory(settings: Settings) -> Iterator[Result]:
-    """Peak memory of scoring in a fresh process, the images themselves left out (one, expanded)."""
-    counts = [256, 512] if settings.quick else [1_000, 5_000, 10_000, 50_000]
-    points = [(count, float(run_python(PEAK, settings, str(count)))) for count in counts]
-    yield Growth("peak memory of scoring, resnet-small, batch 256", "images", "MiB", points)
+@benchmark("memory", lambda settings: list(TASKS.items()))
+def memory(settings: Settings, name: str, task: Task) -> Iterator[Result]:
+    """How peak memory grows, each size in a fresh process, whose own memory counts on a CPU: the libraries' too."""
+    sizes = (
+        task.quick if settings.quick else (task.sizes[0], task.sizes[len(task.sizes) // 2], task.sizes[-1])
+    )
+    how = (str(settings.quick), str(settings.threads), settings.precision)
+    points = [(x, float(run_python(PEAK, settings, name, str(x), *how))) for x in sizes]
+    what = f"peak memory of {task.what}"
+    yield Growth(what, task.variable, "MiB", points, precision=task.precision)
 
 
 HELP = "from pyro_vje.cli import main; main(['--help'])"
@@ -350,7 +481,7 @@ def run_python(code: str, settings: Settings, *arguments: str) -> str:
     """Run a program in a fresh interpreter and return what it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the benchmark's process failed: {done.stderr.strip()[-2000:]}")
     return done.stdout

@@ -90,6 +90,7 @@ def test_registry_covers_what_is_promised():
         "simsiam",
         "epoch",
         "scoring",
+        "aggregate",
         "growth",
         "memory",
         "startup",
@@ -113,24 +114,47 @@ def test_plain_objective_is_the_same_mathematics():
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_rival_views_have_the_shape_and_range_of_ours():
+@pytest.mark.parametrize("rival", ["torchvision", "kornia", "lightly"])
+def test_rival_views_have_the_shape_and_range_of_ours(rival):
+    pytest.importorskip(rival)
     two_views, _ = views_for("stl10", 24)
     images = speed.random_images(64, 24).images
     ours = two_views(images, torch.Generator().manual_seed(0))
-    rival = rivals.TorchvisionViews(images, 64, two_views, Settings(True, 0, "32-true"))
-    (batch,) = rival
+    if rival == "kornia":
+        batch = rivals.kornia_views(two_views)(images)
+    else:
+        transform = getattr(rivals, f"{rival}_views")(two_views)
+        (batch,) = rivals.LoaderViews(images, 64, transform, Settings(True, 0, "32-true"))
     assert batch.shape == ours.shape
     assert batch.dtype == ours.dtype
+    assert not torch.equal(batch[0], batch[1])
     assert batch.mean().item() == pytest.approx(ours.mean().item(), abs=0.1)
     assert batch.std().item() == pytest.approx(ours.std().item(), rel=0.2)
 
 
 def test_simsiam_loss_is_a_mean_cosine_and_trains():
-    model = rivals.SimSiam(nn.Flatten(), 48, width=16)
+    pytest.importorskip("lightly")
+    model = rivals.SimSiam(nn.Flatten(), 48)
     loss = model(torch.randn(2, 6, 3, 4, 4))
     assert -1 <= loss.item() <= 1
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["views", "simsiam"])
+def test_rival_that_is_not_installed_is_said(name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed, "installed", lambda module: False)
+    main(["--quick", "--only", name, "--out", str(tmp_path / "speed.json")])
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert rows
+    assert all(row["ratio"] is None and row["ours_seconds"] is None for row in rows)
+    assert "lightly is not installed: pip install lightly" in capsys.readouterr().out
+
+
+def test_peak_memory_is_printed_in_mebibytes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-c", "elbo", "8", "True", "1", "32-true"])
+    exec(speed.PEAK, {})
+    assert 1 < float(capsys.readouterr().out) < 1e6
 
 
 def test_epoch_is_timed_through_the_trainer():
@@ -150,7 +174,10 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
     for row in written["rows"]:
         assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
         assert row["rival"] == "plain torch"
+        assert row["command"].startswith("python -m benchmarks --only elbo")
+        assert (row["precision"], row["threads"]) == ("32-true", written["threads"])
     assert all(len(growth["points"]) == 2 for growth in written["growth"])
+    assert [growth["precision"] for growth in written["growth"]] == [written["precision"], *["32-true"] * 4]
     printed = capsys.readouterr().out
     assert printed.count("symmetric ELBO alone") == 3
     assert "slope" in printed
