@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,12 @@ def ablate_command(ctx: click.Context, out: Path, **settings: Any) -> None:
     given = {name: settings.pop(name) for name in ABLATION_AXES}
     given["radius"] = tuple(None if value == options.NO_RADIUS else value for value in given["radius"])
     axes = {name: values for name, values in given.items() if values}  # none: the default follows from others
+    base = options.train_config(settings)
 
     from pyro_vje.ablation import ablate
 
     try:
-        result = ablate(dataclasses.replace(options.DEFAULTS, **settings), axes, out)
+        result = ablate(base, axes, out)
     except KeyboardInterrupt:
         click.echo("stopped: what is finished is kept, and the same command goes on from it", err=True)
         ctx.exit(130)

@@ -11,7 +11,7 @@ from pyro_vje.cli import options
 
 @click.command("eval")
 @options.ckpt
-@click.option("--dataset", help="Another data set than the run's own.")
+@click.option("--dataset", type=options.DATASETS, help="Another data set than the run's own.")
 @options.data_dir
 @options.download
 @click.option(

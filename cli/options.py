@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ from pyro_vje.config import DATASET_DEFAULTS, TrainConfig
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULTS = TrainConfig()
+DATASETS = click.Choice(list(DATASET_DEFAULTS))
 
 ckpt = click.option(
     "--ckpt",
     required=True,
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, path_type=Path),
     metavar="RUN",
     help="A run folder, or a weights file (.safetensors).",
 )
@@ -57,7 +59,11 @@ SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("--kl-weight", "Weight of the KL divergence; 1 is the ELBO proper.", float),
     ("--shared-variance/--separate-variance", "Likelihood scale: the posterior's, or learned apart.", None),
     ("--epochs", "Passes over the data.", int),
-    ("--batch-size", "Images in an optimiser step, over all devices.", int),
+    (
+        "--batch-size",
+        "Images in an optimiser step, over all devices. [default: the data set's, or all images where they are fewer]",
+        int,
+    ),
     ("--lr", "Learning rate for 256 images; scaled by batch size / 256.", float),
     ("--weight-decay", "Weight decay of kernels and matrices.", float),
     ("--warmup-epochs", "Epochs of linear warm-up. [default: a tenth, at most 10]", float),
@@ -87,7 +93,7 @@ def train_settings(
 ) -> Callable[[Command], Command]:
     """Every setting of a pretraining run as an option; the fields in ``repeated`` may be given several times."""
     flags = [setting for setting in SETTINGS if field_of(setting[0]) not in without]
-    settings = [("--dataset", f"One of {', '.join(DATASET_DEFAULTS)}.", str), *flags]
+    settings = [("--dataset", "What to pretrain on.", DATASETS), *flags]
 
     def decorate(command: Command) -> Command:
         decorators = [_setting(*setting, field_of(setting[0]) in repeated) for setting in settings]
@@ -98,6 +104,23 @@ def train_settings(
     return decorate
 
 
+def train_config(settings: dict[str, Any]) -> TrainConfig:
+    """The settings of a command as a `TrainConfig`, checked as far as can be done without torch, which loads slowly.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If a value is out of its range, or the folder of images is not there.
+    """
+    if settings.get("radius") == NO_RADIUS:
+        settings = {**settings, "radius": None}
+    config = dataclasses.replace(DEFAULTS, **settings)
+    config.resolved()
+    if config.dataset == "folder" and not Path(config.data_dir or "").exists():
+        raise FileNotFoundError(f"no such folder: {Path(config.data_dir or '').absolute()} (--data-dir)")
+    return config
+
+
 def _setting(flag: str, help: str, kind: Any, repeated: bool) -> Callable[[Command], Command]:
     default = getattr(DEFAULTS, field_of(flag))
     if field_of(flag) == "radius" and default is None:
@@ -106,11 +129,13 @@ def _setting(flag: str, help: str, kind: Any, repeated: bool) -> Callable[[Comma
         help += " [default: the data set's]"
     if repeated:
         help += " Repeatable."
+        if isinstance(default, bool):  # Click names the flag itself only where it is not repeatable
+            help += f" [default: {flag.split('/')[not default].removeprefix('--')}]"
     return click.option(
         flag,
         type=kind,
         multiple=repeated,
         default=(default,) if repeated and default is not None else default,
-        show_default=default is not None,
+        show_default=default is not None and "[default" not in help,
         help=help,
     )

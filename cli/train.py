@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,14 @@ def train_command(
         if overwrite or given:
             flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *["overwrite"] * overwrite])
             raise click.UsageError(f"--resume goes on with the run's own settings: leave out {flags}")
-    if settings["radius"] == options.NO_RADIUS:
-        settings["radius"] = None
+        if out is None:
+            raise click.UsageError("--resume needs the run to go on with: name it (--out RUN)")
+    config = options.train_config(settings)
 
     from pyro_vje.training import train
 
     try:
-        folder = train(
-            dataclasses.replace(options.DEFAULTS, **settings), out, resume=resume, overwrite=overwrite
-        )
+        folder = train(config, out, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         click.echo(
             "stopped: --resume goes on after the last finished epoch; one stopped in its first epoch starts anew",

@@ -67,4 +67,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    dunders = (name for name in globals() if name.startswith("__"))  # the rest is what this file imports
+    return sorted({*__all__, *dunders})

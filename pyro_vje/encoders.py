@@ -104,14 +104,23 @@ def build_encoder(name: str, image_size: int) -> nn.Module:
     Raises
     ------
     ValueError
-        If the name is unknown or the factory does not give an ``nn.Module``.
+        If the name is unknown, or the factory fails or does not give an ``nn.Module``.
     """
     factory = look_up(name, ENCODERS, what="encoder", group="pyro_vje.encoders")
     if not callable(factory):
         raise ValueError(f"encoder {name!r} is no function from an image size to an nn.Module")
-    encoder = factory(image_size)
+    try:
+        encoder = factory(image_size)
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"encoder {name!r} failed when called with the image size {image_size} ({type(error).__name__}: "
+            f"{error}): it must take an image size alone and return an nn.Module"
+        ) from error
     if not isinstance(encoder, nn.Module):
-        raise ValueError(f"encoder {name!r} gave a {type(encoder).__name__}, not an nn.Module")
+        raise ValueError(
+            f"encoder {name!r} gave a {type(encoder).__name__}: it must return an nn.Module, from images "
+            "(N, 3, S, S) to features (N, F)"
+        )
     return encoder
 
 
@@ -122,12 +131,17 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     Raises
     ------
     ValueError
-        If the output is not of shape ``(N, F)``.
+        If the encoder fails, or its output is not of shape ``(N, F)``.
     """
     was_training = encoder.training
     parameter = next(encoder.parameters(), None)
     images = torch.zeros(2, 3, image_size, image_size, device=None if parameter is None else parameter.device)
-    features = encoder.eval()(images)
+    try:
+        features = encoder.eval()(images)
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"the encoder ({type(encoder).__name__}) fails on images of shape {tuple(images.shape)}: {error}"
+        ) from error
     encoder.train(was_training)
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

@@ -9,13 +9,14 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
 from torch import Tensor
 
 from pyro_vje import metrics, pictures
+from pyro_vje.config import TrainConfig
 from pyro_vje.data import CleanView, ImageSet
 from pyro_vje.encoding import encode
 from pyro_vje.files import write_atomic
@@ -62,7 +63,7 @@ class EpochReport(lightning.pytorch.Callback):
         self.knn_sets = knn_sets
         self.rows: list[dict[str, Any]] = []
         self.started = 0.0
-        self.warned = ""
+        self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, so that a resumed run's file holds each epoch once."""
@@ -71,6 +72,16 @@ class EpochReport(lightning.pytorch.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the rows of the run that is resumed."""
         self.rows = state_dict["rows"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say so where the images look like the one-class protocol and all classes are trained on."""
+        config: TrainConfig = cast(Any, pl_module).config
+        labels, classes = self.health_set.labels, self.health_set.classes or ()
+        if not trainer.is_global_zero or config.normal_class is not None or labels is None:
+            return
+        trained = {classes[label] for label in labels.unique().tolist() if label >= 0}
+        if len(trained) > 1 and "normal" in trained:
+            log.info("training on all %d classes; --normal-class normal trains on one alone", len(trained))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Start the epoch's clock."""
@@ -94,7 +105,8 @@ class EpochReport(lightning.pytorch.Callback):
         if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
             row.update(self._measure(module.vje))
             # A young posterior is noise in every run; what matters is whether it stays so.
-            if 2 * row["epoch"] >= (trainer.max_epochs or 0):
+            young = max(module.config.warmup_epochs or 0, (trainer.max_epochs or 0) / 2)
+            if last or row["epoch"] > young:
                 self._warn(row, module.vje.feature_dim)
         self.rows.append(row)
         if trainer.is_global_zero:
@@ -136,10 +148,16 @@ class EpochReport(lightning.pytorch.Callback):
         return row
 
     def _warn(self, row: dict[str, Any], dim: int) -> None:
-        message = metrics.collapse_warning(row["effective_rank"], row["spread"], row["posterior_snr"], dim)
-        if message is not None and message != self.warned:
-            log.warning("epoch %d: %s", row["epoch"], message)
-            self.warned = message
+        signs = ("effective_rank", "spread", "posterior_snr")
+        for sign in signs:
+            # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
+            rank, spread, snr = (row[name] if name == sign else math.inf for name in signs)
+            message = metrics.collapse_warning(rank, spread, snr, dim)
+            if message is None:
+                self.warned.discard(sign)
+            elif sign not in self.warned:
+                self.warned.add(sign)
+                log.warning("epoch %d: %s", row["epoch"], message)
 
     def _write(self) -> None:
         text = io.StringIO()

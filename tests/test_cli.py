@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -78,20 +79,23 @@ def test_damaged_image_gives_a_row_and_exit_code_one(trained_run, image_folder, 
     (folder / "bad.png").write_text("no image")
     result = run("score", "--ckpt", trained_run, "--data", folder, "--out", tmp_path / "s.csv")
     assert result.exit_code == 1
-    assert "1 images scored" in result.stdout
-    assert "1 images could not be read" in result.stderr
+    assert "1 image scored" in result.stdout
+    assert "1 image could not be read" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--dataset", "cifar1000"], "unknown data set 'cifar1000'"),
+        (["train", "--dataset", "cifar1000"], "'cifar1000' is not one of 'digits', 'cifar10'"),
+        (["eval", "--ckpt", ".", "--dataset", "cifar1000"], "'cifar1000' is not one of"),
         (["train", "--likelihood", "cauchy"], "unknown likelihood family 'cauchy'"),
         (["train", "--dataset", "folder", "--data-dir", "/no/such/place"], "/no/such/place"),
         (["train", "--resume"], "--out RUN"),
         (["train", "--resume", "--out", "x", "--lr", "1"], "leave out --lr"),
-        (["eval", "--ckpt", "/no/such/run"], "no such run folder: /no/such/run"),
-        (["score", "--ckpt", "/no/such/run"], "no such run folder: /no/such/run"),
+        (["ablate", "--dataset", "folder", "--data-dir", "no", "--out", "x"], "/no (--data-dir)"),
+        (["train", "--epochs", "0"], "epochs must be at least 1"),
+        (["eval", "--ckpt", "/no/such/run"], "'/no/such/run' does not exist"),
+        (["score", "--ckpt", "/no/such/run"], "'/no/such/run' does not exist"),
         (["train", "--likelihood", "no_such_module:family"], "no module 'no_such_module'"),
     ],
 )
@@ -105,8 +109,90 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, message, tmp_path, m
 
 
 def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match="cifar1000"):
-        run("--debug", "train", "--dataset", "cifar1000")
+    with pytest.raises(ValueError, match="epochs"):
+        run("--debug", "train", "--epochs", "0")
+
+
+FACTORIES = """
+from torch import nn
+
+class NoSize(nn.Module):
+    pass
+
+def nothing(image_size): pass
+
+def number(image_size): return 3
+
+def broken(image_size): raise KeyError("weights")
+
+def misfit(image_size): return nn.Linear(7, 7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("NoSize", r"failed when called with the image size 16 \(TypeError: .*must take an image size alone"),
+        ("nothing", r"gave a NoneType: it must return an nn\.Module"),
+        ("number", r"gave a int: it must return"),
+        ("broken", r"failed when called .*KeyError: 'weights'"),
+        ("misfit", r"the encoder \(Linear\) fails on images of shape \(2, 3, 16, 16\)"),
+    ],
+)
+def test_unfit_encoder_of_the_users_own_is_named(factory, message, tmp_path, monkeypatch):
+    (tmp_path / "unfit_encoders.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    result = run("train", "--encoder", f"unfit_encoders:{factory}")
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr)
+    assert factory == "misfit" or f"'unfit_encoders:{factory}'" in result.stderr
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(trained_run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_vje.evaluation.evaluate", interrupted)
+    result = run("eval", "--ckpt", trained_run)
+    assert (result.exit_code, result.output) == (130, "stopped\n")
+    monkeypatch.setattr("pyro_vje.training.train", interrupted)
+    result = run("train")
+    assert result.exit_code == 130
+    assert result.output.startswith("stopped: --resume goes on")
+    assert result.output.count("\n") == 1
+
+
+def test_repeatable_flag_shows_and_takes_its_names():
+    for command in ("train", "ablate"):
+        assert "[default: shared-variance]" in " ".join(run(command, "-h").stdout.split())
+    given = {
+        (): (True,),
+        ("--separate-variance",): (False,),
+        ("--separate-variance", "--shared-variance"): (False, True),
+    }
+    for arguments, values in given.items():
+        context = main.commands["ablate"].make_context("ablate", [*arguments, "--out", "x"])
+        assert context.params["shared_variance"] == values
+
+
+def test_warnings_of_health_wait_for_the_warm_up_and_are_not_repeated(image_folder, tmp_path, monkeypatch):
+    ratios = iter([0.1] * 6 + [0.2, 9.0, 0.3, 0.4])  # of epochs 1 to 10: healthy in epoch 8 alone
+    monkeypatch.setattr("pyro_vje.metrics.posterior_snr", lambda *_: next(ratios))
+    where = ["--dataset", "folder", "--data-dir", image_folder, "--out", tmp_path / "run"]
+    how = ["--epochs", 10, "--warmup-epochs", 6, "--knn-every", 1, *SMALL.split()]
+    result = run("train", *where, *how)
+    assert result.exit_code == 0, result.output
+    said = [line.split(":")[0] for line in result.stderr.splitlines() if "mostly noise" in line]
+    assert said == ["epoch 7", "epoch 9"]
+
+
+@pytest.mark.parametrize("given", [[], ["--normal-class", "normal"]])
+def test_hint_at_the_one_class_protocol(image_folder, tmp_path, given):
+    where = ["--dataset", "folder", "--data-dir", image_folder, "--out", tmp_path / "run"]
+    how = [*SMALL.replace("16 --pre", "8 --pre").split(), "--epochs", 1, *given]
+    result = run("train", *where, *how)
+    assert result.exit_code == 0, result.output
+    assert ("training on all 3 classes; --normal-class normal" in result.stderr) == (not given)
 
 
 def test_likelihood_of_the_users_own_file(image_folder, tmp_path, monkeypatch):
@@ -134,16 +220,35 @@ def test_likelihood_of_the_users_own_file(image_folder, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["ablate"], ["score"], ["embed"]])
-def test_help_imports_nothing_heavy(command):
+def imports_nothing_heavy(command, exit_code):
     code = (
         "import sys\n"
         "from pyro_vje.cli import main\n"
-        f"try: main({[*command, '--help']!r})\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
+        f"try: main({command!r})\n"
+        f"except SystemExit as stop: assert stop.code == {exit_code}\n"
         "heavy = {'torch', 'pyro', 'lightning', 'sklearn', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    assert "Usage" in result.stdout
+    assert "Usage" in result.stdout + result.stderr or "Error" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--dataset", "nope"],
+        ["train", "--dataset", "folder", "--data-dir", "/no/such/place"],
+        ["train", "--seed", "-1"],
+        ["train", "--resume"],
+        ["ablate", "--epochs", "0", "--out", "x"],
+        ["eval", "--ckpt", "/no/such/run"],
+    ],
+)
+def test_bad_arguments_are_refused_before_torch_is_loaded(command):
+    imports_nothing_heavy(command, 2)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["ablate"], ["score"], ["embed"]])
+def test_help_imports_nothing_heavy(command):
+    imports_nothing_heavy([*command, "--help"], 0)

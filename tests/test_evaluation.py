@@ -146,7 +146,7 @@ def test_settings_are_checked_before_anything_is_read(settings, message):
     "arguments", [["--linear", "svm"], ["--k", "0"], ["--temperature", "0"], ["--probe-epochs", "0"]]
 )
 def test_command_refuses(arguments):
-    result = CliRunner().invoke(main, ["eval", "--ckpt", "/no/such/run", *arguments])
+    result = CliRunner().invoke(main, ["eval", "--ckpt", ".", *arguments])
     assert result.exit_code == 2
     assert f"Invalid value for '{arguments[0]}'" in result.stderr
 

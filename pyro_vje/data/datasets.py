@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pyro_vje.data.images import image_shape, list_images
-from pyro_vje.data.imageset import ImageSet, read_images
+from pyro_vje.data.imageset import ImageSet, counted, read_images
 
 logger = logging.getLogger("pyro_vje")
 
@@ -105,7 +105,7 @@ def load_dataset(
     entry = DATASETS[name]
     size = image_size if image_size is not None else entry.image_size
     images = entry.load(Request(name, root, split, size, download, residency, memory_budget))
-    logger.info("%s, split %s: %d images of side %d", name, split, len(images), images.image_size)
+    logger.info("%s, split %s: %s of side %d", name, split, counted(len(images)), images.image_size)
     return images
 
 
@@ -159,12 +159,13 @@ def _stl10(request: Request) -> ImageSet:
 
 def _imagenet(request: Request) -> ImageSet:
     """ImageNet as extracted: ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``, without the devkit."""
-    missing = [str(request.root / part) for part in ("train", "val") if not (request.root / part).is_dir()]
+    places = [request.root.absolute() / part for part in ("train", "val")]
+    missing = [str(place) for place in places if not place.is_dir()]
     if missing:
         raise FileNotFoundError(
             f"imagenet: no folder {' and no '.join(missing)}. ImageNet cannot be downloaded without an "
             "account: get ILSVRC2012 from image-net.org, extract it to train/<class>/ and val/<class>/, "
-            "and give the folder that holds both as data_dir"
+            f"and give the folder that holds both as data_dir{_elsewhere(request.root)}"
         )
     return _folder(request)
 
@@ -180,7 +181,9 @@ def _folder(request: Request) -> ImageSet:
     """
     root = request.root
     if not root.exists():
-        raise FileNotFoundError(f"no such folder: {root.absolute()}")
+        raise FileNotFoundError(
+            f"no such folder: {root.absolute()}: give the right one as data_dir (--data-dir){_elsewhere(root)}"
+        )
     held_out = next((name for name in ("test", "val") if (root / name).is_dir()), None)
     if held_out is not None and (root / "train").is_dir():
         folders = {"train": root / "train", "test": root / held_out}
@@ -196,12 +199,18 @@ def _folder(request: Request) -> ImageSet:
         size = request.image_size or _typical_size([path for path, _ in files])
         if request.split != "all":
             test = request.split == "test"
+            total = len(files)
             files = [(path, root) for path, root in files if _is_test(path.relative_to(root)) == test]
             if not files:
                 raise ValueError(
                     f"{root} has no image in the split {request.split!r}: about a tenth are test images, by "
                     "a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
                 )
+            logger.info(
+                "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test; "
+                "%d of %s in the split %s",
+                *(len(files), counted(total), request.split),
+            )
     index = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([index.get(_class_of(path, base), -1) for path, base in files])
     return read_images(
@@ -263,7 +272,7 @@ def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: An
         if not request.download:
             raise FileNotFoundError(
                 f"{request.name}: not found, or incomplete, in {place}. Allow the download, or give the "
-                f"folder that holds {folder}/ as data_dir"
+                f"folder that holds {folder}/ as data_dir (--data-dir){_elsewhere(request.root)}"
             ) from error
     try:
         request.root.mkdir(parents=True, exist_ok=True)
@@ -273,6 +282,11 @@ def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: An
             f"{request.name}: not found in {place}, and the download failed ({type(error).__name__}: "
             f"{error}). Fetch {kind.url} where there is a connection, and unpack it so that {place} exists"
         ) from error
+
+
+def _elsewhere(root: Path) -> str:
+    # A run keeps its data_dir as it was typed.
+    return "" if root.is_absolute() else ", or work in the folder from which the run was trained"
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -189,8 +189,8 @@ def read_images(
     budget = free_memory() // 2 if memory_budget is None else memory_budget
     in_memory = residency == "memory" or (residency == "auto" and need <= budget)
     logger.info(
-        "%d images of %d x %d: %.2f GB decoded, %.2f GB allowed: %s (residency %s)",
-        *(len(paths), image_size, image_size, need / 1e9, budget / 1e9),
+        "%s of %d x %d: %.2f GB decoded, %.2f GB allowed: %s (residency %s)",
+        *(counted(len(paths)), image_size, image_size, need / 1e9, budget / 1e9),
         *("decoded into memory" if in_memory else "decoded when read", residency),
     )
     if not in_memory:
@@ -222,6 +222,11 @@ def read_images(
     )
     result.add_failed(failed)
     return result
+
+
+def counted(images: int) -> str:
+    """``1 image``, ``2 images``: for the log."""
+    return f"{images} image{'s' * (images != 1)}"
 
 
 def free_memory() -> int:

@@ -164,6 +164,34 @@ def test_folder_without_splits_never_moves_a_file(tmp_path):
     assert more.classes == ("bird", "cat", "dog")
 
 
+def test_the_log_says_where_the_images_went(tmp_path, caplog):
+    tree(tmp_path, [f"{i:03d}.png" for i in range(60)])
+    with caplog.at_level(logging.INFO, "pyro_vje"):
+        test = load_dataset("folder", tmp_path, "test")
+        assert f"is the split test; {len(test)} of 60 images in the split test" in caplog.text
+        caplog.clear()
+        tree(tmp_path, ["more/train/0.png", "more/test/0.png"])
+        load_dataset("folder", tmp_path / "more", "test")
+        load_dataset("folder", tmp_path, "all")
+        assert "tenth" not in caplog.text
+        assert "folder, split test: 1 image of side 32" in caplog.text
+        assert "1 image of 32 x 32" in caplog.text
+
+
+def test_a_place_that_was_given_relative_is_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        ("folder", rf"{tmp_path}/photos: .*\(--data-dir\)"),
+        ("imagenet", rf"{tmp_path}/photos/train"),
+        ("cifar10", rf"{tmp_path}/photos/cifar.*\(--data-dir\)"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"{message}.*the folder from which the run was trained"):
+            load_dataset(name, "photos", download=False)
+    with pytest.raises(FileNotFoundError) as absolute:
+        load_dataset("folder", tmp_path / "photos")
+    assert "was trained" not in str(absolute.value)
+
+
 def test_folder_flat_and_mixed(tmp_path):
     tree(tmp_path, ["a.png", "b.png"])
     flat = load_dataset("folder", tmp_path, "all")
