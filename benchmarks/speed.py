@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -138,6 +138,20 @@ def step(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     rival = train_step(vje, lambda views: plain_objective(vje, views), settings)
     what = f"whole step, {encoder}, batch {batch}"
     yield versus(settings, what, "plain torch", lambda: ours(views), lambda: rival(views), 1.03, batch)
+
+
+@benchmark("precision", affordable_encoders)
+def precision(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
+    """Whether bfloat16 is faster here; wanted where ``--precision auto`` chooses it."""
+    vje, _ = new_model(encoder, batch, settings)
+    views = noise_views(batch, settings)
+    ours, rival = (
+        train_step(vje, SymmetricELBO()(vje.model, vje.guide), replace(settings, precision=name))
+        for name in ("bf16-mixed", FLOAT32)
+    )
+    wanted = 1.0 if settings.precision == "bf16-mixed" else None
+    what, works = f"whole step in bf16, {encoder}, batch {batch}", (lambda: ours(views), lambda: rival(views))
+    yield versus(settings, what, "in float32", *works, wanted, batch, precision="bf16-mixed")
 
 
 @benchmark("views", lambda settings: [("cifar10", 32), ("stl10", 96)])

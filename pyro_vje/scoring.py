@@ -6,35 +6,30 @@ can go on.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import io
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from pyro_vje import metrics, pictures
+from pyro_vje import metrics, score_files
 from pyro_vje.calibration import benjamini_hochberg, conformal_p_values
 from pyro_vje.data import ImageSet, iter_batches, load_dataset, views_for
 from pyro_vje.encoding import Posteriors, encode
 from pyro_vje.evaluation import load_split
 from pyro_vje.files import check_writable, write_atomic, write_json
-from pyro_vje.journal import Journal, Table
-from pyro_vje.report import ReportData, render_report
+from pyro_vje.journal import Journal
 from pyro_vje.runs import (
     CALIBRATION,
-    PICTURES,
     REFERENCE,
     WEIGHTS,
     LoadedRun,
@@ -42,26 +37,15 @@ from pyro_vje.runs import (
     load_run,
     versions,
 )
+from pyro_vje.score_files import PARTS, Scored, describe_calibration, write_csv, write_parquet
 from pyro_vje.scorer import Scorer, augmented_pairs, clean
-from pyro_vje.scores import SCORES, LikelihoodParts
+from pyro_vje.scores import SCORES
 
 log = logging.getLogger("pyro_vje")
 
 NORMAL_FOLDER = "normal"
 """A class folder of this name holds the normal images; every other class is an anomaly."""
-PARTS = tuple(field.name for field in dataclasses.fields(LikelihoodParts) if field.name != "typical")
-COLUMNS = (
-    "path",
-    "anomaly_score",
-    "p_value",
-    "decision",
-    *("posterior_variance" if name == "variance" else name for name in PARTS),
-    "label",
-    "error",
-)
-THRESHOLDS = (0.05, 0.01)
 PROGRESS_EVERY = 30.0  # seconds
-SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -241,15 +225,22 @@ def score(
         raise ValueError(f"the score {score!r} does not exist for the likelihood {family!r}")
 
     p_values = None if calibration is None else conformal_p_values(table.scores, calibration)
-    decisions = None
-    if p_values is not None and (alpha is not None or fdr is not None):
-        decisions = benjamini_hochberg(p_values, fdr) if fdr is not None else p_values <= (alpha or 0)
+    decisions, rule = None, "p-value at most the level"
+    if p_values is not None and alpha is not None:
+        decisions = p_values <= alpha
+    elif p_values is not None and fdr is not None:
+        decisions, rule = (
+            benjamini_hochberg(p_values, fdr),
+            "Benjamini-Hochberg: false-discovery rate at most the level",
+        )
     known = None if is_anomaly is None else is_anomaly[table.positions].numpy()
     both = known is not None and 0 < known.sum() < len(known)
     found = metrics.detection_metrics(table.scores, known, seed=seed) if known is not None and both else None
-    _write_csv(target, images, table, p_values, decisions)
+    flagged = None if decisions is None else int(decisions.sum())
+    scored = Scored(images, table, calibration, p_values, decisions, known)
+    write_csv(target, scored)
     if parquet:
-        _write_parquet(target)
+        write_parquet(target)
     summary = {
         "run": str(ckpt),
         "data": str(data or f"{dataset or run.info.config.dataset}, split test"),
@@ -265,8 +256,8 @@ def score(
             "normal": None if known is None else int((~known).sum()),
             "anomalies": None if known is None else int(known.sum()),
         },
-        "calibration": _describe_calibration(calibration),
-        "decision": None if decisions is None else _describe_decision(alpha, fdr, decisions),
+        "calibration": describe_calibration(calibration),
+        "decision": None if flagged is None else {"rule": rule, "level": alpha or fdr, "anomalies": flagged},
         "metrics": found,
         "weights_sha256": fingerprint["weights"],
         "versions": versions(),
@@ -274,10 +265,10 @@ def score(
     }
     summary_path = write_json(target.with_name(f"{target.stem}_summary.json"), summary)
     if draw:
-        _draw(target, images, table, known)
+        score_files.draw(target, scored)
     report_path = None
     if report:
-        page = _report(summary, images, table, p_values, calibration, known, decisions)
+        page = score_files.report(summary, scored)
         report_path = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
     journal.path.unlink()  # only now is everything written
     return ScoreResult(
@@ -288,7 +279,7 @@ def score(
         failed=len(table.failed),
         normal=summary["counts"]["normal"],
         auroc=found["auroc"] if found else None,
-        flagged=None if decisions is None else int(decisions.sum()),
+        flagged=flagged,
         settings=settings,
     )
 
@@ -423,142 +414,6 @@ def _say_calibration(calibration: NDArray[np.float64] | None, alpha: float | Non
         log.warning(
             "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)", alpha
         )
-
-
-def _describe_calibration(calibration: NDArray[np.float64] | None) -> dict[str, Any] | None:
-    """Number of calibration images, and above which score an image's p-value is at most some levels."""
-    if calibration is None:
-        return None
-    count = len(calibration)
-    ordered = np.sort(calibration)[::-1]
-    ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
-    return {
-        "images": count,
-        "smallest_p_value": 1 / (count + 1),
-        "thresholds": {
-            f"{level:g}": float(ordered[rank - 1]) if rank else None for level, rank in ranks.items()
-        },
-        "threshold": "an image whose score is above it has a p-value of at most the level",
-    }
-
-
-def _describe_decision(
-    alpha: float | None, fdr: float | None, decisions: NDArray[np.bool_]
-) -> dict[str, Any]:
-    rule = "p-value at most the level"
-    if fdr is not None:
-        rule = "Benjamini-Hochberg: false-discovery rate at most the level"
-    return {"rule": rule, "level": alpha if fdr is None else fdr, "anomalies": int(decisions.sum())}
-
-
-# What is left behind --------------------------------------------------------------------------------------------------
-
-
-def _write_csv(
-    path: Path,
-    images: ImageSet,
-    table: Table,
-    p_values: NDArray[np.float64] | None,
-    decisions: NDArray[np.bool_] | None,
-) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row, i in enumerate(table.positions.tolist()):
-        numbers = [table.scores[row], np.nan if p_values is None else p_values[row], *table.parts[row]]
-        cells = ["" if value != value else f"{value:.6f}" for value in numbers]
-        decision = "" if decisions is None else ("anomaly" if decisions[row] else "normal")
-        label = ""
-        if images.labels is not None and images.classes and images.labels[i] >= 0:
-            label = images.classes[int(images.labels[i])]
-        writer.writerow([images.paths[i], *cells[:2], decision, *cells[2:], label, ""])
-    for name, reason in table.failed:
-        writer.writerow([name, *[""] * (len(COLUMNS) - 2), reason])
-    write_atomic(path, text.getvalue())
-
-
-def _write_parquet(path: Path) -> None:
-    try:
-        from pyarrow import csv as arrow_csv
-        from pyarrow import parquet as arrow_parquet
-    except ImportError:
-        raise ValueError("Parquet needs pyarrow: pip install 'pyro-vje[parquet]'") from None
-    options = arrow_csv.ParseOptions(newlines_in_values=True)
-    arrow_parquet.write_table(
-        arrow_csv.read_csv(path, parse_options=options), path.with_suffix(".parquet"), compression="zstd"
-    )
-
-
-def _ends(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Rows of the most normal and the strangest images."""
-    order = np.argsort(scores, kind="stable")
-    k = min(SHOWN, (len(order) + 1) // 2)
-    return np.unique(np.concatenate([order[:k], order[len(order) - k :]]))
-
-
-def _draw(csv_path: Path, images: ImageSet, table: Table, is_anomaly: NDArray[np.bool_] | None) -> None:
-    folder = csv_path.parent / PICTURES
-    folder.mkdir(exist_ok=True)
-    name = csv_path.stem
-    pictures.plot_score_histogram(table.scores, is_anomaly, folder / f"{name}_histogram.png")
-    direction, radius = table.parts[:, 1], table.parts[:, 2]
-    if not np.isnan(direction).all():
-        pictures.plot_direction_radius(direction, radius, is_anomaly, folder / f"{name}_direction_radius.png")
-    ends = _ends(table.scores)
-    shown = torch.stack([images.images[int(table.positions[row])] for row in ends])
-    pictures.plot_strangest(shown, table.scores[ends], folder / f"{name}_strangest.png", k=SHOWN)
-
-
-def _report(
-    summary: dict[str, Any],
-    images: ImageSet,
-    table: Table,
-    p_values: NDArray[np.float64] | None,
-    calibration: NDArray[np.float64] | None,
-    is_anomaly: NDArray[np.bool_] | None,
-    decisions: NDArray[np.bool_] | None,
-) -> str:
-    def thumbnails(rows: Sequence[int]) -> list[Image.Image]:
-        found = (images.images[int(table.positions[row])] for row in rows)
-        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
-
-    decision, found = summary["decision"] or {}, summary["metrics"]
-    quoted: dict[str, Any] | None = None
-    if found:
-        quoted = {"AUROC, anomalies positive": (found["auroc"], *found["auroc_95"])}
-        quoted |= {name.replace("_", " "): value for name, value in found.items() if "positive" in name}
-    return render_report(
-        ReportData(
-            title=f"Anomaly scores: {summary['data']}",
-            score_name=summary["score"]["score"],
-            score_meaning=summary["score"]["meaning"],
-            made={
-                "run": summary["run"],
-                "data": summary["data"],
-                **{
-                    name.replace("_", " "): value
-                    for name, value in summary["score"].items()
-                    if name != "meaning"
-                },
-                "date": summary["date"],
-                "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
-            },
-            paths=[images.paths[i] for i in table.positions.tolist()],
-            scores=table.scores,
-            thumbnails=thumbnails,
-            p_values=p_values,
-            calibration_scores=calibration,
-            is_anomaly=is_anomaly,
-            log_direction=table.parts[:, 1],
-            log_radius=table.parts[:, 2],
-            alpha=decision.get("level"),
-            decisions=decisions,
-            decided_by=decision.get("rule", ""),
-            failed=table.failed,
-            metrics=quoted,
-            k=SHOWN,
-        )
-    )
 
 
 def embed(

@@ -86,6 +86,7 @@ def test_registry_covers_what_is_promised():
     assert list(BENCHMARKS) == [
         "elbo",
         "step",
+        "precision",
         "views",
         "simsiam",
         "epoch",
