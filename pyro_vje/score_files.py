@@ -157,7 +157,9 @@ def report(summary: dict[str, Any], scored: Scored) -> str:
     quoted: dict[str, Any] | None = None
     if found:
         quoted = {"AUROC, anomalies positive": (found["auroc"], *found["auroc_95"])}
-        quoted |= {name.replace("_", " "): value for name, value in found.items() if "positive" in name}
+        for kind in ("anomalies", "normal"):
+            quoted[f"AUPR, {kind} positive"] = found[f"aupr_{kind}_positive"]
+            quoted[f"FPR at 95 % TPR, {kind} positive"] = found[f"fpr_at_95_tpr_{kind}_positive"]
     return render_report(
         ReportData(
             title=f"Anomaly scores: {summary['data']}",

@@ -243,7 +243,7 @@ def score(
         write_parquet(target)
     summary = {
         "run": str(ckpt),
-        "data": str(data or f"{dataset or run.info.config.dataset}, split test"),
+        "data": str(data or f"{_set_name(run, dataset, data_dir)}, split test"),
         "score": {
             **dataclasses.asdict(settings),
             "meaning": SCORES[score].description,
@@ -282,6 +282,11 @@ def score(
         flagged=flagged,
         settings=settings,
     )
+
+
+def _set_name(run: LoadedRun, dataset: str | None, data_dir: str | None) -> str:
+    name = dataset or run.info.config.dataset
+    return str(data_dir or run.info.config.data_dir) if name == "folder" else name
 
 
 def anomaly_labels(images: ImageSet, normal_class: str | None) -> Tensor | None:

@@ -1,0 +1,111 @@
+"""``python -m benchmarks.study``: the tables of ``study.md`` from the ablations' JSON, no number typed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+FOLDER = Path(__file__).parent
+Cell = dict[str, Any]
+Key = Callable[[Cell], str]
+
+
+def number(value: Any) -> str:
+    """A setting as written in the tables."""
+    if value == "inf" or (isinstance(value, float) and math.isinf(value)):
+        return "∞ (Gaussian)"
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def entry(cells: list[Cell], measure: str) -> str:
+    """Mean over seeds ± half their range, or what went wrong."""
+    values = [cell["measures"][measure] for cell in cells if cell["status"] == "finished"]
+    if not cells:
+        return ""
+    if len(values) < len(cells):
+        return f"{len(cells) - len(values)} of {len(cells)} {next(c['status'] for c in cells if not c['measures'])}"
+    style = ".2f" if measure == "posterior_snr" else ".3f"
+    spread = f" ± {(max(values) - min(values)) / 2:{style}}" if len(values) > 1 else " (one seed)"
+    return f"{mean(values):{style}}{spread}"
+
+
+def pivot(cells: list[Cell], head: str, rows: Key, columns: Key, measures: dict[str, str]) -> str:
+    """Markdown: a row for each value of ``rows``, a column for each measure and value of ``columns``."""
+    across = list(dict.fromkeys(columns(cell) for cell in cells))
+    titles = [f"{title}, {column}" if column else title for title in measures.values() for column in across]
+    lines = [f"| {head} | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
+    for row in dict.fromkeys(rows(cell) for cell in cells):
+        chosen = [cell for cell in cells if rows(cell) == row]
+        entries = [
+            entry([cell for cell in chosen if columns(cell) == column], measure)
+            for measure in measures
+            for column in across
+        ]
+        lines.append(f"| {row} | {' | '.join(entries)} |")
+    return "\n".join(lines)
+
+
+def setting(name: str) -> Key:
+    """Reads a setting of a cell."""
+    return lambda cell: number(cell["config"][name])
+
+
+def variant(cell: Cell) -> str:
+    """What a cell of the paper's family changes, apart from df and the KL weight."""
+    config = cell["config"]
+    changes = {
+        "unit radius 1": config["unit_radius"] == "1",
+        "no radial factor": config["radius"] is None,
+        "Student-t in log-radius": config["radius"] == "log-student-t",
+        "separate variance": not config["shared_variance"],
+    }
+    return next((name for name, changed in changes.items() if changed), "as by default")
+
+
+def tables() -> dict[str, str]:
+    """The tables by the names that their places in ``study.md`` have."""
+    study, slow = (
+        json.loads((FOLDER / "results" / f"{name}.json").read_text())["cells"]
+        for name in ("study", "study_slow")
+    )
+    accuracy = {"knn": "k-NN", "linear": "linear"}
+    kl: Key = lambda cell: f"KL {number(cell['config']['kl_weight'])}"  # noqa: E731
+    own = [cell for cell in study if cell["config"]["likelihood"] == "polar-student-t"]
+    plain = [cell for cell in own if variant(cell) == "as by default"]
+    at: Key = lambda cell: f"df {number(cell['config']['df'])}, KL {number(cell['config']['kl_weight'])}"  # noqa: E731
+    changed = {at(cell) for cell in own if variant(cell) != "as by default"}
+    variants = sorted((cell for cell in own if at(cell) in changed), key=variant)
+    five = [
+        cell
+        for cell in study
+        if cell["config"]["df"] == 5 or cell["config"]["likelihood"] in ("normal", "laplace")
+    ]
+    five = [cell for cell in five if variant(cell) == "as by default"]
+    rows = json.loads((FOLDER / "results" / "study_controls.json").read_text())["rows"]
+    controls = [f"| {row['representation']} | {row['knn']:.3f} | {row['linear']:.3f} |" for row in rows]
+    return {
+        "controls": "\n".join(["| representation | k-NN | linear |", "|---|---|---|", *controls]),
+        "families": pivot(five, "family (df 5)", setting("likelihood"), kl, accuracy),
+        "snr": pivot(five, "family (df 5)", setting("likelihood"), kl, {"posterior_snr": "‖loc‖ / noise"}),
+        "df": pivot(plain, "df", setting("df"), kl, accuracy),
+        "variants": pivot(variants, "variant", variant, at, accuracy),
+        "slow": pivot(slow, "family, lr 0.02", setting("likelihood"), kl, accuracy),
+    }
+
+
+def main() -> None:
+    """Put the tables between their marks."""
+    page = FOLDER / "study.md"
+    text = page.read_text()
+    for name, table in tables().items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + begin + table + "\n" + rest[rest.index("<!-- end -->") :]
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
