@@ -183,6 +183,7 @@ def one_class(
         for name in todo:
             log.info("cell %s", name)
             _one_class_cell(*arguments[name])
+            _summarise(folder)
     elif todo:
         context = multiprocessing.get_context("spawn")
         places = context.Queue()
@@ -195,6 +196,7 @@ def one_class(
             for future in as_completed(futures):
                 future.result()
                 log.info("cell %s is done", futures[future])
+                _summarise(folder)
     return _summarise(folder)
 
 
