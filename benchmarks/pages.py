@@ -1,4 +1,4 @@
-"""``python -m benchmarks.study``: the tables of ``study.md`` from the ablations' JSON, no number typed by hand."""
+"""``python -m benchmarks.pages``: the tables of the pages from the results' JSON, no number typed by hand."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from pyro_vje.protocols import markdown
+
 FOLDER = Path(__file__).parent
+MAIN = ("conditional", "aggregate", "elbo", "k-NN 50", "Mahalanobis", "KDE")
+"""Scores of the short table."""
 Cell = dict[str, Any]
 Key = Callable[[Cell], str]
+
+
+def result(name: str) -> Any:
+    """What a command wrote."""
+    return json.loads((FOLDER / "results" / f"{name}.json").read_text())
 
 
 def number(value: Any) -> str:
@@ -66,26 +75,23 @@ def variant(cell: Cell) -> str:
     return next((name for name, changed in changes.items() if changed), "as by default")
 
 
-def tables() -> dict[str, str]:
-    """The tables by the names that their places in ``study.md`` have."""
-    study, slow = (
-        json.loads((FOLDER / "results" / f"{name}.json").read_text())["cells"]
-        for name in ("study", "study_slow")
-    )
+def study() -> dict[str, str]:
+    """The tables of the ablation, by the names that their places have."""
+    cells, slow = result("study")["cells"], result("study_slow")["cells"]
     accuracy = {"knn": "k-NN", "linear": "linear"}
     kl: Key = lambda cell: f"KL {number(cell['config']['kl_weight'])}"  # noqa: E731
-    own = [cell for cell in study if cell["config"]["likelihood"] == "polar-student-t"]
+    own = [cell for cell in cells if cell["config"]["likelihood"] == "polar-student-t"]
     plain = [cell for cell in own if variant(cell) == "as by default"]
     at: Key = lambda cell: f"df {number(cell['config']['df'])}, KL {number(cell['config']['kl_weight'])}"  # noqa: E731
     changed = {at(cell) for cell in own if variant(cell) != "as by default"}
     variants = sorted((cell for cell in own if at(cell) in changed), key=variant)
     five = [
         cell
-        for cell in study
+        for cell in cells
         if cell["config"]["df"] == 5 or cell["config"]["likelihood"] in ("normal", "laplace")
     ]
     five = [cell for cell in five if variant(cell) == "as by default"]
-    rows = json.loads((FOLDER / "results" / "study_controls.json").read_text())["rows"]
+    rows = result("study_controls")["rows"]
     controls = [f"| {row['representation']} | {row['knn']:.3f} | {row['linear']:.3f} |" for row in rows]
     return {
         "controls": "\n".join(["| representation | k-NN | linear |", "|---|---|---|", *controls]),
@@ -97,14 +103,64 @@ def tables() -> dict[str, str]:
     }
 
 
+def anomalies() -> dict[str, str]:
+    """AUROC of every score, one class against the others and against another data set; and the main ones."""
+    found = {"one-class": result("one_class"), "ood": result("ood")}
+    rows = {
+        name: [
+            {"normal": cell["normal"], "seed": cell["seed"], **score}
+            for cell in table["cells"]
+            for score in cell["scores"]
+        ]
+        for name, table in found.items()
+    }
+    main = [
+        row for row in rows["one-class"] if row["score"] in MAIN and not row["on"].startswith("untrained")
+    ]
+    return {**{name: markdown(table) for name, table in rows.items()}, "main": markdown(main)}
+
+
+def speed() -> dict[str, str]:
+    """The rows against rivals, and how costs grow."""
+    found = result("speed")
+    lines = ["| what | rival | ratio of times [min, max] | wanted |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        numbers = row["note"]
+        if row["ratio"] is not None:
+            numbers = f"{row['ratio']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]"
+        wanted = "" if row["wanted"] is None else f"≤ {row['wanted']:.3g}"
+        lines.append(f"| {row['what']} | {row['rival']} | {numbers} | {wanted} |")
+    growth = ["| cost | of | grows as | from, to |", "|---|---|---|---|"]
+    for row in found["growth"]:
+        (x, low), (y, high) = row["points"][0], row["points"][-1]
+        kind = "time" if row["unit"] == "s" else f"peak memory, {row['unit']}"
+        times = f"{high / low:.1f}-fold from {x:,} to {y:,}"
+        if row["unit"] != "s":
+            times = f"{low:,.0f} at {x:,}, {high:,.0f} at {y:,}"
+        growth.append(f"| {kind} | {row['what']} | {row['variable']}^{row['slope']:.2f} | {times} |")
+    hardware = found["hardware"]
+    about = f"{hardware['cpu']}, {found['threads']} threads, {found['precision']}, torch {found['versions']['torch']}, "
+    about += f"{found['date'][:10]}, commit {found['commit']}: `{found['command']}`"
+    return {"speed": "\n".join(lines), "growth": "\n".join(growth), "speed-about": about}
+
+
+PAGES = {
+    FOLDER / "study.md": study,
+    FOLDER / "one_class.md": anomalies,
+    FOLDER / "speed.md": speed,
+    FOLDER.parent / "README.md": anomalies,
+}
+
+
 def main() -> None:
     """Put the tables between their marks."""
-    page = FOLDER / "study.md"
-    text = page.read_text()
-    for name, table in tables().items():
-        before, begin, rest = text.partition(f"<!-- {name} -->\n")
-        text = before + begin + table + "\n" + rest[rest.index("<!-- end -->") :]
-    page.write_text(text)
+    for page, tables in PAGES.items():
+        text = page.read_text()
+        for name, table in tables().items():
+            before, begin, rest = text.partition(f"<!-- {name} -->\n")
+            if begin:
+                text = before + begin + table + "\n" + rest[rest.index("<!-- end -->") :]
+        page.write_text(text)
 
 
 if __name__ == "__main__":
