@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/pyro-vje train --dataset digits --out runs/demo --overwrite
 	$(BIN)/pyro-vje eval --ckpt runs/demo
-	$(BIN)/pyro-vje score --ckpt runs/demo
+	$(BIN)/pyro-vje score --ckpt runs/demo --report
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -q
