@@ -152,15 +152,20 @@ PAGES = {
 }
 
 
+def render(page: Path) -> str:
+    """The page with its tables between their marks."""
+    text = page.read_text()
+    for name, table in PAGES[page]().items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        if begin:
+            text = before + begin + table + "\n" + rest[rest.index("<!-- end -->") :]
+    return text
+
+
 def main() -> None:
-    """Put the tables between their marks."""
-    for page, tables in PAGES.items():
-        text = page.read_text()
-        for name, table in tables().items():
-            before, begin, rest = text.partition(f"<!-- {name} -->\n")
-            if begin:
-                text = before + begin + table + "\n" + rest[rest.index("<!-- end -->") :]
-        page.write_text(text)
+    """Bring all pages up to date."""
+    for page in PAGES:
+        page.write_text(render(page))
 
 
 if __name__ == "__main__":

@@ -88,9 +88,10 @@ def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
             f"normal: {result.normal})"
         )
     if result.flagged is not None:
-        rule = f"p-value ≤ {settings['alpha']:g}"
-        if settings["fdr"] is not None:
-            rule = f"Benjamini-Hochberg at a false-discovery rate of {settings['fdr']:g}"
+        alpha, fdr = settings["alpha"], settings["fdr"]
+        rule = (
+            f"p-value ≤ {alpha}" if fdr is None else f"Benjamini-Hochberg at a false-discovery rate of {fdr}"
+        )
         click.echo(f"{result.flagged} of {result.scored} called anomalies ({rule})")
     if result.report:
         click.echo(f"report: {result.report}")

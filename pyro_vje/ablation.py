@@ -189,6 +189,8 @@ def train_cell(config: TrainConfig, folder: Path) -> None:
     begun = (folder / CONFIG).is_file()
     if begun:
         stored = read_info(folder).config
+        if config.batch_size is None:  # fitted to the data when the cell was begun
+            config = dataclasses.replace(config, batch_size=stored.batch_size)
         if dataclasses.replace(stored, download=config.download, workers=config.workers) != config:
             raise FileExistsError(f"{folder} holds a run with other settings: move it out of the ablation")
         if (folder / WEIGHTS).is_file():

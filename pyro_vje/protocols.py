@@ -136,7 +136,8 @@ def one_class(
 ) -> ProtocolResult:
     """Train on one class's training images, score all test images; every class, every seed.
 
-    Finished cells are not run again, and an interrupted one goes on from its checkpoint.
+    Finished cells are not run again, and an interrupted one goes on from its checkpoint. One that diverges, or has too
+    few images, becomes a line that says so; a failed one is tried again by the next call.
 
     Parameters
     ----------
@@ -169,14 +170,16 @@ def one_class(
     for name in classes:
         images.class_index(name)
     folder = _open(Path(out), {"protocol": "one-class", **_settings(base)})
+    # A default batch stays open: it is fitted to each class's number of images.
+    resolved = dataclasses.replace(base.resolved(), batch_size=base.batch_size)
     configs = {
         f"{name.replace(os.sep, '-')}_seed-{seed}": dataclasses.replace(
-            base, normal_class=name, seed=seed
-        ).resolved()
+            resolved, normal_class=name, seed=seed
+        )
         for seed in seeds
         for name in classes or images.classes or ()
     }
-    todo = [name for name in configs if not (folder / CELLS / f"{name}.json").is_file()]
+    todo = [name for name in configs if not _done(folder / CELLS / f"{name}.json")]
     log.info("%d of %d cells were done", len(configs) - len(todo), len(configs))
     arguments = {name: (configs[name], folder / CELLS / name, tuple(likelihoods)) for name in todo}
     if jobs == 1:
@@ -198,6 +201,10 @@ def one_class(
                 log.info("cell %s is done", futures[future])
                 _summarise(folder)
     return _summarise(folder)
+
+
+def _done(path: Path) -> bool:
+    return path.is_file() and not json.loads(path.read_text())["status"].startswith("failed")
 
 
 def _take_share(places: Any, jobs: int) -> None:
@@ -222,9 +229,10 @@ def _one_class_cell(config: TrainConfig, folder: Path, likelihoods: tuple[str, .
         ).numpy()
         (found,) = all_scores(run, reference_images(train_set, config.seed), [test], likelihoods=likelihoods)
         row |= {"status": "finished", "scores": _judge(found, is_anomaly)}
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError) as error:
         log.warning("%s: %s", folder.name, error)
-        row |= {"status": f"diverged: {error}", "scores": []}
+        kind = "diverged" if isinstance(error, FloatingPointError) else "failed"
+        row |= {"status": f"{kind}: {error}", "scores": []}
     row |= {"seconds": round(time.monotonic() - began, 1), "versions": versions()}
     write_json(folder.parent / f"{folder.name}.json", row)
 

@@ -11,7 +11,7 @@ from torch import nn
 # benchmarks/ is no installed package: it is run from the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness, rivals, speed
+from benchmarks import harness, pages, rivals, speed
 from benchmarks.__main__ import main
 from benchmarks.harness import BENCHMARKS, Growth, Row, Settings, compare, table, versus
 from pyro_vje import VJE, SymmetricELBO
@@ -190,3 +190,10 @@ def test_unknown_name_lists_the_known_ones(capsys):
     message = capsys.readouterr().err
     assert "'sped'" in message
     assert all(name in message for name in BENCHMARKS)
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
+    """What ``python -m benchmarks.pages`` would write is what the page says."""
+    assert page.read_text() == pages.render(page)
+    assert page.read_text().count("<!-- end -->") >= 1

@@ -252,3 +252,13 @@ def test_bad_arguments_are_refused_before_torch_is_loaded(command):
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["ablate"], ["score"], ["embed"]])
 def test_help_imports_nothing_heavy(command):
     imports_nothing_heavy([*command, "--help"], 0)
+
+
+@pytest.mark.parametrize(
+    ("level", "rule"),
+    [("--alpha", "(p-value ≤ 0.5)"), ("--fdr", "(Benjamini-Hochberg at a false-discovery rate of 0.5)")],
+)
+def test_decisions_are_counted(trained_run, tmp_path, level, rule):
+    result = run("score", "--ckpt", trained_run, level, "0.5", "--no-draw", "--out", tmp_path / "s.csv")
+    assert result.exit_code == 0, result.output
+    assert re.search(rf"^\d+ of 18 called anomalies {re.escape(rule)}$", result.stdout, re.MULTILINE)

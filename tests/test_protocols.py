@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ def test_a_diverged_cell_is_a_line_and_the_others_go_on(base, tmp_path, monkeypa
     result = one_class(base, tmp_path / "out", classes=["normal", "spots"])
     assert {row["normal"] for row in result.rows} == {"spots"}
     assert "normal, seed 0: diverged: the loss is nan" in result.table
+
+
+def test_a_class_of_few_images_gets_a_batch_that_fits_or_a_line(base, image_folder, tmp_path):
+    few = shutil.copytree(image_folder, tmp_path / "few")
+    for path in sorted((few / "train" / "spots").iterdir())[1:]:
+        path.unlink()
+    config = dataclasses.replace(base, data_dir=str(few), batch_size=None)
+    result = one_class(config, tmp_path / "out", classes=["stripes", "spots"])
+    assert load_run(result.folder / "cells" / "stripes_seed-0").info.config.batch_size == 15
+    assert {row["normal"] for row in result.rows} == {"stripes"}
+    assert "spots, seed 0: failed: training needs at least two images" in result.table
+    again = one_class(config, tmp_path / "out", classes=["stripes"])
+    assert again.rows == result.rows
 
 
 def test_table_is_the_mean_over_seeds_and_classes():
