@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vje.data import CleanView, TwoViews, free_memory
+from pyro_vje.data import TwoViews, free_memory
 from pyro_vje.distributions import pairwise_log_prob
 from pyro_vje.encoding import Posteriors
 from pyro_vje.likelihoods import get_family
@@ -178,9 +178,3 @@ def augmented_pairs(
         pair = vje.encode_views(views(images, generator, same_for_all=True))
         found += [Posteriors(pair.target[i], pair.loc[i], pair.scale[i]) for i in (0, 1)]
     return found
-
-
-def clean(vje: VJE, view: CleanView, images: Tensor) -> Posteriors:
-    """Embeddings and posteriors of clean images: each is its own context. One pass of the encoder."""
-    embeddings = vje.embed(view(images))
-    return Posteriors(embeddings, *vje.posterior(embeddings))

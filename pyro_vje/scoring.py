@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_vje import metrics, score_files
 from pyro_vje.calibration import benjamini_hochberg, conformal_p_values
 from pyro_vje.data import ImageSet, iter_batches, load_dataset, views_for
-from pyro_vje.encoding import Posteriors, encode
+from pyro_vje.encoding import Posteriors, encode, encode_batches
 from pyro_vje.evaluation import load_split
 from pyro_vje.files import check_writable, write_atomic, write_json
 from pyro_vje.journal import Journal
@@ -38,7 +38,7 @@ from pyro_vje.runs import (
     versions,
 )
 from pyro_vje.score_files import PARTS, Scored, describe_calibration, write_csv, write_parquet
-from pyro_vje.scorer import Scorer, augmented_pairs, clean
+from pyro_vje.scorer import Scorer, augmented_pairs
 from pyro_vje.scores import SCORES
 
 log = logging.getLogger("pyro_vje")
@@ -189,12 +189,11 @@ def score(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if data is not None and dataset is not None:
         raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
-    if out is not None:
-        check_writable(Path(out))
+    if out is None:
+        out = Path(ckpt) / "scores.csv" if Path(ckpt).is_dir() else "scores.csv"
+    target = check_writable(Path(out))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
-    target = Path(out) if out is not None else (run.folder or Path()) / "scores.csv"
-    check_writable(target)
     if data is not None:
         images = load_dataset("folder", data, "all", image_size=run.info.image_size, residency="stream")
         if normal_class is None and run.info.config.normal_class in (images.classes or ()):
@@ -324,17 +323,14 @@ def posteriors_of(
 ) -> Iterator[tuple[Tensor, list[Posteriors]]]:
     """Indices of the images of each batch, and their contexts and targets: one pair, or ``settings.passes`` pairs."""
     device = next(run.vje.parameters()).device
+    if not settings.num_pairs:
+        for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
+            yield encoded.indices, [encoded.posteriors]
+        return
     views, _ = views_for(run.info.config.dataset, run.info.image_size)
+    draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
     for index, batch in iter_batches(images, batch_size):
-        pixels = batch.to(device)
-        with torch.no_grad():
-            if settings.num_pairs:
-                pairs = augmented_pairs(
-                    run.vje, views, pixels, num_pairs=settings.num_pairs, seed=settings.seed
-                )
-            else:
-                pairs = [clean(run.vje, run.info.view, pixels)]
-        yield index, pairs
+        yield index, augmented_pairs(run.vje, views, batch.to(device), **draw)
 
 
 def calibration_scores(run: LoadedRun, scorer: Scorer, settings: ScoreSettings) -> NDArray[np.float64] | None:

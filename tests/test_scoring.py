@@ -374,8 +374,10 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
     part.write_bytes(content[: len(content) - cut])  # a kill may leave half a line
     monkeypatch.setattr(Scorer, "parts", original)
     seen = []
-    encoding = VJE.embed
-    monkeypatch.setattr(VJE, "embed", lambda self, images: seen.append(len(images)) or encoding(self, images))
+    encoding = VJE.features
+    monkeypatch.setattr(
+        VJE, "features", lambda self, images: seen.append(len(images)) or encoding(self, images)
+    )
     with pytest.raises(ValueError, match=r"other settings \(score\)"):
         score(trained_run, **settings, out=out, score="elbo", resume=True)
     result = score(trained_run, **settings, out=out, resume=True)
