@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pyro_vje.protocols import markdown
+from pyro_vje.protocols import markdown, rows_of
 
 FOLDER = Path(__file__).parent
 MAIN = ("conditional", "aggregate", "elbo", "k-NN 50", "Mahalanobis", "KDE")
@@ -105,15 +105,8 @@ def study() -> dict[str, str]:
 
 def anomalies() -> dict[str, str]:
     """AUROC of every score, one class against the others and against another data set; and the main ones."""
-    found = {"one-class": result("one_class"), "ood": result("ood")}
-    rows = {
-        name: [
-            {"normal": cell["normal"], "seed": cell["seed"], **score}
-            for cell in table["cells"]
-            for score in cell["scores"]
-        ]
-        for name, table in found.items()
-    }
+    files = {"one-class": "one_class", "ood": "ood"}
+    rows = {name: rows_of(result(file)["cells"]) for name, file in files.items()}
     main = [
         row for row in rows["one-class"] if row["score"] in MAIN and not row["on"].startswith("untrained")
     ]

@@ -25,15 +25,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyro_vje.comparison import Cell, format_csv, format_table, plot_cells, text
 from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.evaluation import features_of, load_split, probe
 from pyro_vje.files import write_atomic, write_json
 from pyro_vje.likelihoods import SETTINGS, get_family
 from pyro_vje.monitoring import HEALTH_IMAGES
-from pyro_vje.runs import CHECKPOINTS, CONFIG, METRICS, WEIGHTS, build_model, load_run, read_info, versions
+from pyro_vje.runs import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    WEIGHTS,
+    build_model,
+    default_device,
+    load_run,
+    read_info,
+    versions,
+)
 from pyro_vje.scoring import score
 from pyro_vje.training import LAST, load_train_set, train
 
@@ -201,7 +209,7 @@ def train_cell(config: TrainConfig, folder: Path) -> None:
 
 def _measure(config: TrainConfig, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
     # The plug-ins in the run folder are those that the caller has just named.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     run = load_run(folder, trust_plugins=True, device=device)
     with open(folder / METRICS, newline="") as file:
         history = list(csv.DictReader(file))

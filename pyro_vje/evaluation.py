@@ -19,7 +19,7 @@ from pyro_vje.encoding import Encoded, encode
 from pyro_vje.files import write_json
 from pyro_vje.model import VJE
 from pyro_vje.probes import probe_views, sgd_probe
-from pyro_vje.runs import PICTURES, LoadedRun, build_model, load_run
+from pyro_vje.runs import PICTURES, LoadedRun, build_model, default_device, load_run
 
 log = logging.getLogger("pyro_vje")
 
@@ -247,7 +247,7 @@ def evaluate(
             raise ValueError(f"unknown linear probe {name!r}; known: {', '.join(LINEAR)}")
     if probe_epochs < 1:
         raise ValueError(f"probe_epochs must be at least 1, got {probe_epochs}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     config, view = run.info.config, run.info.view
     train_set = load_split(run, "train", dataset, data_dir, download=download).labelled()

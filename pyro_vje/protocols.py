@@ -38,7 +38,15 @@ from pyro_vje.detectors import DETECTORS
 from pyro_vje.encoding import encode
 from pyro_vje.evaluation import load_split, pixels
 from pyro_vje.files import write_atomic, write_json
-from pyro_vje.runs import REFERENCE, LoadedRun, build_model, load_posteriors, load_run, versions
+from pyro_vje.runs import (
+    REFERENCE,
+    LoadedRun,
+    build_model,
+    default_device,
+    load_posteriors,
+    load_run,
+    versions,
+)
 from pyro_vje.scorer import Scorer
 from pyro_vje.scores import SCORES
 from pyro_vje.training import load_train_set, reference_images
@@ -91,14 +99,11 @@ def all_scores(
         encode(run.vje, images, view, batch_size=batch_size, device=device) for images in (normal, *sets)
     ]
     found: list[Scores] = [{} for _ in sets]
+    reference = load_posteriors(run, REFERENCE)
     for family in (None, *likelihoods):
         name = f"likelihood {family or run.info.config.likelihood}"
         scorer = Scorer(
-            run.vje,
-            reference=load_posteriors(run, REFERENCE),
-            num_particles=num_particles,
-            seed=seed,
-            likelihood=family,
+            run.vje, reference=reference, num_particles=num_particles, seed=seed, likelihood=family
         )
         for scores, images in zip(found, encoded[1:], strict=True):
             batches = [
@@ -221,7 +226,7 @@ def _one_class_cell(config: TrainConfig, folder: Path, likelihoods: tuple[str, .
     row: dict[str, Any] = {"normal": config.normal_class, "seed": config.seed, "config": config.to_dict()}
     try:
         train_cell(config, folder)
-        run = _load(folder)
+        run = load_run(folder, trust_plugins=True, device=default_device())
         train_set, _ = load_train_set(dataclasses.replace(config, image_size=run.info.image_size))
         test = load_split(run, "test", None, None, download=config.download).labelled()
         is_anomaly = (
@@ -265,7 +270,7 @@ def ood(
     FileExistsError
         If ``out`` holds something else.
     """
-    run = _load(Path(ckpt), trust_plugins=trust_plugins)
+    run = load_run(ckpt, trust_plugins=trust_plugins, device=default_device())
     config = dataclasses.replace(run.info.config, image_size=run.info.image_size)
     folder = _open(Path(out), {"protocol": "ood", "run": str(ckpt), "config": config.to_dict()})
     todo = {name: place for name, place in outside.items() if not (folder / CELLS / f"{name}.json").is_file()}
@@ -290,11 +295,6 @@ def ood(
             row |= {"seconds": round(time.monotonic() - began, 1), "versions": versions()}
             write_json(folder / CELLS / f"{name}.json", row)
     return _summarise(folder)
-
-
-def _load(folder: Path, *, trust_plugins: bool = True) -> LoadedRun:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_run(folder, trust_plugins=trust_plugins, device=device)
 
 
 def _judge(scores: Scores, is_anomaly: NDArray[np.bool_]) -> list[dict[str, Any]]:
@@ -339,11 +339,7 @@ def _open(folder: Path, settings: dict[str, Any]) -> Path:
 
 def _summarise(folder: Path) -> ProtocolResult:
     cells = [json.loads(path.read_text()) for path in sorted((folder / CELLS).glob("*.json"))]
-    rows = [
-        {"normal": cell["normal"], "seed": cell["seed"], **score}
-        for cell in cells
-        for score in cell["scores"]
-    ]
+    rows = rows_of(cells)
     stored = json.loads((folder / f"{TABLE}.json").read_text())
     date = datetime.now(UTC).isoformat(timespec="seconds")
     about = {"settings": stored["settings"], "versions": versions(), "date": date}
@@ -363,6 +359,15 @@ def _summarise(folder: Path) -> ProtocolResult:
             writer.writerow([*(row[name] for name in names), *row["auroc_95"]])
         write_atomic(folder / f"{TABLE}.csv", text.getvalue())
     return ProtocolResult(folder, rows, table)
+
+
+def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each score of each cell, with the cell's normal class and seed."""
+    return [
+        {"normal": cell["normal"], "seed": cell["seed"], **score}
+        for cell in cells
+        for score in cell["scores"]
+    ]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -234,6 +234,11 @@ def read_info(folder: Path) -> RunInfo:
         raise ValueError(f"{path}: {error}") from None
 
 
+def default_device() -> str:
+    """The GPU, where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_run(
     ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu"
 ) -> LoadedRun:

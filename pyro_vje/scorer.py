@@ -137,7 +137,7 @@ class Scorer:
     @cached_property
     def typical(self) -> float:
         """Median log-likelihood of the reference images."""
-        parts = [self.parts(Posteriors(*part)) for part in self._checked_reference().split(4096)]
+        parts = [self.parts(part) for part in self._checked_reference().split(4096)]
         return float(torch.cat([part.log_likelihood for part in parts]).median())
 
     def _checked_reference(self) -> Posteriors:

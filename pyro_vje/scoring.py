@@ -33,6 +33,7 @@ from pyro_vje.runs import (
     REFERENCE,
     WEIGHTS,
     LoadedRun,
+    default_device,
     load_posteriors,
     load_run,
     versions,
@@ -192,7 +193,7 @@ def score(
     if out is None:
         out = Path(ckpt) / "scores.csv" if Path(ckpt).is_dir() else "scores.csv"
     target = check_writable(Path(out))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     if data is not None:
         images = load_dataset("folder", data, "all", image_size=run.info.image_size, residency="stream")
@@ -441,7 +442,7 @@ def embed(
         As for `score`.
     """
     target = check_writable(Path(out))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     run: LoadedRun = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     images = load_dataset("folder", data, "all", image_size=run.info.image_size)
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
