@@ -88,9 +88,13 @@ def ood_command(
     """
     from pyro_vje.protocols import ood
 
-    known = {name: name for name in outside if name in DATASET_DEFAULTS and name != "folder"}
-    places: dict[str, tuple[str, str | None]] = {name: (name, data_dir) for name in known}
-    places |= {Path(name).name: ("folder", name) for name in outside if name not in known}
+    known = DATASET_DEFAULTS.keys() - {"folder"}
+    places: dict[str, tuple[str, str | None]] = {
+        name if name in known else Path(name).name: (name, data_dir) if name in known else ("folder", name)
+        for name in outside
+    }
+    if len(places) < len(outside):
+        raise click.UsageError(f"--outside: two sets have one name in the table, {', '.join(outside)}")
     result = ood(ckpt, places, out, likelihoods=likelihoods, trust_plugins=trust_plugins)
     click.echo(result.table)
     click.echo(f"\nAUROC, anomalies positive: {result.folder}")

@@ -61,7 +61,7 @@ SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("--epochs", "Passes over the data.", int),
     (
         "--batch-size",
-        "Images in an optimiser step, over all devices. [default: the data set's, or all images where they are fewer]",
+        "Images in an optimiser step, over all devices. [default: the data set's; of fewer images a quarter]",
         int,
     ),
     ("--lr", "Learning rate for 256 images; scaled by batch size / 256.", float),

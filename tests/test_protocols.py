@@ -221,3 +221,10 @@ def test_commands(image_folder, trained_run, tmp_path):
     found = CliRunner().invoke(main, ["benchmark", "ood", *map(str, arguments)])
     assert found.exit_code == 0, found.output
     assert "against spots" in found.output
+
+
+def test_sets_outside_of_one_name_are_refused(trained_run, tmp_path):
+    arguments = ["benchmark", "ood", "--ckpt", str(trained_run), "--outside", "a/test", "--outside", "b/test"]
+    found = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "out")])
+    assert found.exit_code == 2
+    assert "two sets have one name in the table, a/test, b/test" in found.stderr
