@@ -12,7 +12,7 @@ from pyro_vje.config import ABLATION_AXES
 
 
 @click.command("ablate")
-@options.train_settings(repeated=ABLATION_AXES, without=("devices",))
+@options.train_settings(repeated=(*ABLATION_AXES, "objective"), without=("devices",))
 @click.option(
     "--out",
     required=True,
@@ -28,9 +28,12 @@ def ablate_command(ctx: click.Context, out: Path, **settings: Any) -> None:
     and a run folder for each cell.
     """
     given = {name: settings.pop(name) for name in ABLATION_AXES}
+    objectives = settings.pop("objective")
     given["radius"] = tuple(None if value == options.NO_RADIUS else value for value in given["radius"])
     axes = {name: values for name, values in given.items() if values}  # none: the default follows from others
-    base = options.train_config(settings)
+    if len(objectives) > 1:  # an axis where it varies: seldom, and names of cells stay short
+        axes["objective"] = objectives
+    base = options.train_config({**settings, "objective": objectives[0]})
 
     from pyro_vje.ablation import ablate
 

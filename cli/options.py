@@ -58,6 +58,7 @@ SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ),
     ("--kl-weight", "Weight of the KL divergence; 1 is the ELBO proper.", float),
     ("--shared-variance/--separate-variance", "Likelihood scale: the posterior's, or learned apart.", None),
+    ("--objective", "elbo, or your own as module:function, on the same networks and schedule.", str),
     ("--epochs", "Passes over the data.", int),
     (
         "--batch-size",

@@ -27,6 +27,8 @@ class TrainConfig:
         Encoder by name or ``module:factory``; D; hidden width of projector and posterior network.
     likelihood, df, unit_radius, radius, kl_weight, shared_variance :
         The model's probabilistic settings, as in `pyro_vje.VJE`. ``df`` is D - 2 unless said.
+    objective :
+        ``elbo``, or a ``module:function`` that takes its place on the same networks, data and schedule (a control).
     epochs, batch_size, lr, weight_decay, warmup_epochs :
         SGD with momentum 0.9 and a cosine schedule after linear warm-up. ``lr`` is for 256 images and is scaled by
         ``batch_size / 256``; weights of one dimension (biases, batch norm) are not decayed. Data smaller than the
@@ -58,6 +60,7 @@ class TrainConfig:
     radius: str | None = "student-t"
     kl_weight: float = 0.03
     shared_variance: bool = True
+    objective: str = "elbo"
     epochs: int | None = None
     batch_size: int | None = None
     lr: float = 0.2

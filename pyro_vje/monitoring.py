@@ -107,7 +107,7 @@ class EpochReport(lightning.pytorch.Callback):
             # A young posterior is noise in every run; what matters is whether it stays so.
             young = max(module.config.warmup_epochs or 0, (trainer.max_epochs or 0) / 2)
             if last or row["epoch"] > young:
-                self._warn(row, module.vje.feature_dim)
+                self._warn(row, module.vje.feature_dim, module.own_objective is None)
         self.rows.append(row)
         if trainer.is_global_zero:
             self._write()
@@ -147,9 +147,9 @@ class EpochReport(lightning.pytorch.Callback):
             row["knn_accuracy"] = knn["accuracy"]
         return row
 
-    def _warn(self, row: dict[str, Any], dim: int) -> None:
+    def _warn(self, row: dict[str, Any], dim: int, elbo: bool) -> None:
         signs = ("effective_rank", "spread", "posterior_snr")
-        for sign in signs:
+        for sign in signs[: 3 if elbo else 2]:  # without the ELBO the posterior's scale has no meaning
             # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
             rank, spread, snr = (row[name] if name == sign else math.inf for name in signs)
             message = metrics.collapse_warning(rank, spread, snr, dim)

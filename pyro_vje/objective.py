@@ -11,9 +11,28 @@ from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from pyro_vje.model import shared_forward, stack_views
+from pyro_vje.model import VJE, shared_forward, stack_views
+from pyro_vje.plugins import look_up
 
 Monitor = Callable[[Trace, Trace], None]
+
+ELBO = "elbo"
+Objective = Callable[[VJE, Tensor], Tensor]
+"""What may take the ELBO's place: a model and stacked views ``(2, B, 3, S, S)`` to a loss in nats an image."""
+
+
+def own_objective(name: str) -> Objective | None:
+    """Resolve an objective named as ``module:function``; ``None`` for ``elbo``, the symmetric ELBO.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module or function.
+    """
+    found: Any = look_up(name, {ELBO: None}, what="objective")
+    if found is not None and not callable(found):
+        raise ValueError(f"objective {name!r} must be a function (vje, views) -> loss, not {found!r}")
+    return found
 
 
 class SymmetricELBO(Trace_ELBO):

@@ -40,7 +40,7 @@ from pyro_vje.encoding import encode
 from pyro_vje.files import write_json
 from pyro_vje.model import VJE
 from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
-from pyro_vje.objective import SymmetricELBO
+from pyro_vje.objective import ELBO, SymmetricELBO, own_objective
 from pyro_vje.runs import (
     CALIBRATION,
     CHECKPOINTS,
@@ -84,6 +84,7 @@ class Pretraining(lightning.LightningModule):
         super().__init__()
         self.objective = SymmetricELBO(config.num_particles, vectorize_particles=config.num_particles > 1)
         self.elbo = self.objective(vje.model, vje.guide)
+        self.own_objective = own_objective(config.objective)
         self.config = config
         self.train_set = train_set
         self.views, _ = views_for(config.dataset, train_set.image_size)
@@ -148,7 +149,7 @@ class Pretraining(lightning.LightningModule):
         self.objective.monitor = self._record_parts if batch_idx % PART_EVERY == 0 else None
         # Validation reads back from the device at every site; the shapes it checks do not change after step one.
         with pyro.validation_enabled(not self._validated), noise:
-            loss = self.elbo(views)
+            loss = self.elbo(views) if self.own_objective is None else self.own_objective(self.vje, views)
         self._validated = True
         self._add("loss", loss.detach())
         if batch_idx % PART_EVERY == 0 and self.trainer.progress_bar_callback is not None:
@@ -468,7 +469,10 @@ def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: 
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=config.devices,
         num_nodes=_machines(),
-        strategy="ddp" if several else "auto",
+        # A control need not use all of VJE's networks.
+        strategy=("ddp" if config.objective == ELBO else "ddp_find_unused_parameters_true")
+        if several
+        else "auto",
         # PyTorch has synchronised batch norm for GPUs only.
         sync_batchnorm=several and torch.cuda.is_available(),
         plugins=[CPUSyncBatchNorm()] if several and not torch.cuda.is_available() else None,
