@@ -22,6 +22,9 @@ _TEMPORARIES = 12
 _PAIRS = 1 << 22
 """Pairs of images in a chunk: more are no faster."""
 
+_CPU_NUMBERS, _CUDA_NUMBERS = 1 << 17, 1 << 24
+"""Numbers in a chunk of latents, images × particles × D."""
+
 
 def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
     """Standard normal noise ``(num_particles, D)``, antithetic in pairs, the same for every image.
@@ -96,26 +99,32 @@ class Scorer:
             If that is asked for and there are none.
         """
         embeddings, loc, scale = posteriors.to(self.device)
-        radius = torch.linalg.vector_norm(embeddings, dim=-1)
-        log_jacobian = (embeddings.shape[-1] - 1) * radius.log()
-        sums = torch.zeros(3, len(loc), dtype=torch.float64, device=self.device)
-        for particle in self.noise:  # one at a time: memory does not grow with the number of particles
-            likelihood = self._likelihood(loc + scale * particle, scale)
-            if hasattr(likelihood, "log_prob_direction"):
-                direction = likelihood.log_prob_direction(embeddings)
-                radial = likelihood.log_prob_radius(radius)
-                joint = direction + radial - log_jacobian
-            else:
-                joint = likelihood.log_prob(embeddings)
-                direction = radial = torch.full_like(joint, torch.nan)
-            sums += torch.stack([joint, direction, radial])
-        joint, direction, radial = sums / len(self.noise)
+        joint, direction, radial = self._expected_log_likelihood(embeddings, loc, scale)
         kl = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
         aggregate = self.log_aggregate(embeddings) if with_reference else torch.full_like(joint, torch.nan)
         return LikelihoodParts(
             *(joint, direction, radial, kl.double(), (scale**2).mean(-1).double(), aggregate),
             typical=self.typical if with_reference else float("nan"),
         )
+
+    def _expected_log_likelihood(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """Means over the particles of the log-likelihood and of its two factors, float64 ``(3, N)``."""
+        # A few images at a time with all their particles, as many numbers as a CPU's cache holds: twice the speed.
+        count = (_CUDA_NUMBERS if self.device.type == "cuda" else _CPU_NUMBERS) // self.noise.numel()
+        found = []
+        for t, m, s in zip(
+            *(tensor.split(max(1, count)) for tensor in (embeddings, loc, scale)), strict=True
+        ):
+            likelihood = self._likelihood(m + s * self.noise[:, None], s)
+            if hasattr(likelihood, "log_prob_direction"):
+                radius = torch.linalg.vector_norm(t, dim=-1)
+                direction, radial = likelihood.log_prob_direction(t), likelihood.log_prob_radius(radius)
+                joint = direction + radial - (t.shape[-1] - 1) * radius.log()
+            else:
+                joint = likelihood.log_prob(t)
+                direction = radial = torch.full_like(joint, torch.nan)
+            found.append(torch.stack([joint, direction, radial]).double().mean(1))
+        return torch.cat(found, 1)
 
     @torch.no_grad()
     def log_aggregate(self, embeddings: Tensor, *, chunk: int | None = None) -> Tensor:
