@@ -55,6 +55,12 @@ def affordable_encoders(settings: Settings) -> list[tuple[str, int]]:
     return encoders(settings) if settings.device.type == "cuda" else encoders(settings)[:1]
 
 
+def few_steps(most: int, encoder: str, settings: Settings) -> int:
+    """Steps to time: two where one of them takes many seconds."""
+    slow = encoder != "resnet-small" and settings.device.type == "cpu"
+    return 2 if settings.quick or slow else most
+
+
 def random_images(count: int, size: int = SIZE) -> ImageSet:
     """uint8 images of noise: no transform or network here is faster or slower for it."""
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
@@ -268,10 +274,10 @@ def simsiam(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     yield versus(settings, whats[1], name, epoch, theirs, wanted, len(train_set))
 
 
-@benchmark("epoch", affordable_encoders)
+@benchmark("epoch", encoders)
 def epoch(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     """A whole epoch against the encoder alone, forward and backward, on resident noise: the physical limit."""
-    steps = 2 if settings.quick else 10
+    steps = few_steps(10, encoder, settings)
     train_set = random_images(batch * steps)
     network = new_encoder(encoder, settings)
     noise = noise_views(batch, settings).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -288,10 +294,10 @@ def epoch(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     yield versus(settings, what, "bare encoder", ours, bare, 1 / 0.9, len(train_set))
 
 
-@benchmark("scoring", affordable_encoders)
+@benchmark("scoring", encoders)
 def scoring(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     """Encoding and likelihood, as `score` has the model from `load_run`, against the forward pass in float32."""
-    steps = 2 if settings.quick else 8
+    steps = few_steps(8, encoder, settings)
     images = random_images(batch * steps)
     vje, _ = new_model(encoder, batch, settings)
     network = new_encoder(encoder, settings).eval()
