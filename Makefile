@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench soak clean
 
 # The stamp makes the environment once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -25,6 +25,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.soak
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

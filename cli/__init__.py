@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -14,8 +15,9 @@ from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
 
 from pyro_vje import __version__
+from pyro_vje.interruption import EXIT_SIGNAL, handle, raise_interrupted, restored_handlers
 
-EXIT_UNREADABLE, EXIT_USAGE, EXIT_DIVERGED, EXIT_STOPPED = 1, 2, 3, 130
+EXIT_UNREADABLE, EXIT_USAGE, EXIT_DIVERGED = 1, 2, 3
 
 
 class Failure(click.ClickException):
@@ -32,10 +34,12 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("stopped", err=True)
-            ctx.exit(EXIT_STOPPED)
+            with restored_handlers():
+                handle(signal.SIGTERM, raise_interrupted)
+                return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            click.echo(str(stop) or "stopped", err=True)
+            ctx.exit(EXIT_SIGNAL + getattr(stop, "signum", signal.SIGINT))
         except FloatingPointError as error:
             self._fail(ctx, error, EXIT_DIVERGED)
         except (ValueError, OSError) as error:
@@ -64,7 +68,7 @@ def main(debug: bool, log_level: str) -> None:
     Train on a data set or any folder of images, evaluate the representation, score images by their likelihood.
 
     Exit codes: 0 success, 1 some images could not be read, 2 usage or bad input, 3 training diverged,
-    130 stopped by Ctrl-C.
+    130 stopped by Ctrl-C, 143 stopped by SIGTERM; after both, what stderr says goes on.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -9,6 +9,7 @@ import click
 from pyro_vje.cli import options
 
 from pyro_vje.config import ABLATION_AXES
+from pyro_vje.interruption import GOES_ON, Interrupted
 
 
 @click.command("ablate")
@@ -20,8 +21,7 @@ from pyro_vje.config import ABLATION_AXES
     metavar="DIR",
     help="Folder of the ablation; one that was begun goes on.",
 )
-@click.pass_context
-def ablate_command(ctx: click.Context, out: Path, **settings: Any) -> None:
+def ablate_command(out: Path, **settings: Any) -> None:
     """Train and evaluate every combination of the repeatable settings, and compare them in one table.
 
     Finished cells are not run again, and more values may be given later. Leaves ablation.csv, .txt, .json and .png,
@@ -39,8 +39,7 @@ def ablate_command(ctx: click.Context, out: Path, **settings: Any) -> None:
 
     try:
         result = ablate(base, axes, out)
-    except KeyboardInterrupt:
-        click.echo("stopped: what is finished is kept, and the same command goes on from it", err=True)
-        ctx.exit(130)
+    except KeyboardInterrupt as stop:
+        raise Interrupted.after(stop, GOES_ON) from None
     click.echo(result.table)
     click.echo(f"\n{len(result.cells)} cells: {result.folder}")

@@ -9,6 +9,7 @@ import click
 from pyro_vje.cli import options
 
 from pyro_vje.config import DATASET_DEFAULTS
+from pyro_vje.interruption import GOES_ON, Interrupted
 
 score_likelihood = click.option(
     "--score-likelihood",
@@ -34,9 +35,7 @@ def benchmark_command() -> None:
     "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Classes trained at once."
 )
 @folder
-@click.pass_context
 def one_class_command(
-    ctx: click.Context,
     normal_class: tuple[str, ...],
     seed: tuple[int, ...],
     likelihoods: tuple[str, ...],
@@ -54,9 +53,8 @@ def one_class_command(
 
     try:
         result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods, jobs=jobs)
-    except KeyboardInterrupt:
-        click.echo("stopped: what is finished is kept, and the same command goes on from it", err=True)
-        ctx.exit(130)
+    except KeyboardInterrupt as stop:
+        raise Interrupted.after(stop, GOES_ON) from None
     click.echo(result.table)
     click.echo(f"\nAUROC, anomalies positive: {result.folder}")
 

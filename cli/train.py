@@ -23,7 +23,9 @@ def train_command(
 ) -> None:
     """Pretrain a model on images, without their labels.
 
-    Leaves a run folder with the weights, metrics.csv, pictures and what resuming needs.
+    Leaves a run folder with the weights, metrics.csv, pictures and what resuming needs. Stopped or killed at any
+    moment, it goes on with --resume and ends as if it had not been: a checkpoint is written after every epoch, every
+    ten minutes, and on Ctrl-C or SIGTERM.
     """
     if resume:
         given = [name for name in settings if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
@@ -36,12 +38,4 @@ def train_command(
 
     from pyro_vje.training import train
 
-    try:
-        folder = train(config, out, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        click.echo(
-            "stopped: --resume goes on after the last finished epoch; one stopped in its first epoch starts anew",
-            err=True,
-        )
-        ctx.exit(130)
-    click.echo(folder)
+    click.echo(train(config, out, resume=resume, overwrite=overwrite))

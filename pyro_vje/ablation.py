@@ -28,11 +28,10 @@ from typing import Any
 from pyro_vje.comparison import Cell, format_csv, format_table, plot_cells, text
 from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.evaluation import features_of, load_split, probe
-from pyro_vje.files import write_atomic, write_json
+from pyro_vje.files import is_begun, write_atomic, write_json
 from pyro_vje.likelihoods import SETTINGS, get_family
 from pyro_vje.monitoring import HEALTH_IMAGES
 from pyro_vje.runs import (
-    CHECKPOINTS,
     CONFIG,
     METRICS,
     WEIGHTS,
@@ -43,7 +42,7 @@ from pyro_vje.runs import (
     versions,
 )
 from pyro_vje.scoring import score
-from pyro_vje.training import LAST, load_train_set, train
+from pyro_vje.training import load_train_set, train
 
 log = logging.getLogger("pyro_vje")
 
@@ -144,8 +143,9 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
         common = dataclasses.replace(base, **single).resolved()
         build_model(common, load_train_set(common)[0].image_size)
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     result = _summarise(folder, fixed, names)
+    (folder / CELLS).mkdir(exist_ok=True)
     for number, name in enumerate(todo, 1):
         log.info("cell %d of %d (%d were done): %s", number, len(todo), len(cells) - len(todo), name)
         cell = _run(name, cells[name], folder / CELLS / name)
@@ -157,7 +157,7 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
 
 def _check_folder(folder: Path, fixed: dict[str, Any], names: Sequence[str]) -> None:
     if not (folder / SUMMARY).is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_begun(folder):
             raise FileExistsError(f"{folder} exists and holds no ablation: name another folder with --out")
         return
     stored = json.loads((folder / SUMMARY).read_text())
@@ -203,8 +203,7 @@ def train_cell(config: TrainConfig, folder: Path) -> None:
             raise FileExistsError(f"{folder} holds a run with other settings: move it out of the ablation")
         if (folder / WEIGHTS).is_file():
             return
-    resume = (folder / CHECKPOINTS / LAST).is_file()
-    train(config, folder, resume=resume, overwrite=begun and not resume)
+    train(config, folder, resume=begun)
 
 
 def _measure(config: TrainConfig, folder: Path) -> tuple[dict[str, float], dict[str, Any]]:

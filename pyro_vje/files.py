@@ -1,19 +1,45 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and folders so that only one process writes."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
-def write_atomic(path: Path, content: bytes | str) -> Path:
-    """Write ``content`` beside ``path``, sync it, and rename it into place; the old file stays until then."""
+LOCK = ".lock"
+LEFTOVERS = ".*.tmp"
+"""Temporary files of `write_atomic`, which only a kill leaves behind."""
+
+
+def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:
+    """Write ``content`` beside ``path``, sync it, and rename it into place; the old file stays until then.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; of the kind that the system gave, and naming ``path``.
+    """
     # A path from a folder may hold bytes that are not UTF-8; they go out as they came in.
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _replace(path: Path, data: bytes | memoryview) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -27,7 +53,62 @@ def write_atomic(path: Path, content: bytes | str) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
+    with suppress(OSError):  # the new name too survives a power cut, where folders can be synced
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def locked(what: Path) -> Iterator[None]:
+    """Keep other processes off a run folder, or off a file that is being written, while this one is at work.
+
+    The system lets go when the process dies, however it dies. Where there are no such locks, nothing is kept off.
+
+    Raises
+    ------
+    BlockingIOError
+        If another process is at work on it.
+    """
+    path = what / LOCK if what.is_dir() else what.with_name(f".{what.name}{LOCK}")
+    file = open(path, "a+")  # noqa: SIM115 (closed below)
+    try:
+        while fcntl is not None:
+            try:
+                # Of the two kinds of lock the one that forked processes do not inherit, and so do not keep.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise BlockingIOError(
+                    f"{what} is in use by process {file.read() or '?'}: wait for it, or name another (--out)"
+                ) from None
+            except OSError:  # this file system has none
+                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    break
+            file.close()  # of a process that has just ended, and has removed its lock
+            file = open(path, "a+")  # noqa: SIM115
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        for leftover in what.rglob(LEFTOVERS) if what.is_dir() else ():
+            leftover.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        file.close()
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is anything at ``folder``, but for what a kill at the very beginning leaves."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.name != LOCK and not path.match(LEFTOVERS) for path in folder.iterdir())
 
 
 def check_writable(path: Path) -> Path:

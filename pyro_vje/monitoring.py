@@ -66,12 +66,16 @@ class EpochReport(lightning.pytorch.Callback):
         self.warned: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows so far, so that a resumed run's file holds each epoch once."""
-        return {"rows": self.rows}
+        """The rows so far, so that a resumed run's file holds each epoch once, what was said, the epoch's seconds."""
+        seconds = time.perf_counter() - self.started
+        return {"rows": self.rows, "warned": sorted(self.warned), "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the rows of the run that is resumed."""
         self.rows = state_dict["rows"]
+        self.warned = set(state_dict.get("warned", ()))
+        # The start of the epoch for a run that goes on inside one; another epoch sets it anew.
+        self.started = time.perf_counter() - state_dict.get("seconds", 0.0)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say so where the images look like the one-class protocol and all classes are trained on."""

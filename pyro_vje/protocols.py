@@ -37,7 +37,8 @@ from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.detectors import DETECTORS
 from pyro_vje.encoding import encode
 from pyro_vje.evaluation import load_split, pixels
-from pyro_vje.files import write_atomic, write_json
+from pyro_vje.files import is_begun, write_atomic, write_json
+from pyro_vje.interruption import follow_parent
 from pyro_vje.runs import (
     REFERENCE,
     LoadedRun,
@@ -201,10 +202,16 @@ def one_class(
             futures: dict[Future[None], str] = {
                 pool.submit(_one_class_cell, *arguments[name]): name for name in todo
             }
-            for future in as_completed(futures):
-                future.result()
-                log.info("cell %s is done", futures[future])
-                _summarise(folder)
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    log.info("cell %s is done", futures[future])
+                    _summarise(folder)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in multiprocessing.active_children():
+                    worker.terminate()  # it finishes its step and writes a checkpoint
+                raise
     return _summarise(folder)
 
 
@@ -213,7 +220,8 @@ def _done(path: Path) -> bool:
 
 
 def _take_share(places: Any, jobs: int) -> None:
-    """Give a worker its part of the machine, before it computes anything."""
+    """Give a worker its part of the machine, before it computes anything; it ends with its parent."""
+    follow_parent()
     place = places.get()
     torch.set_num_threads(max(1, (os.cpu_count() or jobs) // jobs))
     count = torch.cuda.device_count()
@@ -329,11 +337,12 @@ def _open(folder: Path, settings: dict[str, Any]) -> Path:
             raise FileExistsError(
                 f"{folder} holds results of other settings ({', '.join(changed)}): name another folder (--out)"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif is_begun(folder):
         raise FileExistsError(f"{folder} exists and holds no such results: name another folder (--out)")
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         write_json(path, {"settings": settings})
+    (folder / CELLS).mkdir(exist_ok=True)
     return folder
 
 

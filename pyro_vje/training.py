@@ -7,15 +7,18 @@ import itertools
 import logging
 import math
 import os
+import random
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning
+import numpy as np
 import pyro
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
@@ -25,6 +28,7 @@ from pyro.distributions import Independent
 from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vje.checkpoints import AtomicCheckpointIO, Checkpoints, StoppedTraining
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import (
     ImageSet,
@@ -37,7 +41,14 @@ from pyro_vje.data import (
 )
 from pyro_vje.distributed import CPUSyncBatchNorm, GlobalNoise
 from pyro_vje.encoding import encode
-from pyro_vje.files import write_json
+from pyro_vje.files import LOCK, is_begun, locked, write_json
+from pyro_vje.interruption import (
+    Interrupted,
+    StopRequest,
+    follow_parent,
+    raise_interrupted,
+    restored_handlers,
+)
 from pyro_vje.model import VJE
 from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
 from pyro_vje.objective import ELBO, SymmetricELBO, own_objective
@@ -175,6 +186,9 @@ class Pretraining(lightning.LightningModule):
             else torch.default_generator
         )
         latents.manual_seed(derive_seed("latents", *step, self.global_rank))
+        # An encoder of the user's own may draw from these.
+        random.seed(derive_seed("python", *step, self.global_rank))
+        np.random.seed(derive_seed("numpy", *step, self.global_rank) % 2**32)  # noqa: NPY002
         # Equal on every rank: the views of a global batch do not depend on how many processes share it.
         return self._generator.manual_seed(derive_seed("views", *step))
 
@@ -193,8 +207,20 @@ class Pretraining(lightning.LightningModule):
             self._add("log_radius", likelihood.log_prob_radius(radius).mean())
 
     def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
         self.counts[name] = self.counts.get(name, 0) + 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of the epoch that is under way, a row for each process."""
+        if self.sums:
+            rows = cast(Tensor, self.all_gather(torch.stack(list(self.sums.values()))))
+            checkpoint["sums"] = (list(self.sums), rows.reshape(-1, len(self.sums)).cpu(), self.counts)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take this process's sums; with another number of processes, the mean."""
+        names, rows, self.counts = checkpoint.get("sums", ([], torch.empty(1, 0), {}))
+        mine = rows[self.global_rank] if len(rows) == self.trainer.world_size else rows.mean(0)
+        self.sums = dict(zip(names, mine, strict=True))
 
     def epoch_means(self) -> dict[str, float]:
         """Means over all processes since the last call: the one place that reads back from the device."""
@@ -255,7 +281,8 @@ def train(
     out : path, optional
         The run folder; by default ``runs/<dataset>-<number>``.
     resume : bool
-        Go on from the last checkpoint in ``out``, with the settings stored there.
+        Go on from the last checkpoint in ``out``, or from the beginning where there is none yet, with the settings
+        stored there: the run ends as if it had never been interrupted.
     overwrite : bool
         Replace the run that ``out`` holds.
 
@@ -270,11 +297,35 @@ def train(
         If ``out`` already holds a run, or holds anything else, and neither flag was given.
     ValueError, FileNotFoundError
         If a setting or the data are unusable.
+    BlockingIOError
+        If another process is at work on ``out``.
+    OSError
+        If a checkpoint cannot be written; the one before stays.
     TrainingDiverged
         If the loss stops being finite; the last checkpoint stays.
+    Interrupted
+        On SIGINT, and on SIGTERM during the epochs: the step is finished and a checkpoint written.
     """
     unset = config.batch_size is None
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
+    with ExitStack() as stack, restored_handlers():
+        try:
+            if not _is_first_process():
+                if "RANK" not in os.environ:  # it is Lightning that has launched it
+                    follow_parent()
+            elif (folder / CONFIG).is_file():
+                stack.enter_context(locked(folder))
+            return _train(config, folder, stack, unset=unset, resume=resume, overwrite=overwrite)
+        except KeyboardInterrupt as stop:
+            how = f"--resume --out {folder} goes on"
+            if not (folder / CONFIG).is_file():
+                how = "nothing was written, the same command begins anew"
+            raise Interrupted.after(stop, f"stopped: {how}") from None
+
+
+def _train(
+    config: TrainConfig, folder: Path, stack: ExitStack, *, unset: bool, resume: bool, overwrite: bool
+) -> Path:
     if unset and not resume:
         train_set, held_out = load_train_set(dataclasses.replace(config, batch_size=None))
         config = config.fitted(len(train_set), config.devices * _machines())
@@ -302,20 +353,33 @@ def train(
     module = Pretraining(vje, config, train_set)
     report = EpochReport(folder, train_set, _monitor_sets(config, info, train_set), info.view)
     vje.family.check(vje.embedding_dim, vje.settings)
+    checkpoint = folder / CHECKPOINTS / LAST
     if resume:
-        _check_resumable(folder, info)
+        _check_resumable(folder, info, checkpoint)
     # Only now, with data and model at hand, is anything on disk touched.
     if _is_first_process():
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / CONFIG).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            if not resume:  # another process may have been faster
+                _refuse_existing(folder, overwrite=overwrite)
+        if overwrite:
+            _empty(folder)
         write_json(folder / CONFIG, info.to_dict())
+    stop = StopRequest()
     with _quiet_lightning():
-        trainer = _trainer(folder, config, report, precision)
+        trainer = _trainer(folder, config, [report, Checkpoints(checkpoint, stop)], precision)
+        begun = resume and checkpoint.is_file()
         try:
-            trainer.fit(module, ckpt_path=folder / CHECKPOINTS / LAST if resume else None, weights_only=True)
-        except SystemExit:  # how Lightning ends on Ctrl-C
-            raise KeyboardInterrupt from None
+            trainer.fit(module, ckpt_path=checkpoint if begun else None, weights_only=True)
+        except StoppedTraining:
+            # The others end quietly: their launcher would take another end for a failure, and kill the first.
+            if not _is_first_process():
+                sys.exit(0)
+        except SystemExit:  # how Lightning ends when it is interrupted
+            stop.signum = stop.signum or signal.SIGINT
+    if stop.signum:
+        raise_interrupted(stop.signum, None)
     if trainer.is_global_zero:
         device = next(vje.parameters()).device
         kept = {CALIBRATION: held_out, REFERENCE: reference_images(train_set, config.seed)}
@@ -387,27 +451,35 @@ def _choose_folder(
         out = next(path for path in numbers if not path.exists())
     folder = Path(out)
     if resume:
-        stored = read_info(folder).config
-        if not (folder / CHECKPOINTS / LAST).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no checkpoint to resume from: train it anew with --overwrite"
-            )
-        return stored, folder
-    if not _is_first_process():  # the first one has checked the folder, and may have begun to fill it
-        return config.resolved(), folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not folder.is_dir() or not (folder / CONFIG).is_file():
-            raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
-        # A run that was stopped in its first epoch has nothing to lose.
-        begun = (folder / WEIGHTS).exists() or (folder / CHECKPOINTS / LAST).exists()
-        if begun and not overwrite:
-            raise FileExistsError(
-                f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
-            )
+        return read_info(folder).config, folder
+    if _is_first_process():  # when the others come, this one may have begun to fill the folder
+        _refuse_existing(folder, overwrite=overwrite)
     return config.resolved(), folder
 
 
-def _check_resumable(folder: Path, info: RunInfo) -> None:
+def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
+    if not is_begun(folder):
+        return
+    if not (folder / CONFIG).is_file():
+        raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
+    # A run that was stopped before its first checkpoint has nothing to lose.
+    begun = (folder / WEIGHTS).exists() or (folder / CHECKPOINTS / LAST).exists()
+    if begun and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
+        )
+
+
+def _empty(folder: Path) -> None:
+    """Remove a run, but for the lock that is held, and for what makes it a run folder if this is interrupted."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, CONFIG):
+            path.unlink()
+
+
+def _check_resumable(folder: Path, info: RunInfo, checkpoint: Path) -> None:
     """Refuse to go on with a damaged checkpoint, or on other images than the run began with."""
     before = read_info(folder).train_images
     if before != info.train_images:
@@ -415,11 +487,13 @@ def _check_resumable(folder: Path, info: RunInfo) -> None:
             f"{folder} was trained on {before} images, but now there are {info.train_images}: the held-out images "
             "would no longer be those that calibrate it; restore the data, or train anew with --overwrite"
         )
-    path = folder / CHECKPOINTS / LAST
+    if not checkpoint.is_file():
+        log.info("%s holds no checkpoint yet: from the beginning", folder)
+        return
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({error}): train anew with --overwrite") from None
+        raise ValueError(f"{checkpoint} is damaged ({error}): train anew with --overwrite") from None
 
 
 def _is_first_process() -> bool:
@@ -447,16 +521,10 @@ def _monitor_sets(
     )
 
 
-def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: str) -> lightning.Trainer:
-    checkpoint = lightning_callbacks.ModelCheckpoint(
-        dirpath=folder / CHECKPOINTS,
-        filename="last",
-        save_top_k=1,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
+def _trainer(
+    folder: Path, config: TrainConfig, callbacks: list[lightning.pytorch.Callback], precision: str
+) -> lightning.Trainer:
     progress = sys.stderr.isatty()
-    callbacks: list[lightning.pytorch.Callback] = [report, checkpoint]
     if progress:
         callbacks.append(lightning_callbacks.TQDMProgressBar(refresh_rate=PART_EVERY))
     try:
@@ -464,6 +532,9 @@ def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: 
     except ModuleNotFoundError:  # neither tensorboard nor tensorboardX is installed
         logger = False
     several = config.devices * _machines() > 1
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if several and not torch.cuda.is_available():
+        plugins.append(CPUSyncBatchNorm())
     return lightning.Trainer(
         max_epochs=config.epochs,
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -475,7 +546,7 @@ def _trainer(folder: Path, config: TrainConfig, report: EpochReport, precision: 
         else "auto",
         # PyTorch has synchronised batch norm for GPUs only.
         sync_batchnorm=several and torch.cuda.is_available(),
-        plugins=[CPUSyncBatchNorm()] if several and not torch.cuda.is_available() else None,
+        plugins=plugins,
         precision=precision,  # type: ignore[arg-type]
         callbacks=callbacks,
         logger=logger,

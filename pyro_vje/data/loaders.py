@@ -79,10 +79,20 @@ class _EpochLoader:
         self.world_size = world_size
         self.drop_last = drop_last
         self.epoch = 0
+        self.taken = 0
+        self._start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
         self.epoch = epoch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the number of its batches that were taken."""
+        return {"epoch": self.epoch, "taken": self.taken}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Let the next pass go on from there, without reading what was taken."""
+        self.epoch, self._start = state_dict["epoch"], state_dict["taken"]
 
     def __len__(self) -> int:
         full, rest = divmod(self.count, self.batch_size)
@@ -91,7 +101,7 @@ class _EpochLoader:
     def _indices(self) -> Iterator[Tensor]:
         generator = torch.Generator(self.device).manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator, device=self.device)
-        for batch in range(len(self)):
+        for batch in range(self.taken, len(self)):
             whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             share = len(whole) // self.world_size
             yield whole[self.rank * share : (self.rank + 1) * share]
@@ -124,7 +134,9 @@ class ResidentLoader(_EpochLoader):
         self.images = images.to(self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
+        self.taken, self._start = self._start, 0
         for index in self._indices():
+            self.taken += 1
             yield self.images[index]
 
 
@@ -165,13 +177,20 @@ class StreamingLoader(_EpochLoader):
         )
 
     def __iter__(self) -> Iterator[Tensor]:
-        batch = None
+        # After resuming, from one before: it stands in for the next if that is damaged.
+        before = self._start > 0
+        self.taken, self._start = self._start - before, 0
+        batch: Any = None
         for decoded, failed in self._batches:
             self.image_set.add_failed(failed)
+            self.taken += 1
             if decoded is not None:
                 batch = decoded
-            elif batch is None:
+            elif batch is None and not before:
                 raise ValueError(f"not one image of the first batch could be decoded: {failed[0]}")
+            if before:
+                before = False
+                continue
             yield batch  # the one before, where a whole batch is damaged: every rank makes the same steps
 
 

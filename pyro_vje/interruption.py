@@ -1,0 +1,92 @@
+"""SIGINT and SIGTERM as one exception, raised at once, or noted until a step of training is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+EXIT_SIGNAL = 128
+"""What shells add the number of a signal to, for the exit code of a process that it ended."""
+GOES_ON = "stopped: what is finished is kept, and the same command goes on from it"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop; the message says how to go on.
+
+    Attributes
+    ----------
+    signum : int
+        What asked: SIGINT (Ctrl-C) or SIGTERM.
+    """
+
+    def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+    @classmethod
+    def after(cls, stop: KeyboardInterrupt, message: str) -> Interrupted:
+        """The same request to stop, with another message."""
+        return cls(message, getattr(stop, "signum", signal.SIGINT))
+
+
+class StopRequest:
+    """What was asked by SIGINT or SIGTERM since `install`; asked again, it is done at once.
+
+    Attributes
+    ----------
+    signum : int
+        The signal that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def install(self) -> None:
+        """Note the signals from now on, until the surrounding `restored_handlers` ends."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handle(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum:
+            raise_interrupted(signum, frame)
+        self.signum = signum
+
+
+def raise_interrupted(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal by raising `Interrupted`."""
+    raise Interrupted("stopped", signum)
+
+
+def handle(signum: int, handler: Any) -> None:
+    """Set a signal's handler, where that can be done: on the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signum, handler)
+
+
+@contextmanager
+def restored_handlers() -> Iterator[None]:
+    """Put the handlers of SIGINT and SIGTERM back at the end."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            handle(signum, handler)
+
+
+def follow_parent() -> None:
+    """Let this process end with the one that started it, also if that one is killed and cannot say so."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(EXIT_SIGNAL + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,1 @@
+"""Harm done on purpose, in minutes: ``python -m tests.soak`` (``make soak``)."""

@@ -1,0 +1,406 @@
+"""Commands that are killed with SIGKILL and called again must end as if nothing had happened.
+
+This process imports everything once and computes nothing; each life of a command is a fork of it that runs the real
+entry point, and reports over a pipe what it is about to do, so that a kill can be aimed at a moment and its place
+told. The second process of a DDP run is launched by Lightning as ever.
+"""
+
+import csv
+import importlib.util
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pyro_vje.cli import main as command
+
+from pyro_vje import ablation, checkpoints, monitoring, protocols, scoring, training
+
+PHASES = ("start-up", "step", "checkpoint", "evaluation", "final writes", "table")
+EVENT = struct.Struct("ii")
+TIMING = {"seconds", "images_per_second", "date"}
+PATIENCE = 180.0  # seconds after which a life is called hung
+EPOCHS, STEPS = 6, 20
+SETTINGS = {
+    "dataset": "folder",
+    "encoder": "tests.soak.encoder:tiny",
+    "embedding-dim": 8,
+    "hidden-dim": 16,
+    "batch-size": 8,
+    "knn-every": 1,
+    "precision": "32",
+    "image-size": 16,
+    "workers": 2,
+    "residency": "stream",
+}
+
+
+# Lives ----------------------------------------------------------------------------------------------------------------
+
+
+class Life:
+    """A fork of this process that runs a command."""
+
+    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+        self.read, write = os.pipe()
+        self.events: list[tuple[str, int]] = [("start-up", 0)]
+        self.began = time.monotonic()
+        self.status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code: Any = 99
+            try:
+                os.close(self.read)
+                _live(arguments, log, write)
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        os.close(write)
+
+    def next_event(self, timeout: float) -> bool:
+        """Wait for the next event; false if there was none in time, or the process has ended."""
+        if select.select([self.read], [], [], max(0.0, timeout))[0]:
+            data = os.read(self.read, EVENT.size)
+            if data:
+                phase, step = EVENT.unpack(data)
+                self.events.append((PHASES[phase], step))
+                return True
+        return False
+
+    def until(self, wanted: Callable[[str, int], bool]) -> bool:
+        """Follow the process up to an event; false if it ended before."""
+        while not wanted(*self.events[-1]):
+            assert time.monotonic() - self.began < PATIENCE, f"hung in {self.events[-1][0]}"
+            if not self.next_event(1.0) and self.ended():
+                return False
+        return True
+
+    def ended(self) -> bool:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status is not None
+
+    def finish(self) -> int:
+        self.until(lambda *_: False)
+        return self.wait()
+
+    def wait(self) -> int:
+        while not self.ended():
+            assert time.monotonic() - self.began < PATIENCE, "hung at its end"
+            time.sleep(0.01)
+        while self.next_event(0.0):
+            pass
+        os.close(self.read)
+        assert self.status is not None
+        return self.status
+
+    def kill(self, pids: Sequence[int] = ()) -> str:
+        """Kill it (or others in its place), and say in which phase it was."""
+        for pid in pids or [self.pid]:
+            os.kill(pid, signal.SIGKILL)
+        self.wait()
+        return self.events[-1][0]
+
+    def children(self) -> list[int]:
+        """Of the children the second process of a DDP run: the one that runs the command too."""
+        found = []
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            for pid in map(int, path.read_text().split()):
+                if b"pyro_vje.cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
+
+def _live(arguments: Sequence[str], log: Path, pipe: int) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.argv = ["pyro-vje", *arguments]
+    # What Lightning launches as the second process: the command, not this file.
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("pyro_vje.cli")
+    state = {"step": 0}
+
+    def tell(phase: str) -> None:
+        os.write(pipe, EVENT.pack(PHASES.index(phase), state["step"]))
+
+    def announce(owner: Any, name: str, phase: str, after: str | None = None) -> None:
+        original = getattr(owner, name)
+
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            if phase == "step":
+                state["step"] = arguments[0].global_step
+            tell(phase)
+            result = original(*arguments, **options)
+            if after:
+                tell(after)
+            return result
+
+        setattr(owner, name, wrapper)
+
+    announce(training.Pretraining, "training_step", "step")
+    announce(checkpoints.Checkpoints, "_save", "checkpoint", "step")
+    announce(monitoring.EpochReport, "on_train_epoch_end", "evaluation", "step")
+    announce(training, "reference_images", "final writes")
+    announce(ablation, "_measure", "evaluation")
+    announce(ablation, "_summarise", "table", "step")
+    announce(protocols, "all_scores", "evaluation")
+    announce(protocols, "_summarise", "table", "step")
+    announce(scoring, "_score_all", "step", "table")
+    checkpoints.CHECKPOINT_SECONDS = 0.0  # after every step: each is a moment to be killed in
+    torch.set_num_threads(1)  # steps of this size are no faster on two
+    command(list(arguments))  # exits
+
+
+# What is compared -----------------------------------------------------------------------------------------------------
+
+
+def without_timing(path: Path) -> Any:
+    """A CSV's rows or a JSON's values without what tells the time."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: strip(inner) for name, inner in value.items() if name not in TIMING}
+        return [strip(inner) for inner in value] if isinstance(value, list) else value
+
+    if path.suffix == ".json":
+        return strip(json.loads(path.read_text()))
+    with open(path, newline="") as file:
+        return strip(list(csv.DictReader(file)))
+
+
+def compare(whole: Path, killed: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if name.endswith((".csv", ".json")):
+            same = without_timing(whole / name) == without_timing(killed / name)
+        else:
+            same = (whole / name).read_bytes() == (killed / name).read_bytes()
+        assert same, f"{name} differs from that of the run that was not killed: {whole} and {killed}"
+
+
+def make_images(root: Path) -> None:
+    """Noise in three classes: the numbers matter, not what they mean."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 56), ("test", 8)):
+        for i, kind in enumerate(("normal", "other", "third")):
+            folder = root / split / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.normal(80 + 40 * i, 40, (16, 16, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+
+
+RUN_FILES = (
+    "weights.safetensors",
+    "metrics.csv",
+    "calibration.safetensors",
+    "reference.safetensors",
+    "config.json",
+)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def train_arguments(images: Path, out: Path, **changes: Any) -> list[str]:
+    settings = {**SETTINGS, "epochs": EPOCHS, "data-dir": images, "out": out, **changes}
+    return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
+
+
+def durations(life: Life, times: Sequence[float]) -> dict[str, float]:
+    """Median seconds that a phase lasts, and those until the first step."""
+    spans: dict[str, list[float]] = {name: [] for name in PHASES}
+    for (phase, _), start, end in zip(life.events, times, times[1:], strict=False):
+        spans[phase].append(end - start)
+    return {phase: float(np.median(found)) for phase, found in spans.items() if found}
+
+
+def timed(arguments: Sequence[str], log: Path) -> dict[str, float]:
+    """Run a command without harm; how long each of its phases lasts, and ``all`` of it."""
+    life = Life(arguments, log)
+    times = [life.began]
+    while True:
+        if life.next_event(1.0):
+            times.append(time.monotonic())
+        elif life.ended():
+            break
+    times.append(time.monotonic())
+    assert life.wait() == 0, f"the command fails when left alone: {log.read_text()[-2000:]}"
+    return {**durations(life, times), "all": times[-1] - times[0]}
+
+
+def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: int = 1) -> dict[str, Any]:
+    """A run that is killed ``kills`` times against one that is not."""
+    whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
+    spans = timed(train_arguments(images, whole, devices=devices), log)
+    total = EPOCHS * STEPS
+    draw = random.Random(seed)
+    landed: Counter[str] = Counter()
+    victims: Counter[str] = Counter()
+    torn = loadable = 0
+    began = time.monotonic()
+    final = max(1, kills // 15)
+    for number in range(kills):
+        begun = (killed / "config.json").is_file()
+        resume = ["train", "--resume", "--out", str(killed)]
+        life = Life(resume if begun else train_arguments(images, killed, devices=devices), log)
+        # Spread over the run's steps; the last kills are left for the time after them.
+        target = total * number // max(1, kills - final)
+        at_end = target % STEPS >= STEPS - max(2, 2 * total // kills)
+        kinds = ["start-up", "step", "step", "checkpoint", *["evaluation"] * (2 * at_end)]
+        kind = draw.choice(kinds) if number < kills - final else "final writes"
+        share = draw.random()
+        if kind == "start-up":
+            time.sleep(share * spans["start-up"])
+        else:
+            alive = life.until(
+                lambda phase, step, kind=kind, target=target: (
+                    phase == "final writes" or (phase == kind and step >= min(target, total - 1))
+                )
+            )
+            assert alive, f"ended early: {log.read_text()[-2000:]}"
+            time.sleep(share * spans.get(life.events[-1][0], 0.01))
+        second = life.children() if devices > 1 else []
+        victim = draw.choice(["both", "first", "second"]) if second else "first"
+        pids = {"first": [life.pid], "second": second, "both": [life.pid, *second]}[victim]
+        landed[life.kill(pids)] += 1
+        victims[victim] += 1
+        for pid in second:  # whichever was killed, the other must not stay behind
+            patience = time.monotonic() + 20
+            while Path(f"/proc/{pid}").exists() and time.monotonic() < patience:
+                time.sleep(0.05)
+            assert not Path(f"/proc/{pid}").exists(), "the second process outlives the first"
+        torn += len(list(killed.rglob(".*.tmp")))
+        last = killed / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            torch.load(last, map_location="cpu", weights_only=True)
+            loadable += 1
+    resumed = Life(["train", "--resume", "--out", str(killed)], log).finish()
+    assert resumed == 0, f"resuming fails: {log.read_text()[-2000:]}"
+    compare(whole, killed, RUN_FILES)
+    assert not list(killed.rglob(".*.tmp")), "temporary files stay behind"
+    figures = {
+        "kills": kills,
+        "landed_in": dict(landed),
+        "temporary_files_left_by_kills": torn,
+        "checkpoint_loadable_after": loadable,
+        "epochs": EPOCHS,
+        "steps": total,
+        "identical": list(RUN_FILES),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    return figures | ({"killed_process": dict(victims)} if devices > 1 else {})
+
+
+# Other commands -------------------------------------------------------------------------------------------------------
+
+
+def kill_command(
+    work: Path,
+    arguments: Callable[[Path], list[str]],
+    again: Sequence[str],
+    files: Sequence[str],
+    kills: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Kill a command at moments spread over its time, call it again each time, and compare what it leaves."""
+    whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
+    for folder in (whole, killed):
+        folder.mkdir(parents=True)
+    spans = timed(arguments(whole), log)
+    draw = random.Random(seed)
+    landed: Counter[str] = Counter()
+    finished = 0
+    for _ in range(kills):
+        life = Life([*arguments(killed), *again], log)
+        moment = life.began + draw.uniform(0.2, 1.0) * spans["all"]
+        while time.monotonic() < moment and not life.ended():
+            life.next_event(moment - time.monotonic())
+        if life.ended():
+            assert life.wait() == 0, f"fails: {log.read_text()[-2000:]}"
+            finished += 1
+        else:
+            landed[life.kill()] += 1
+    assert Life([*arguments(killed), *again], log).finish() == 0, f"fails: {log.read_text()[-2000:]}"
+    compare(whole, killed, files)
+    return {
+        "kills": sum(landed.values()),
+        "landed_in": dict(landed),
+        "finished_before": finished,
+        "identical": files,
+    }
+
+
+def run(quick: bool, seed: int) -> dict[str, Any]:
+    """All of it, or three kills of a run and two of the scoring of its images."""
+    work = Path(tempfile.mkdtemp(prefix="soak-"))
+    for name in ("one", "two"):
+        (work / name).mkdir()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    images = work / "images"
+    make_images(images)
+    figures: dict[str, Any] = {}
+
+    def report(name: str, found: dict[str, Any]) -> None:
+        figures[name] = found
+        places = ", ".join(f"{count} in {phase}" for phase, count in found["landed_in"].items())
+        print(f"kills: {name}: {found['kills']} ({places}): identical", file=sys.stderr)
+
+    report("train", kill_training(work / "one", images, 4 if quick else 50, seed))
+    score = ["score", "--ckpt", str(work / "one" / "whole"), "--trust-plugins", "--data", str(images)]
+    score += ["--batch-size", "1", "--num-pairs", "1"]
+    report(
+        "score",
+        kill_command(
+            work / "score", lambda out: [*score, "--out", str(out / "s.csv")], ["--resume"], ["s.csv"],
+            2 if quick else 10, seed,
+        ),
+    )  # fmt: skip
+    if not quick:
+        report("train --devices 2", kill_training(work / "two", images, 12, seed, devices=2))
+        settings = [f"--{n}={v}" for n, v in {**SETTINGS, "data-dir": images, "epochs": 2}.items()]
+        grid = ["ablate", *settings, "--likelihood", "normal", "--likelihood", "laplace"]
+        report(
+            "ablate",
+            kill_command(
+                work / "ablate", lambda out: [*grid, "--out", str(out / "a")], [],
+                ["a/ablation.csv", "a/ablation.json"], 8, seed,
+            ),
+        )  # fmt: skip
+        protocol = [
+            "benchmark",
+            "one-class",
+            *settings,
+            "--normal-class",
+            "normal",
+            "--normal-class",
+            "other",
+        ]
+        report(
+            "benchmark one-class",
+            kill_command(
+                work / "one-class", lambda out: [*protocol, "--out", str(out / "b")], [],
+                ["b/table.csv", "b/table.json", "b/table.md"], 8, seed,
+            ),
+        )  # fmt: skip
+    shutil.rmtree(work)
+    return figures
