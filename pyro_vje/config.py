@@ -118,8 +118,8 @@ class TrainConfig:
         ranges: dict[str, tuple[float, float]] = {
             "epochs": (1, math.inf),
             "batch_size": (2, math.inf),  # batch norm needs two images
-            "embedding_dim": (2, math.inf),
-            "hidden_dim": (1, math.inf),
+            "embedding_dim": (2, 2**20),
+            "hidden_dim": (1, 2**20),
             "num_particles": (1, math.inf),
             "devices": (1, math.inf),
             "workers": (0, math.inf),

@@ -7,9 +7,11 @@ import itertools
 import logging
 import math
 import os
+import pickle
 import shutil
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -37,7 +39,8 @@ from pyro_vje.data import (
 )
 from pyro_vje.distributed import CPUSyncBatchNorm, GlobalNoise
 from pyro_vje.encoding import encode
-from pyro_vje.files import write_json
+from pyro_vje.files import check_form, write_json
+from pyro_vje.memory import BatchTooLarge, is_out_of_memory, largest_that_fits
 from pyro_vje.model import VJE
 from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
 from pyro_vje.objective import SymmetricELBO
@@ -49,6 +52,7 @@ from pyro_vje.runs import (
     WEIGHTS,
     RunInfo,
     build_model,
+    check_state,
     describe_run,
     read_info,
     save_posteriors,
@@ -271,6 +275,8 @@ def train(
         If a setting or the data are unusable.
     TrainingDiverged
         If the loss stops being finite; the last checkpoint stays.
+    BatchTooLarge
+        If the device's memory does not hold a step; the message says which batch size would fit.
     """
     unset = config.batch_size is None
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
@@ -302,19 +308,32 @@ def train(
     report = EpochReport(folder, train_set, _monitor_sets(config, info, train_set), info.view)
     vje.family.check(vje.embedding_dim, vje.settings)
     if resume:
-        _check_resumable(folder, info)
+        _check_resumable(folder, info, module)
     # Only now, with data and model at hand, is anything on disk touched.
     if _is_first_process():
         if overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, info.to_dict())
+    out_of_memory = False
     with _quiet_lightning():
         trainer = _trainer(folder, config, report, precision)
         try:
             trainer.fit(module, ckpt_path=folder / CHECKPOINTS / LAST if resume else None, weights_only=True)
         except SystemExit:  # how Lightning ends on Ctrl-C
             raise KeyboardInterrupt from None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory = True
+    if out_of_memory:  # outside of "except", where the error would keep the tensors of the step alive
+        fits = _batch_that_fits(module, precision, trainer.world_size)
+        advice = (
+            f"{fits} does (--batch-size {fits})" if fits else "nor does any smaller one: lower image_size"
+        )
+        raise BatchTooLarge(
+            f"batch_size {config.batch_size} does not fit in the memory of {module.device}; {advice}"
+        )
     if trainer.is_global_zero:
         device = next(vje.parameters()).device
         kept = {CALIBRATION: held_out, REFERENCE: reference_images(train_set, config.seed)}
@@ -324,6 +343,21 @@ def train(
         save_weights(folder, vje, info)
         report.draw(vje, info.classes)
     return folder
+
+
+def _batch_that_fits(module: Pretraining, precision: str, processes: int) -> int:
+    """Half of the batch size, or half of that, ...: the first at which a forward and backward pass succeeds, or 0."""
+    size, device = module.train_set.image_size, module.device
+
+    def attempt(batch: int) -> None:
+        module.zero_grad(set_to_none=True)
+        views = torch.randn(2, batch // processes, 3, size, size, device=device)
+        # Not the module, whose hooks would wait for the other processes.
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = module.objective.differentiable_loss(module.vje.model, module.vje.guide, views)
+        loss.backward()
+
+    return largest_that_fits(attempt, module.batch_size, processes)
 
 
 def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -349,15 +383,17 @@ def reference_images(train_set: ImageSet, seed: int) -> ImageSet:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's hints and its own deprecations off the user's screen."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
@@ -406,7 +442,7 @@ def _choose_folder(
     return config.resolved(), folder
 
 
-def _check_resumable(folder: Path, info: RunInfo) -> None:
+def _check_resumable(folder: Path, info: RunInfo, module: Pretraining) -> None:
     """Refuse to go on with a damaged checkpoint, or on other images than the run began with."""
     before = read_info(folder).train_images
     if before != info.train_images:
@@ -416,9 +452,31 @@ def _check_resumable(folder: Path, info: RunInfo) -> None:
         )
     path = folder / CHECKPOINTS / LAST
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {broken}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        form = {
+            "state_dict": dict,
+            "optimizer_states": list,
+            "lr_schedulers": list,
+            "loops": dict,
+            "callbacks": dict,
+        }
+        check_form(saved, {**form, "epoch": int, "global_step": int})
+        check_state(path, saved["state_dict"], module.state_dict())
+        (momenta,) = saved["optimizer_states"]
+        optimizer: Any = cast(dict[str, Any], module.configure_optimizers())["optimizer"]
+        optimizer.load_state_dict(momenta)
+        for parameter, state in optimizer.state.items():
+            check_state(path, state, {"momentum_buffer": parameter})
+    except pickle.UnpicklingError:  # whose text tells how to run what is in the file
+        raise ValueError(
+            f"{path} is no checkpoint of ours, and nothing in it was run: train anew with --overwrite"
+        ) from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is damaged ({error}): train anew with --overwrite") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged ({reason}): train anew with --overwrite") from None
 
 
 def _is_first_process() -> bool:
