@@ -73,6 +73,8 @@ class Journal:
                 if number:
                     self.done.add(values[0])
                 whole += len(line)
+        if not whole:
+            raise self._damaged()
         with open(path, "r+b") as file:
             file.truncate(whole)
 

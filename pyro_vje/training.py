@@ -94,6 +94,8 @@ class Pretraining(lightning.LightningModule):
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.begun = False
+        self.first_loss = torch.tensor(math.inf)
         self._generator: torch.Generator | None = None
         self._validated = False
 
@@ -138,6 +140,7 @@ class Pretraining(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Choose the epoch's order, also after resuming."""
+        self.begun = True
         self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -155,6 +158,8 @@ class Pretraining(lightning.LightningModule):
             loss = self.elbo(views)
         self._validated = True
         self._add("loss", loss.detach())
+        if self.global_step == 0:
+            self.first_loss = loss.detach()
         if batch_idx % PART_EVERY == 0 and self.trainer.progress_bar_callback is not None:
             for name in ("loss", "log_direction", "log_radius", "kl"):
                 if name in self.sums:
@@ -322,10 +327,17 @@ def train(
             trainer.fit(module, ckpt_path=folder / CHECKPOINTS / LAST if resume else None, weights_only=True)
         except SystemExit:  # how Lightning ends on Ctrl-C
             raise KeyboardInterrupt from None
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+        except Exception as error:
+            out_of_memory = is_out_of_memory(error)
+            restoring = resume and not module.begun and not isinstance(error, ValueError | OSError)
+            if (
+                restoring and not out_of_memory
+            ):  # a whole archive, but Lightning finds not in it what it looks for
+                raise ValueError(
+                    f"{folder} cannot be gone on with ({type(error).__name__}: {error}): train anew with --overwrite"
+                ) from error
+            if not out_of_memory:
                 raise
-            out_of_memory = True
     if out_of_memory:  # outside of "except", where the error would keep the tensors of the step alive
         fits = _batch_that_fits(module, precision, trainer.world_size)
         advice = (
@@ -450,7 +462,11 @@ def _check_resumable(folder: Path, info: RunInfo, module: Pretraining) -> None:
             f"{folder} was trained on {before} images, but now there are {info.train_images}: the held-out images "
             "would no longer be those that calibrate it; restore the data, or train anew with --overwrite"
         )
-    path = folder / CHECKPOINTS / LAST
+    _check_checkpoint(folder / CHECKPOINTS / LAST, module)
+
+
+def _check_checkpoint(path: Path, module: Pretraining) -> None:
+    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
             if (broken := archive.testzip()) is not None:
