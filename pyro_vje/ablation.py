@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import re
@@ -28,7 +27,7 @@ from typing import Any
 from pyro_vje.comparison import Cell, format_csv, format_table, plot_cells, text
 from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.evaluation import features_of, load_split, probe
-from pyro_vje.files import is_begun, write_atomic, write_json
+from pyro_vje.files import check_form, is_begun, read_json, write_atomic, write_json
 from pyro_vje.likelihoods import SETTINGS, get_family
 from pyro_vje.monitoring import HEALTH_IMAGES
 from pyro_vje.runs import (
@@ -160,9 +159,11 @@ def _check_folder(folder: Path, fixed: dict[str, Any], names: Sequence[str]) -> 
         if is_begun(folder):
             raise FileExistsError(f"{folder} exists and holds no ablation: name another folder with --out")
         return
-    stored = json.loads((folder / SUMMARY).read_text())
+    form = {"axes": list, "fixed": dict}
+    stored = read_json(folder / SUMMARY, lambda values: check_form(values, form))
     old, new = (
-        {**dict.fromkeys(n, "varied"), **f} for n, f in ((stored["axes"], stored["fixed"]), (names, fixed))
+        {**dict.fromkeys(map(str, n), "varied"), **f}
+        for n, f in ((stored["axes"], stored["fixed"]), (names, fixed))
     )
     for name in sorted(old.keys() | new.keys()):
         default = TrainConfig().to_dict().get(name)  # a setting that the version before did not have
@@ -210,10 +211,7 @@ def _measure(config: TrainConfig, folder: Path) -> tuple[dict[str, float], dict[
     # The plug-ins in the run folder are those that the caller has just named.
     device = default_device()
     run = load_run(folder, trust_plugins=True, device=device)
-    with open(folder / METRICS, newline="") as file:
-        history = list(csv.DictReader(file))
-    measures = {name: float(history[-1][name]) for name in ("loss", "effective_rank", "posterior_snr")}
-    measures["seconds"] = round(sum(float(row["seconds"]) for row in history), 3)
+    measures = _read_measures(folder / METRICS)
     protocols: dict[str, Any] = {
         "loss": {"unit": "nats an image", "epoch": "last"},
         "health": {"images": min(HEALTH_IMAGES, run.info.train_images), "split": "train", "epoch": "last"},
@@ -233,16 +231,23 @@ def _measure(config: TrainConfig, folder: Path) -> tuple[dict[str, float], dict[
     return measures, protocols
 
 
+def _read_measures(path: Path) -> dict[str, float]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            history = list(csv.DictReader(file))
+        measures = {name: float(history[-1][name]) for name in ("loss", "effective_rank", "posterior_snr")}
+        return {**measures, "seconds": round(sum(float(row["seconds"]) for row in history), 3)}
+    except (ValueError, TypeError, LookupError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove {path.parent}, and the cell is trained anew"
+        ) from None
+
+
 # Summary --------------------------------------------------------------------------------------------------------------
 
 
 def _read_cells(folder: Path) -> list[Cell]:
-    cells = []
-    for path in sorted((folder / CELLS).glob("*.json")):
-        values = json.loads(path.read_text())
-        values = {field.name: values[field.name] for field in dataclasses.fields(Cell)}
-        cells.append(Cell(**{**values, "config": TrainConfig.from_dict(values["config"])}))
-    return cells
+    return [read_json(path, Cell.from_dict) for path in sorted((folder / CELLS).glob("*.json"))]
 
 
 def _summarise(folder: Path, fixed: dict[str, Any], names: Sequence[str]) -> AblationResult:

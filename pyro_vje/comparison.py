@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.files import write_atomic
+from pyro_vje.files import check_form, write_atomic
 from pyro_vje.likelihoods import FAMILIES, SETTINGS
 from pyro_vje.pictures import BLUE, GREY, VERMILION
 
@@ -57,6 +57,28 @@ class Cell:
     error: str | None
     measures: dict[str, float]
     protocols: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Cell:
+        """Read what `dataclasses.asdict` gives, with the configuration as its `TrainConfig.to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If something is missing or of another type.
+        """
+        form = {
+            "name": str,
+            "config": dict,
+            "status": str,
+            "error": str | None,
+            "measures": dict,
+            "protocols": dict,
+        }
+        kept = {name: check_form(values, form)[name] for name in form}
+        check_form(kept["measures"], dict.fromkeys(kept["measures"], int | float))
+        check_form(kept["protocols"], dict.fromkeys(kept["protocols"], dict))
+        return cls(**{**kept, "config": TrainConfig.from_dict(kept["config"])})
 
 
 def text(value: Any) -> str:

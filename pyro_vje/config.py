@@ -121,8 +121,8 @@ class TrainConfig:
         ranges: dict[str, tuple[float, float]] = {
             "epochs": (1, math.inf),
             "batch_size": (2, math.inf),  # batch norm needs two images
-            "embedding_dim": (2, math.inf),
-            "hidden_dim": (1, math.inf),
+            "embedding_dim": (2, 2**20),
+            "hidden_dim": (1, 2**20),
             "num_particles": (1, math.inf),
             "devices": (1, math.inf),
             "workers": (0, math.inf),
@@ -138,7 +138,12 @@ class TrainConfig:
             value = getattr(self, name)
             if not (low <= value < high if math.isinf(high) else low <= value <= high):
                 upper = "" if math.isinf(high) else f" and at most {high}"
-                raise ValueError(f"{name} must be at least {low}{upper}, not {value}")
+                why = (
+                    " (batch norm has no statistics of one image)"
+                    if (name, value) == ("batch_size", 1)
+                    else ""
+                )
+                raise ValueError(f"{name} must be at least {low}{upper}, not {value}{why}")
         if self.image_size is not None and self.image_size < 8:
             raise ValueError(f"image_size must be at least 8 pixels, not {self.image_size}")
         if self.df is not None and not self.df > 0:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vje.data import CleanView, ImageSet, iter_batches
+from pyro_vje.memory import InParts
 from pyro_vje.model import VJE
 
 
@@ -56,16 +57,25 @@ class Encoded(NamedTuple):
 def encode_batches(
     vje: VJE, images: ImageSet, view: CleanView, *, batch_size: int = 256, device: str | torch.device = "cpu"
 ) -> Iterator[Encoded]:
-    """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device."""
+    """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device.
+
+    A batch that does not fit in the device's memory becomes several (`pyro_vje.memory.InParts`).
+    """
+
+    @torch.no_grad()
+    def run(batch: Tensor) -> tuple[Tensor, ...]:
+        features = vje.features(view(batch.to(device)))
+        embeddings = vje.project(features)
+        return features, embeddings, *vje.posterior(embeddings)
+
+    in_parts = InParts(run)
     was_training = vje.training
     vje.eval()
     try:
         for indices, batch in iter_batches(images, batch_size):
-            with torch.no_grad():
-                features = vje.features(view(batch.to(device)))
-                embeddings = vje.project(features)
-                loc, scale = vje.posterior(embeddings)
-            yield Encoded(indices, features, embeddings, loc, scale)
+            for encoded in in_parts(batch):
+                yield Encoded(indices[: len(encoded[0])], *encoded)
+                indices = indices[len(encoded[0]) :]
     finally:
         vje.train(was_training)
 

@@ -17,6 +17,7 @@ from pyro_vje import metrics, pictures
 from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, iter_batches, load_dataset, views_for
 from pyro_vje.encoding import Encoded, encode
 from pyro_vje.files import write_json
+from pyro_vje.memory import InParts
 from pyro_vje.model import VJE
 from pyro_vje.probes import probe_views, sgd_probe
 from pyro_vje.runs import PICTURES, LoadedRun, build_model, default_device, load_run
@@ -130,9 +131,9 @@ def _embed_views(
     device = next(vje.parameters()).device
     generator = torch.Generator(device).manual_seed(derive_seed("alignment", seed))
     parts = []
+    embed = InParts(torch.no_grad()(vje.embed))
     for _, batch in iter_batches(images, batch_size):
-        with torch.no_grad():
-            embeddings = vje.embed(views(batch.to(device), generator).flatten(0, 1))
+        embeddings = torch.cat(embed(views(batch.to(device), generator).flatten(0, 1)))
         parts.append(embeddings.unflatten(0, (2, -1)).cpu())
     first, second = torch.cat(parts, dim=1)
     return first, second

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and folders so that only one process writes."""
+"""Writing files so that a reader never sees half of one, reading JSON that may be damaged, one writer a folder."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 try:
     import fcntl
@@ -132,3 +134,41 @@ def check_writable(path: Path) -> Path:
 def write_json(path: Path, values: Any) -> Path:
     """Write ``values`` as indented JSON, atomically; NaN and infinities are refused."""
     return write_atomic(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of a JSON text; whatever is wrong with it is a ``ValueError``."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check_form(values: Any, form: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that ``values`` is an object whose entries named in ``form`` are of the types there, and return it.
+
+    Raises
+    ------
+    ValueError
+        If it is no object, or an entry is missing or of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds {type(values).__name__}, not an object")
+    for name, kind in form.items():
+        value = values.get(name)
+        # bool is an int to isinstance, and true is no number
+        if (
+            name not in values
+            or not isinstance(value, kind)
+            or (isinstance(value, bool) and kind is not bool)
+        ):
+            raise ValueError(f"{name} is missing or no {getattr(kind, '__name__', kind)}")
+    return values
+
+
+def read_json(path: Path, read: Callable[[Any], T]) -> T:
+    """What ``read`` makes of a JSON file's value; a ``ValueError`` of either names the file."""
+    try:
+        return read(parse_json(path.read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

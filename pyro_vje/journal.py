@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_vje.data import ImageSet
-from pyro_vje.files import write_atomic
+from pyro_vje.files import parse_json, write_atomic
 
 
 class Table(NamedTuple):
@@ -34,17 +34,19 @@ class Journal:
         The file; without ``resume`` it is begun anew.
     fingerprint : dict
         What rows depend on.
+    width : int
+        Numbers in a row.
 
     Raises
     ------
     FileNotFoundError
         If there is nothing to resume from.
     ValueError
-        If the file's rows were made in another way.
+        If the file's rows were made in another way, or the file is damaged.
     """
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], *, resume: bool) -> None:
-        self.path = path
+    def __init__(self, path: Path, fingerprint: dict[str, Any], width: int, *, resume: bool) -> None:
+        self.path, self.width = path, width
         self.done: set[str] = set()
         if not resume:
             write_atomic(path, json.dumps(fingerprint) + "\n")
@@ -56,7 +58,7 @@ class Journal:
             for number, line in enumerate(file):
                 if not line.endswith(b"\n"):  # what a kill cut off is scored again
                     break
-                values = _parse(path, line)
+                values = self._parse(line) if number == 0 else self._row(line)
                 if number == 0 and values != fingerprint:
                     changed = [
                         name
@@ -66,9 +68,13 @@ class Journal:
                     raise ValueError(
                         f"{path} was made with other settings ({', '.join(changed)}): score again without --resume"
                     )
+                if number and values[0] in self.done:
+                    raise self._damaged()
                 if number:
                     self.done.add(values[0])
                 whole += len(line)
+        if not whole:
+            raise self._damaged()
         with open(path, "r+b") as file:
             file.truncate(whole)
 
@@ -82,27 +88,39 @@ class Journal:
             file.writelines(lines)
 
     def read(self, images: ImageSet) -> Table:
-        """All rows, in the order of the images."""
+        """All rows, in the order of the images; raises ``ValueError`` for a row of an image that is not there."""
         position = {path: i for i, path in enumerate(images.paths)}
         positions, rows, failed = [], [], []
         with open(self.path, "rb") as file:
             next(file)
             for line in file:
-                path, values = _parse(self.path, line)
+                path, values = self._row(line)
+                if path not in position:
+                    raise self._damaged()
                 if isinstance(values, str):
                     failed.append((path, values))
                 else:
                     positions.append(position[path])
                     rows.append(np.array(values))
         order = np.argsort(positions, kind="stable")
-        numbers = np.stack(rows)[order] if rows else np.empty((0, 1))
+        numbers = np.stack(rows)[order] if rows else np.empty((0, self.width))
         return Table(
             torch.tensor(positions, dtype=torch.int64)[order], numbers[:, 0], numbers[:, 1:], sorted(failed)
         )
 
+    def _damaged(self) -> ValueError:
+        return ValueError(f"{self.path} is damaged: score again without --resume")
 
-def _parse(path: Path, line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        raise ValueError(f"{path} is damaged: score again without --resume") from None
+    def _parse(self, line: bytes) -> Any:
+        try:
+            return parse_json(line)
+        except ValueError:
+            raise self._damaged() from None
+
+    def _row(self, line: bytes) -> tuple[str, str | list[float]]:
+        match self._parse(line):
+            case [str(path), str(reason)]:
+                return path, reason
+            case [str(path), [*numbers]] if list(map(type, numbers)) == [float] * self.width:
+                return path, numbers
+        raise self._damaged()

@@ -569,7 +569,7 @@ def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int)
     if not snr >= MIN_POSTERIOR_SNR:
         found.append(
             f"the posterior is mostly noise, its mean {snr:.2f} times the norm of its noise "
-            f"(below {MIN_POSTERIOR_SNR}): lower kl_weight"
+            f"(below {MIN_POSTERIOR_SNR}): lower kl_weight, or raise epochs where it is low already"
         )
     return "; ".join(found) or None
 

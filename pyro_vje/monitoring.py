@@ -27,6 +27,12 @@ log = logging.getLogger("pyro_vje")
 
 HEALTH_IMAGES = 2048
 """Training images on which effective rank, spread and signal-to-noise are measured."""
+MAX_RISE = 10.0
+"""Nats a dimension above the best epoch at which the loss counts as exploding; healthy runs stay within 3 of it."""
+FEW_IMAGES = 8
+"""In a batch below this the mean of a feature is off by a third of its deviation (1/√8) or more."""
+CHECK_EVERY = 100
+"""Steps between looks at whether the loss is finite: each waits for the device."""
 MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
 """Most images that the k-NN monitor uses; `evaluate` uses all."""
 
@@ -80,6 +86,11 @@ class EpochReport(lightning.pytorch.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Say so where the images look like the one-class protocol and all classes are trained on."""
         config: TrainConfig = cast(Any, pl_module).config
+        if trainer.is_global_zero and (config.batch_size or 0) < FEW_IMAGES:
+            log.warning(
+                "batch norm has %d images for its statistics: raise batch_size to %d or more",
+                *(config.batch_size, FEW_IMAGES),
+            )
         labels, classes = self.health_set.labels, self.health_set.classes or ()
         if not trainer.is_global_zero or config.normal_class is not None or labels is None:
             return
@@ -91,6 +102,11 @@ class EpochReport(lightning.pytorch.Callback):
         """Start the epoch's clock."""
         self.started = time.perf_counter()
 
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *arguments: Any) -> None:
+        """Stop long before the end of an epoch of many steps."""
+        if trainer.global_step % CHECK_EVERY == 0 and not math.isfinite(pl_module.sums["loss"].item()):
+            raise _diverged(f"the loss became not finite by step {trainer.global_step}", pl_module.config)
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the row, print a line where there is no progress bar, and check the run's health."""
         module: Any = pl_module  # a `pyro_vje.training.Pretraining`, which imports this file
@@ -100,14 +116,19 @@ class EpochReport(lightning.pytorch.Callback):
         row["images_per_second"] = round(trainer.num_training_batches * module.batch_size / seconds, 1)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isfinite(row["loss"]):
-            raise TrainingDiverged(
-                f"the loss became {row['loss']} in epoch {row['epoch']}: lower lr (now {module.config.lr}), raise "
-                f"warmup_epochs (now {module.config.warmup_epochs:g}), or train with precision 32"
+            raise _diverged(f"the loss became {row['loss']} in epoch {row['epoch']}", module.config)
+        best = min((earlier["loss"] for earlier in self.rows), default=module.first_loss.item())
+        rise = (row["loss"] - best) / module.vje.embedding_dim
+        if trainer.is_global_zero and rise > MAX_RISE and "loss" not in self.warned:
+            self.warned.add("loss")
+            log.warning(
+                "epoch %d: the loss explodes, %.0f nats a dimension above its best (more than %g): %s",
+                *(row["epoch"], rise, MAX_RISE, _gentler(module.config)),
             )
         every = module.config.knn_every or 0
         last = row["epoch"] == trainer.max_epochs
         if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
-            row.update(self._measure(module.vje))
+            row.update(self._measure(module.vje, module.config))
             # A young posterior is noise in every run; what matters is whether it stays so.
             young = max(module.config.warmup_epochs or 0, (trainer.max_epochs or 0) / 2)
             if last or row["epoch"] > young:
@@ -133,9 +154,11 @@ class EpochReport(lightning.pytorch.Callback):
         labels = None if shown.labels is None else shown.labels[encoded.indices]
         pictures.plot_embedding(encoded.embeddings, labels, classes, folder / "embedding.png")
 
-    def _measure(self, vje: VJE) -> dict[str, float]:
+    def _measure(self, vje: VJE, config: TrainConfig) -> dict[str, float]:
         device = next(vje.parameters()).device
         encoded = encode(vje, self.health_set, self.view, device=device)
+        if not all(tensor.isfinite().all() for tensor in encoded):
+            raise _diverged("the embeddings are not finite after an epoch whose loss was", config)
         row = {
             "effective_rank": metrics.effective_rank(encoded.features),
             "spread": metrics.embedding_spread(encoded.embeddings),
@@ -169,6 +192,14 @@ class EpochReport(lightning.pytorch.Callback):
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomic(self.path, text.getvalue())
+
+
+def _gentler(config: TrainConfig) -> str:
+    return f"lower lr (now {config.lr:g}), raise warmup_epochs (now {config.warmup_epochs:g}), or use precision 32"
+
+
+def _diverged(what: str, config: TrainConfig) -> TrainingDiverged:
+    return TrainingDiverged(f"{what}: {_gentler(config)}")
 
 
 def evenly_spread(size: int, most: int) -> Tensor:

@@ -23,7 +23,7 @@ def import_reference(reference: str) -> object:
     Raises
     ------
     ValueError
-        If the module cannot be found or has no such attribute.
+        If the module cannot be found or imported, or has no such attribute.
     """
     module_name, _, attribute = reference.partition(":")
     # A console script does not have the current folder on its path, and a user's file usually lies there.
@@ -33,12 +33,13 @@ def import_reference(reference: str) -> object:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != module_name and not module_name.startswith(f"{error.name}."):
-            raise  # the user's module exists, and something it imports does not
-        raise ValueError(
-            f"{reference!r}: there is no module {module_name!r} in the current folder or the environment"
-        ) from None
+    except Exception as error:  # the user's code may raise anything
+        name = error.name if isinstance(error, ModuleNotFoundError) else None
+        if name is not None and (name == module_name or module_name.startswith(f"{name}.")):
+            raise ValueError(
+                f"{reference!r}: there is no module {module_name!r} in the current folder or the environment"
+            ) from None
+        raise ValueError(f"{reference!r}: importing it failed ({type(error).__name__}: {error})") from error
     finally:
         if added:
             sys.path.remove(here)

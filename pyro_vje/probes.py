@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, derive_seed, iter_batches, views_for
+from pyro_vje.memory import InParts
 
 log = logging.getLogger("pyro_vje")
 
@@ -101,11 +102,11 @@ def sgd_probe(
     bias = torch.zeros(len(weight), device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=MOMENTUM)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    in_parts = InParts(torch.no_grad()(features))
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(train_set), generator=generator)
         for index, images in _batches(train_set, order, batch_size):
-            with torch.no_grad():
-                inputs = features(views.one(images.to(device), view_generator))
+            inputs = torch.cat(in_parts(views.one(images.to(device), view_generator)))
             loss = cross_entropy(linear(inputs, weight, bias), labels[index].to(device))
             optimizer.zero_grad()
             loss.backward()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import logging
 import math
 import multiprocessing
@@ -37,7 +36,7 @@ from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.detectors import DETECTORS
 from pyro_vje.encoding import encode
 from pyro_vje.evaluation import load_split, pixels
-from pyro_vje.files import is_begun, write_atomic, write_json
+from pyro_vje.files import check_form, is_begun, read_json, write_atomic, write_json
 from pyro_vje.interruption import follow_parent
 from pyro_vje.runs import (
     REFERENCE,
@@ -216,7 +215,7 @@ def one_class(
 
 
 def _done(path: Path) -> bool:
-    return path.is_file() and not json.loads(path.read_text())["status"].startswith("failed")
+    return path.is_file() and not read_json(path, _cell)["status"].startswith("failed")
 
 
 def _take_share(places: Any, jobs: int) -> None:
@@ -327,11 +326,24 @@ def _settings(base: TrainConfig) -> dict[str, Any]:
     return {k: v for k, v in resolved.items() if k not in ("normal_class", "seed", "download", "workers")}
 
 
+def _table(values: Any) -> dict[str, Any]:
+    return check_form(values, {"settings": dict})
+
+
+def _cell(values: Any) -> dict[str, Any]:
+    check_form(values, {"normal": str, "seed": int, "status": str, "scores": list})
+    for score in values["scores"]:
+        check_form(score, {"score": str, "on": str, "auroc": float, "auroc_95": list})
+        if list(map(type, score["auroc_95"])) != [float, float]:
+            raise ValueError(f"auroc_95 is {score['auroc_95']}, not two numbers")
+    return values
+
+
 def _open(folder: Path, settings: dict[str, Any]) -> Path:
     """Create the folder, or check that it holds the same protocol with the same settings."""
     path = folder / f"{TABLE}.json"
     if path.is_file():
-        stored = json.loads(path.read_text())["settings"]
+        stored = read_json(path, _table)["settings"]
         changed = sorted(k for k in stored.keys() | settings.keys() if stored.get(k) != settings.get(k))
         if changed:
             raise FileExistsError(
@@ -347,9 +359,9 @@ def _open(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def _summarise(folder: Path) -> ProtocolResult:
-    cells = [json.loads(path.read_text()) for path in sorted((folder / CELLS).glob("*.json"))]
+    cells = [read_json(path, _cell) for path in sorted((folder / CELLS).glob("*.json"))]
     rows = rows_of(cells)
-    stored = json.loads((folder / f"{TABLE}.json").read_text())
+    stored = read_json(folder / f"{TABLE}.json", _table)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     about = {"settings": stored["settings"], "versions": versions(), "date": date}
     write_json(folder / f"{TABLE}.json", {**about, "cells": cells})
@@ -365,7 +377,7 @@ def _summarise(folder: Path) -> ProtocolResult:
         names = [name for name in rows[0] if name != "auroc_95"]
         writer.writerow([*names, "auroc_low", "auroc_high"])
         for row in rows:
-            writer.writerow([*(row[name] for name in names), *row["auroc_95"]])
+            writer.writerow([*(row.get(name, "") for name in names), *row["auroc_95"]])
         write_atomic(folder / f"{TABLE}.csv", text.getvalue())
     return ProtocolResult(folder, rows, table)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,19 +24,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import DATASETS, CleanView, ImageSet
 from pyro_vje.encoders import build_encoder, describe_stem, feature_dim
 from pyro_vje.encoding import Posteriors
-from pyro_vje.files import write_atomic, write_json
+from pyro_vje.files import check_form, parse_json, read_json, write_atomic, write_json
 from pyro_vje.model import VJE
 from pyro_vje.plugins import is_reference
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MAX_IMAGE_SIZE = 8192
 CONFIG, WEIGHTS, CALIBRATION, REFERENCE, METRICS, CHECKPOINTS, PICTURES = (
     "config.json",
     "weights.safetensors",
@@ -52,6 +53,38 @@ def versions() -> dict[str, str]:
     """Versions of what makes the numbers: Python, this package and those under it."""
     packages = ("pyro-vje", "torch", "torchvision", "pyro-ppl", "lightning")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _from_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs of the first versions held nothing out, and had no setting to say so."""
+    config = values.get("config")
+    return values | ({"config": {"holdout": 0.0, **config}} if isinstance(config, dict) else {})
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+"""From each older schema version to the next: what a file of that version would say today."""
+
+
+def migrate(values: Any) -> dict[str, Any]:
+    """The content of ``config.json`` or of a file's header in the form of `SCHEMA_VERSION`.
+
+    Raises
+    ------
+    ValueError
+        If it has no version, or one that this package does not know.
+    """
+    try:
+        version = check_form(values, {"schema_version": int})["schema_version"]
+    except ValueError as error:
+        raise ValueError(f"{error}: not written by pyro-vje") from None
+    if version not in (*MIGRATIONS, SCHEMA_VERSION):
+        raise ValueError(
+            f"schema version {version}, but this pyro-vje reads {min(MIGRATIONS)} to {SCHEMA_VERSION}: "
+            "use the version that wrote it, or a newer one"
+        )
+    for step in range(version, SCHEMA_VERSION):
+        values = MIGRATIONS[step](values)
+    return {**values, "schema_version": SCHEMA_VERSION}
 
 
 @dataclass(frozen=True)
@@ -95,21 +128,14 @@ class RunInfo:
 
     @classmethod
     def from_dict(cls, values: Any) -> RunInfo:
-        """Read `to_dict`'s form.
+        """Read `to_dict`'s form, of this schema version or an older one.
 
         Raises
         ------
         ValueError
-            If it is of another schema version, or something is missing or of another type.
+            If it is of an unknown schema version, or something is missing, of another type or out of its range.
         """
-        if not isinstance(values, dict) or "schema_version" not in values:
-            raise ValueError("no schema_version: not written by pyro-vje")
-        if values["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema version {values['schema_version']!r}, but this pyro-vje reads {SCHEMA_VERSION}: "
-                "use the version that wrote it"
-            )
-        kinds: dict[str, Any] = {
+        form: dict[str, Any] = {
             "config": dict,
             "image_size": int,
             "mean": list,
@@ -118,15 +144,19 @@ class RunInfo:
             "train_images": int,
             "stem": str,
         }
-        for name, kind in kinds.items():
-            if name not in values or not isinstance(values[name], kind):
-                raise ValueError(f"{name} is missing or no {getattr(kind, '__name__', kind)}")
-        kept = {name: values[name] for name in kinds}
-        kept["config"] = TrainConfig.from_dict(kept["config"])
+        values = check_form(migrate(values), form)
+        kept = {name: values[name] for name in form}
+        kept["config"] = TrainConfig.from_dict(kept["config"]).resolved()
         kept["classes"] = None if kept["classes"] is None else tuple(map(str, kept["classes"]))
+        if not 1 <= kept["image_size"] <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must lie between 1 and {MAX_IMAGE_SIZE}, not {kept['image_size']}")
         for name in ("mean", "std"):
-            kept[name] = tuple(map(float, kept[name]))
-        kept["stem"] = str(kept["stem"])
+            numbers = kept[name]
+            if len(numbers) != 3 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in numbers):
+                raise ValueError(f"{name} must be three numbers between 0 and 1, not {numbers}")
+            kept[name] = tuple(map(float, numbers))
+        if not all(kept["std"]):
+            raise ValueError(f"std must be positive, not {kept['std']}")
         return cls(**kept)
 
 
@@ -139,8 +169,10 @@ class LoadedRun:
     folder: Path | None
 
 
-def build_model(config: TrainConfig, image_size: int) -> VJE:
+def build_model(config: TrainConfig, image_size: int, features: int | None = None) -> VJE:
     """A freshly initialised model; the same configuration gives the same weights.
+
+    ``features`` is the width of the encoder's output, which is measured where it is not known.
 
     Raises
     ------
@@ -152,18 +184,22 @@ def build_model(config: TrainConfig, image_size: int) -> VJE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = build_encoder(config.encoder, image_size)
-        return VJE(
-            encoder,
-            feature_dim(encoder, image_size),
-            embedding_dim=config.embedding_dim,
-            hidden_dim=config.hidden_dim,
-            likelihood=config.likelihood,
-            df=config.df,
-            unit_radius=config.unit_radius,
-            radius=config.radius,
-            kl_weight=config.kl_weight,
-            shared_variance=config.shared_variance,
-        )
+        return _model(config, encoder, features or feature_dim(encoder, image_size))
+
+
+def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
+    return VJE(
+        encoder,
+        features,
+        embedding_dim=config.embedding_dim,
+        hidden_dim=config.hidden_dim,
+        likelihood=config.likelihood,
+        df=config.df,
+        unit_radius=config.unit_radius,
+        radius=config.radius,
+        kl_weight=config.kl_weight,
+        shared_variance=config.shared_variance,
+    )
 
 
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
@@ -185,7 +221,8 @@ def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
 def save_posteriors(path: Path, posteriors: Posteriors) -> Path:
     """Write embeddings and posteriors of a run's images: 12 bytes a feature and image."""
     tensors = {name: value.contiguous() for name, value in posteriors._asdict().items()}
-    return write_atomic(path, safetensors_bytes(tensors))
+    header = {HEADER_KEY: json.dumps({"schema_version": SCHEMA_VERSION})}
+    return write_atomic(path, safetensors_bytes(tensors, header))
 
 
 def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
@@ -194,23 +231,22 @@ def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
     Raises
     ------
     ValueError
-        If the file is damaged or does not fit the model.
+        If the file is damaged, of an unknown version or does not fit the model.
     """
     path = None if run.folder is None else run.folder / name
     if path is None or not path.is_file():
         return None
+    header, tensors = _read_tensors(path)
     try:
-        tensors = safetensors_load(path.read_bytes())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-    loaded = [tensors.get(field) for field in Posteriors._fields]
-    shape = (len(loaded[0]) if loaded[0] is not None and loaded[0].dim() else 0, run.vje.embedding_dim)
-    for tensor in loaded:
-        if tensor is None or tensor.shape != shape or not len(tensor) or not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{path} does not fit the model: it must hold finite embeddings, loc and scale {shape}"
-            )
-    return Posteriors(*(tensor.float() for tensor in loaded if tensor is not None))
+        migrate({"schema_version": 1} if header is None else parse_json(header))  # version 1 had no header
+    except ValueError as error:
+        raise ValueError(f"header of {path}: {error}") from None
+    images = len(next(iter(tensors.values()))) if tensors and all(t.dim() for t in tensors.values()) else 0
+    wanted = torch.empty(images, run.vje.embedding_dim, device="meta")
+    check_state(path, tensors, dict.fromkeys(Posteriors._fields, wanted))
+    if not images or not (tensors["scale"] > 0).all():
+        raise ValueError(f"{path} holds no image, or a scale that is not positive")
+    return Posteriors(**tensors)
 
 
 def read_info(folder: Path) -> RunInfo:
@@ -228,10 +264,7 @@ def read_info(folder: Path) -> RunInfo:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it holds no {CONFIG}")
-    try:
-        return RunInfo.from_dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return read_json(path, RunInfo.from_dict)
 
 
 def default_device() -> str:
@@ -276,29 +309,47 @@ def load_run(
                 f"{path} uses the {setting} {name!r}, which is code outside this package: if you trust it, say so "
                 "(--trust-plugins, or trust_plugins=True)"
             )
-    vje = build_model(info.config, info.image_size)
-    _check_state(path, state, vje.state_dict())
+    # All but the encoder first, and without memory: a damaged configuration may ask for more than there is.
+    projector = state.get("projector.0.weight", torch.empty(1, 1))
+    features = projector.shape[-1] if projector.dim() == 2 else 1
+    with torch.device("meta"):
+        head = _model(info.config, nn.Identity(), features).state_dict()
+    check_state(path, {name: t for name, t in state.items() if not name.startswith("encoder.")}, head)
+    vje = build_model(info.config, info.image_size, features)
+    check_state(path, state, vje.state_dict())
     vje.load_state_dict(state)
     vje.encoder.to(memory_format=torch.channels_last)  # as in training: convolutions are fastest so
     return LoadedRun(vje.to(device).eval().requires_grad_(False), info, folder)
 
 
-def _read_weights(path: Path) -> tuple[RunInfo, dict[str, Tensor]]:
+def _read_tensors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    """This package's entry in the header of a safetensors file, and its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER_KEY)
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def _read_weights(path: Path) -> tuple[RunInfo, dict[str, Tensor]]:
+    header, state = _read_tensors(path)
     if header is None:
         raise ValueError(f"{path} was not written by pyro-vje: its header has no {HEADER_KEY!r} entry")
     try:
-        return RunInfo.from_dict(json.loads(header)), state
+        return RunInfo.from_dict(parse_json(header)), state
     except ValueError as error:
         raise ValueError(f"header of {path}: {error}") from None
 
 
-def _check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Check that tensors read from ``path`` have the names, shapes and types of ``wanted``, and finite values.
+
+    Raises
+    ------
+    ValueError
+        If not, naming the first that is wrong.
+    """
     if state.keys() != wanted.keys():
         names = sorted(state.keys() ^ wanted.keys())
         raise ValueError(

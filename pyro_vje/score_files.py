@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pyro_vje import pictures
-from pyro_vje.data import ImageSet
+from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.files import write_atomic
 from pyro_vje.journal import Table
 from pyro_vje.report import ReportData, render_report
@@ -128,6 +128,14 @@ def _ends(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.unique(np.concatenate([order[:k], order[len(order) - k :]]))
 
 
+def _image(images: ImageSet, i: int) -> torch.Tensor:
+    """Image ``i`` of a set, uint8 ``(3, S, S)``; grey where its file has gone since it was scored."""
+    try:
+        return images.images[i]
+    except ImageError:
+        return torch.full((3, images.image_size, images.image_size), 128, dtype=torch.uint8)
+
+
 def draw(csv_path: Path, scored: Scored) -> None:
     """Draw the histogram, the two factors, and the strangest images into a folder beside the CSV."""
     table = scored.table
@@ -141,7 +149,7 @@ def draw(csv_path: Path, scored: Scored) -> None:
             direction, radius, scored.is_anomaly, folder / f"{name}_direction_radius.png"
         )
     ends = _ends(table.scores)
-    shown = torch.stack([scored.images.images[int(table.positions[row])] for row in ends])
+    shown = torch.stack([_image(scored.images, int(table.positions[row])) for row in ends])
     pictures.plot_strangest(shown, table.scores[ends], folder / f"{name}_strangest.png", k=SHOWN)
 
 
@@ -150,7 +158,7 @@ def report(summary: dict[str, Any], scored: Scored) -> str:
     images, table = scored.images, scored.table
 
     def thumbnails(rows: Sequence[int]) -> list[Image.Image]:
-        found = (images.images[int(table.positions[row])] for row in rows)
+        found = (_image(images, int(table.positions[row])) for row in rows)
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
 
     decision, found = summary["decision"] or {}, summary["metrics"]

@@ -28,6 +28,7 @@ from pyro_vje.encoding import Posteriors, encode, encode_batches
 from pyro_vje.evaluation import load_split
 from pyro_vje.files import check_writable, write_atomic, write_json
 from pyro_vje.journal import Journal
+from pyro_vje.memory import InParts
 from pyro_vje.runs import (
     CALIBRATION,
     REFERENCE,
@@ -215,7 +216,7 @@ def score(
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": hashlib.sha256("\0".join(images.paths).encode(errors="surrogateescape")).hexdigest(),
     }
-    journal = Journal(target.with_name(target.name + ".part"), fingerprint, resume=resume)
+    journal = Journal(target.with_name(target.name + ".part"), fingerprint, 1 + len(PARTS), resume=resume)
     _score_all(run, scorer, settings, images, journal, batch_size)
     table = journal.read(images)
     if not len(table.positions):
@@ -330,8 +331,11 @@ def posteriors_of(
         return
     views, _ = views_for(run.info.config.dataset, run.info.image_size)
     draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
+    in_parts = InParts(lambda batch: augmented_pairs(run.vje, views, batch.to(device), **draw))
     for index, batch in iter_batches(images, batch_size):
-        yield index, augmented_pairs(run.vje, views, batch.to(device), **draw)
+        for pairs in in_parts(batch):
+            yield index[: len(pairs[0].loc)], pairs
+            index = index[len(pairs[0].loc) :]
 
 
 def calibration_scores(run: LoadedRun, scorer: Scorer, settings: ScoreSettings) -> NDArray[np.float64] | None:

@@ -7,11 +7,13 @@ import itertools
 import logging
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
 import sys
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -41,7 +43,7 @@ from pyro_vje.data import (
 )
 from pyro_vje.distributed import CPUSyncBatchNorm, GlobalNoise
 from pyro_vje.encoding import encode
-from pyro_vje.files import LOCK, is_begun, locked, write_json
+from pyro_vje.files import LOCK, check_form, is_begun, locked, write_json
 from pyro_vje.interruption import (
     Interrupted,
     StopRequest,
@@ -49,6 +51,7 @@ from pyro_vje.interruption import (
     raise_interrupted,
     restored_handlers,
 )
+from pyro_vje.memory import BatchTooLarge, is_out_of_memory, largest_that_fits
 from pyro_vje.model import VJE
 from pyro_vje.monitoring import MONITOR_TEST, MONITOR_TRAIN, EpochReport, evenly_spread
 from pyro_vje.objective import ELBO, SymmetricELBO, own_objective
@@ -60,6 +63,7 @@ from pyro_vje.runs import (
     WEIGHTS,
     RunInfo,
     build_model,
+    check_state,
     describe_run,
     read_info,
     save_posteriors,
@@ -102,6 +106,8 @@ class Pretraining(lightning.LightningModule):
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.begun = False
+        self.first_loss = torch.tensor(math.inf)
         self._generator: torch.Generator | None = None
         self._validated = False
 
@@ -146,6 +152,7 @@ class Pretraining(lightning.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Choose the epoch's order, also after resuming."""
+        self.begun = True
         self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -163,6 +170,8 @@ class Pretraining(lightning.LightningModule):
             loss = self.elbo(views) if self.own_objective is None else self.own_objective(self.vje, views)
         self._validated = True
         self._add("loss", loss.detach())
+        if self.global_step == 0:
+            self.first_loss = loss.detach()
         if batch_idx % PART_EVERY == 0 and self.trainer.progress_bar_callback is not None:
             for name in ("loss", "log_direction", "log_radius", "kl"):
                 if name in self.sums:
@@ -305,6 +314,8 @@ def train(
         If the loss stops being finite; the last checkpoint stays.
     Interrupted
         On SIGINT, and on SIGTERM during the epochs: the step is finished and a checkpoint written.
+    BatchTooLarge
+        If the device's memory does not hold a step; the message says which batch size would fit.
     """
     unset = config.batch_size is None
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
@@ -355,7 +366,7 @@ def _train(
     vje.family.check(vje.embedding_dim, vje.settings)
     checkpoint = folder / CHECKPOINTS / LAST
     if resume:
-        _check_resumable(folder, info, checkpoint)
+        _check_resumable(folder, info, module, checkpoint)
     # Only now, with data and model at hand, is anything on disk touched.
     if _is_first_process():
         if not (folder / CONFIG).is_file():
@@ -367,6 +378,7 @@ def _train(
             _empty(folder)
         write_json(folder / CONFIG, info.to_dict())
     stop = StopRequest()
+    out_of_memory = False
     with _quiet_lightning():
         trainer = _trainer(folder, config, [report, Checkpoints(checkpoint, stop)], precision)
         begun = resume and checkpoint.is_file()
@@ -378,8 +390,25 @@ def _train(
                 sys.exit(0)
         except SystemExit:  # how Lightning ends when it is interrupted
             stop.signum = stop.signum or signal.SIGINT
+        except Exception as error:
+            out_of_memory = is_out_of_memory(error)
+            restoring = begun and not module.begun and not isinstance(error, ValueError | OSError)
+            if restoring and not out_of_memory:  # a whole archive, but not what Lightning looks for in it
+                raise ValueError(
+                    f"{folder} cannot be gone on with ({type(error).__name__}: {error}): train anew with --overwrite"
+                ) from error
+            if not out_of_memory:
+                raise
     if stop.signum:
         raise_interrupted(stop.signum, None)
+    if out_of_memory:  # outside of "except", where the error would keep the tensors of the step alive
+        fits = _batch_that_fits(module, precision, trainer.world_size)
+        advice = (
+            f"{fits} does (--batch-size {fits})" if fits else "nor does any smaller one: lower image_size"
+        )
+        raise BatchTooLarge(
+            f"batch_size {config.batch_size} does not fit in the memory of {module.device}; {advice}"
+        )
     if trainer.is_global_zero:
         device = next(vje.parameters()).device
         kept = {CALIBRATION: held_out, REFERENCE: reference_images(train_set, config.seed)}
@@ -389,6 +418,21 @@ def _train(
         save_weights(folder, vje, info)
         report.draw(vje, info.classes)
     return folder
+
+
+def _batch_that_fits(module: Pretraining, precision: str, processes: int) -> int:
+    """Half of the batch size, or half of that, ...: the first at which a forward and backward pass succeeds, or 0."""
+    size, device = module.train_set.image_size, module.device
+
+    def attempt(batch: int) -> None:
+        module.zero_grad(set_to_none=True)
+        views = torch.randn(2, batch // processes, 3, size, size, device=device)
+        # Not the module, whose hooks would wait for the other processes.
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = module.objective.differentiable_loss(module.vje.model, module.vje.guide, views)
+        loss.backward()
+
+    return largest_that_fits(attempt, module.batch_size, processes)
 
 
 def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -414,15 +458,17 @@ def reference_images(train_set: ImageSet, seed: int) -> ImageSet:
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
     """Keep Lightning's hints and its own deprecations off the user's screen."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
@@ -479,7 +525,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _check_resumable(folder: Path, info: RunInfo, checkpoint: Path) -> None:
+def _check_resumable(folder: Path, info: RunInfo, module: Pretraining, checkpoint: Path) -> None:
     """Refuse to go on with a damaged checkpoint, or on other images than the run began with."""
     before = read_info(folder).train_images
     if before != info.train_images:
@@ -490,10 +536,37 @@ def _check_resumable(folder: Path, info: RunInfo, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         log.info("%s holds no checkpoint yet: from the beginning", folder)
         return
+    _check_checkpoint(checkpoint, module)
+
+
+def _check_checkpoint(path: Path, module: Pretraining) -> None:
+    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run."""
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {broken}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        form = {
+            "state_dict": dict,
+            "optimizer_states": list,
+            "lr_schedulers": list,
+            "loops": dict,
+            "callbacks": dict,
+        }
+        check_form(saved, {**form, "epoch": int, "global_step": int})
+        check_state(path, saved["state_dict"], module.state_dict())
+        (momenta,) = saved["optimizer_states"]
+        optimizer: Any = cast(dict[str, Any], module.configure_optimizers())["optimizer"]
+        optimizer.load_state_dict(momenta)
+        for parameter, state in optimizer.state.items():
+            check_state(path, state, {"momentum_buffer": parameter})
+    except pickle.UnpicklingError:  # whose text tells how to run what is in the file
+        raise ValueError(
+            f"{path} is no checkpoint of ours, and nothing in it was run: train anew with --overwrite"
+        ) from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{checkpoint} is damaged ({error}): train anew with --overwrite") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged ({reason}): train anew with --overwrite") from None
 
 
 def _is_first_process() -> bool:

@@ -134,7 +134,7 @@ def test_damaged_calibration_is_refused(trained_run, out, tmp_path):
     with pytest.raises(ValueError, match=r"calibration\.safetensors is no readable"):
         score(copy, out=out)
     save_file({"embeddings": torch.zeros(2, 5)}, copy / "calibration.safetensors")
-    with pytest.raises(ValueError, match="does not fit the model"):
+    with pytest.raises(ValueError, match="does not fit its configuration"):
         score(copy, out=out)
 
 

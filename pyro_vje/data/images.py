@@ -1,10 +1,29 @@
-"""Image files to uint8 tensors: every failure is one exception type, whatever the file holds."""
+"""Image files to uint8 tensors: every failure is one exception type, whatever the file holds.
+
+What becomes of files that are found in folders that nobody has looked through (``score`` writes a row for each):
+
+=======================================  ===============================================================
+CMYK, palette, 16-bit, float, 1-bit      converted to 8-bit RGB; transparency lies over white
+EXIF orientation                         applied; a damaged EXIF block is ignored
+animated GIF, WebP, multi-page TIFF      the first frame
+1 × 1, 20,000 × 20                       the centre square, resized
+more than `MAX_PIXELS` pixels            error, "refused as a decompression bomb"; nothing is decoded
+0 bytes, cut off, damaged, another kind  error that says which
+gone since it was listed                 error, "No such file or directory"
+a file or folder without permission      error, "Permission denied"; of a folder one row
+link to itself, or to nowhere            error, "Too many levels of symbolic links", "No such file ..."
+linked folder                            read, except where it contains itself
+pipe, socket, device                     error, "not a regular file"; it is never opened
+name with newline, quote, no UTF-8       as any other; the CSV quotes it, and holds the name's own bytes
+=======================================  ===============================================================
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +34,9 @@ from torch import Tensor
 # Pillow tries only these decoders, so that a file cannot reach one that nobody meant to use.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+
+MAX_PIXELS = 89_478_485
+"""The limit at which Pillow warns (268 MB as RGB); a small file can claim to be any size."""
 
 
 class ImageError(ValueError):
@@ -59,12 +81,16 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
     Raises
     ------
     ImageError
-        The file is missing, unreadable, empty, truncated, not an image of a known format, or so large
-        that decoding it would exhaust memory (Pillow's decompression-bomb limit).
+        The file is missing, unreadable, no regular file, empty, truncated, not an image of a known format, or
+        has more than `MAX_PIXELS` pixels.
     """
     path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else path, formats=FORMATS) as image:
+        with _open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}"
+                )
             if size is not None:
                 # A JPEG decodes straight to 1/2, 1/4 or 1/8 size; twice the wanted size loses no detail.
                 image.draft(None, (2 * size, 2 * size))
@@ -93,16 +119,26 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
 def image_shape(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """Return (height, width) from the file's header, or ``None`` if it is not a readable image."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             return image.height, image.width
     except Exception:  # as in decode_image: what is wrong with it is said when it is decoded
         return None
 
 
+def _open(source: str | os.PathLike[str] | bytes) -> Image.Image:
+    if isinstance(source, bytes):
+        return Image.open(io.BytesIO(source), formats=FORMATS)
+    mode = os.stat(source).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe waits until something writes to it
+        raise OSError("not a regular file")
+    return Image.open(source, formats=FORMATS)
+
+
 def list_images(root: str | os.PathLike[str]) -> list[Path]:
     """List the image files under a folder, sorted by path; hidden files and folders are left out.
 
-    Linked folders are followed, except a link to a folder that contains it. A single file is a list of one.
+    Linked folders are followed, except a link to a folder that contains it. A folder that cannot be read stands in the
+    list itself, so that it is not passed over in silence. A single file is a list of one.
 
     Raises
     ------
@@ -127,14 +163,17 @@ def _walk(folder: str, parents: tuple[str, ...]) -> list[str]:
     if real in parents:  # a link back to one of its own parents
         return []
     found: list[str] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                found += _walk(entry.path, (*parents, real))
-            elif entry.name.lower().endswith(EXTENSIONS):
-                found.append(entry.path)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if os.path.isdir(entry.path):  # entry.is_dir() raises for a link to itself
+                    found += _walk(entry.path, (*parents, real))
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    found.append(entry.path)
+    except OSError:
+        found.append(folder)  # what is wrong with it is said where it is decoded
     return found
 
 
