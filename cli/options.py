@@ -32,7 +32,7 @@ batch_size = click.option(
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Images in a forward pass.",
+    help="Images read and encoded at once; on a CPU raised to a multiple of 32.",
 )
 trust_plugins = click.option(
     "--trust-plugins", is_flag=True, help="Import code that the run's configuration names (module:attribute)."

@@ -67,7 +67,9 @@ LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option("--draw/--no-draw", default=True, show_default=True, help="Draw pictures beside the CSV.")
 @click.option("--report", is_flag=True, help="Write one self-contained HTML page beside the CSV.")
 @click.option("--parquet", is_flag=True, help="Write the table as Parquet too (needs pyarrow).")
-@click.option("--resume", is_flag=True, help="Go on from an interrupted call with the same options.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from an interrupted call with the same options, if there was one."
+)
 @options.trust_plugins
 @click.pass_context
 def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
