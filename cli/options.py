@@ -38,6 +38,10 @@ trust_plugins = click.option(
     "--trust-plugins", is_flag=True, help="Import code that the run's configuration names (module:attribute)."
 )
 
+deterministic = click.option(
+    "--deterministic", is_flag=True, help="Kernels that give the same bits every time, on a GPU too."
+)
+
 NO_RADIUS = "none"
 """What the command line calls the absent radial factor, ``None`` in `TrainConfig`."""
 
@@ -71,6 +75,7 @@ SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("--devices", "GPUs, or processes on the CPU.", int),
     ("--precision", "auto is bf16 where the hardware has it.", click.Choice(["auto", "32", "bf16"])),
     ("--compile/--no-compile", "Compile the encoder.", None),
+    ("--deterministic/--fastest", "Kernels that give the same bits every time, on a GPU too.", None),
     (
         "--residency",
         "Images in memory or decoded as they come.",

@@ -95,12 +95,13 @@ class Scorer:
         ValueError
             If that is asked for and there are none.
         """
-        found = in_equal_parts(
+        joint, direction, radial, kl, variance, aggregate = in_equal_parts(
             lambda *part: self._parts(*part, with_reference=with_reference),
             *posteriors.to(self.device),
             rows=CPU_ROWS * min(8, max(1, 1024 // self.vje.embedding_dim)),
         )
-        return LikelihoodParts(*found, typical=self.typical if with_reference else float("nan"))
+        typical = self.typical if with_reference else float("nan")
+        return LikelihoodParts(joint, direction, radial, kl, variance, aggregate, typical)
 
     def _parts(
         self, embeddings: Tensor, loc: Tensor, scale: Tensor, *, with_reference: bool

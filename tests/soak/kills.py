@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def _live(arguments: Sequence[str], log: Path, pipe: int, aim: Aim | None) -> No
 
         def wrapper(*arguments: Any, **options: Any) -> Any:
             if phase == "step":
-                state["step"] = arguments[0].global_step
+                state["step"] = getattr(arguments[0], "global_step", 0)
             tell(phase)
             result = original(*arguments, **options)
             if after:
@@ -248,6 +248,7 @@ def train_arguments(images: Path, out: Path, **changes: Any) -> list[str]:
 def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: int = 1) -> dict[str, Any]:
     """A run that is killed ``kills`` times against one that is not."""
     whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
+    work.mkdir()
     spans = Life(train_arguments(images, whole, devices=devices), log).succeed().durations()
     total = EPOCHS * STEPS
     draw = random.Random(seed)
@@ -301,89 +302,59 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
 
 
 def kill_command(
-    work: Path,
-    arguments: Callable[[Path], list[str]],
-    again: Sequence[str],
-    files: Sequence[str],
-    kills: int,
-    seed: int,
+    work: Path, call: list[str], out: str, again: list[str], files: list[str], kills: int, seed: int
 ) -> dict[str, Any]:
     """Kill a command at moments spread over its time, call it again each time, and compare what it leaves."""
     whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
     for folder in (whole, killed):
         folder.mkdir(parents=True)
-    spans = Life(arguments(whole), log).succeed().durations()
+    spans = Life([*call, str(whole / out)], log).succeed().durations()
     draw = random.Random(seed)
     landed: Counter[str] = Counter()
     faster = 0
     for _ in range(kills):
         aim = Aim("start-up", 0, draw.uniform(0.2, 1.0) * spans["all"])
-        life = Life([*arguments(killed), *again], log, aim)
+        life = Life([*call, str(killed / out), *again], log, aim)
         if life.end() == 0:
             faster += 1
         else:
             landed[life.events[-1][0]] += 1
-    Life([*arguments(killed), *again], log).succeed()
+    Life([*call, str(killed / out), *again], log).succeed()
     compare(whole, killed, files)
     return {
         "kills": kills - faster,
         "landed_in": dict(landed),
         "faster_than_the_kill": faster,
-        "identical": list(files),
+        "identical": files,
     }
 
 
 def run(quick: bool, seed: int) -> dict[str, Any]:
-    """All of it, or three kills of a run and two of the scoring of its images."""
+    """All of it, or a few kills of a run and of the scoring of its images."""
     work = Path(tempfile.mkdtemp(prefix="soak-"))
-    for name in ("one", "two"):
-        (work / name).mkdir()
-    os.environ["OMP_NUM_THREADS"] = "1"
     images = work / "images"
     make_images(images)
     figures: dict[str, Any] = {}
+    score = ["score", "--ckpt", str(work / "train" / "whole"), "--trust-plugins", "--data", str(images)]
+    score += ["--batch-size", "1", "--num-pairs", "1"]
+    settings = [f"--{name}={value}" for name, value in {**SETTINGS, "data-dir": images, "epochs": 2}.items()]
+    grid = ["ablate", *settings, "--likelihood", "normal", "--likelihood", "laplace"]
+    protocol = ["benchmark", "one-class", *settings, "--normal-class", "normal", "--normal-class", "other"]
+    others = (
+        ("score --resume", score, ["--resume"], "s.csv", ["s.csv"], 2 if quick else 10),
+        ("ablate", grid, [], "", ["ablation.csv", "ablation.json"], 8),
+        ("benchmark one-class", protocol, [], "", ["table.csv", "table.json", "table.md"], 8),
+    )
 
     def report(name: str, found: dict[str, Any]) -> None:
         figures[name] = found
         places = ", ".join(f"{count} in {phase}" for phase, count in found["landed_in"].items())
         print(f"kills: {name}: {found['kills']} ({places}): identical", file=sys.stderr)
 
-    report("train", kill_training(work / "one", images, 4 if quick else 50, seed))
-    score = ["score", "--ckpt", str(work / "one" / "whole"), "--trust-plugins", "--data", str(images)]
-    score += ["--batch-size", "1", "--num-pairs", "1"]
-    report(
-        "score",
-        kill_command(
-            work / "score", lambda out: [*score, "--out", str(out / "s.csv")], ["--resume"], ["s.csv"],
-            2 if quick else 10, seed,
-        ),
-    )  # fmt: skip
+    report("train", kill_training(work / "train", images, 4 if quick else 50, seed))
     if not quick:
-        report("train --devices 2", kill_training(work / "two", images, 12, seed, devices=2))
-        settings = [f"--{n}={v}" for n, v in {**SETTINGS, "data-dir": images, "epochs": 2}.items()]
-        grid = ["ablate", *settings, "--likelihood", "normal", "--likelihood", "laplace"]
-        report(
-            "ablate",
-            kill_command(
-                work / "ablate", lambda out: [*grid, "--out", str(out / "a")], [],
-                ["a/ablation.csv", "a/ablation.json"], 8, seed,
-            ),
-        )  # fmt: skip
-        protocol = [
-            "benchmark",
-            "one-class",
-            *settings,
-            "--normal-class",
-            "normal",
-            "--normal-class",
-            "other",
-        ]
-        report(
-            "benchmark one-class",
-            kill_command(
-                work / "one-class", lambda out: [*protocol, "--out", str(out / "b")], [],
-                ["b/table.csv", "b/table.json", "b/table.md"], 8, seed,
-            ),
-        )  # fmt: skip
+        report("train --devices 2", kill_training(work / "ddp", images, 12, seed, devices=2))
+    for name, call, again, out, files, kills in others[:1] if quick else others:
+        report(name, kill_command(work / name, [*call, "--out"], out, again, files, kills, seed))
     shutil.rmtree(work)
     return figures
