@@ -32,10 +32,14 @@ batch_size = click.option(
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Images in a forward pass.",
+    help="Images read and encoded at once; on a CPU raised to a multiple of 32.",
 )
 trust_plugins = click.option(
     "--trust-plugins", is_flag=True, help="Import code that the run's configuration names (module:attribute)."
+)
+
+deterministic = click.option(
+    "--deterministic", is_flag=True, help="Kernels that give the same bits every time, on a GPU too."
 )
 
 NO_RADIUS = "none"
@@ -72,6 +76,7 @@ SETTINGS: tuple[tuple[str, str, Any], ...] = (
     ("--devices", "GPUs, or processes on the CPU.", int),
     ("--precision", "auto is bf16 where the hardware has it.", click.Choice(["auto", "32", "bf16"])),
     ("--compile/--no-compile", "Compile the encoder.", None),
+    ("--deterministic/--fastest", "Kernels that give the same bits every time, on a GPU too.", None),
     (
         "--residency",
         "Images in memory or decoded as they come.",

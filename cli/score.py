@@ -67,15 +67,20 @@ LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.option("--draw/--no-draw", default=True, show_default=True, help="Draw pictures beside the CSV.")
 @click.option("--report", is_flag=True, help="Write one self-contained HTML page beside the CSV.")
 @click.option("--parquet", is_flag=True, help="Write the table as Parquet too (needs pyarrow).")
-@click.option("--resume", is_flag=True, help="Go on from an interrupted call with the same options.")
+@click.option(
+    "--resume", is_flag=True, help="Go on from an interrupted call with the same options, if there was one."
+)
+@options.deterministic
 @options.trust_plugins
 @click.pass_context
-def score_command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
+def score_command(ctx: click.Context, ckpt: Path, deterministic: bool, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
     from pyro_vje.data.imageset import counted
+    from pyro_vje.runs import deterministic_kernels
     from pyro_vje.scoring import score
 
-    result = score(ckpt, **settings)
+    with deterministic_kernels(deterministic):
+        result = score(ckpt, **settings)
     how = result.settings
     passes = f"{how.passes} forward pass{'es' if how.passes > 1 else ''} an image"
     click.echo(

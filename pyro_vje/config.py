@@ -35,8 +35,9 @@ class TrainConfig:
         default batch become one batch (`fitted`); a batch size that was asked for and is too large is an error.
     num_particles :
         Samples of z for each image and direction.
-    devices, precision, compile :
-        Number of devices; ``auto``, ``32`` or ``bf16``; whether the encoder is compiled.
+    devices, precision, compile, deterministic :
+        Number of devices; ``auto``, ``32`` or ``bf16``; whether the encoder is compiled; whether a GPU computes the
+        same bits every time too, as a CPU does anyway, by kernels that may be slower.
     residency, workers :
         ``auto``, ``memory`` or ``stream``: where the images live; processes that decode a streamed set.
     knn_every :
@@ -70,6 +71,7 @@ class TrainConfig:
     devices: int = 1
     precision: str = "auto"
     compile: bool = False
+    deterministic: bool = False
     residency: str = "auto"
     workers: int = 2
     knn_every: int | None = None

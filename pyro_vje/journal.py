@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_vje.data import ImageSet
-from pyro_vje.files import parse_json, write_atomic
+from pyro_vje.files import locked, parse_json, write_atomic
+
+log = logging.getLogger("pyro_vje")
 
 
 class Table(NamedTuple):
@@ -31,7 +35,7 @@ class Journal:
     Parameters
     ----------
     path : Path
-        The file; without ``resume`` it is begun anew.
+        The file; without ``resume``, and where there is none, it is begun anew.
     fingerprint : dict
         What rows depend on.
     width : int
@@ -39,8 +43,8 @@ class Journal:
 
     Raises
     ------
-    FileNotFoundError
-        If there is nothing to resume from.
+    BlockingIOError
+        If another process is writing it.
     ValueError
         If the file's rows were made in another way, or the file is damaged.
     """
@@ -48,11 +52,13 @@ class Journal:
     def __init__(self, path: Path, fingerprint: dict[str, Any], width: int, *, resume: bool) -> None:
         self.path, self.width = path, width
         self.done: set[str] = set()
-        if not resume:
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(path))
+        if not resume or not path.is_file() or not path.stat().st_size:
+            if resume:
+                log.info("there is no %s to resume: from the beginning", path)
             write_atomic(path, json.dumps(fingerprint) + "\n")
             return
-        if not path.is_file():
-            raise FileNotFoundError(f"nothing to resume: there is no {path}")
         whole = 0
         with open(path, "rb") as file:
             for number, line in enumerate(file):
@@ -86,6 +92,11 @@ class Journal:
             lines.append(json.dumps([path, values]) + "\n")
         with open(self.path, "a", encoding="ascii") as file:
             file.writelines(lines)
+
+    def remove(self) -> None:
+        """Remove the file, when all that was made of it is written, and let other processes write it."""
+        self.path.unlink()
+        self._lock.close()
 
     def read(self, images: ImageSet) -> Table:
         """All rows, in the order of the images; raises ``ValueError`` for a row of an image that is not there."""

@@ -344,7 +344,12 @@ def _open(folder: Path, settings: dict[str, Any]) -> Path:
     path = folder / f"{TABLE}.json"
     if path.is_file():
         stored = read_json(path, _table)["settings"]
-        changed = sorted(k for k in stored.keys() | settings.keys() if stored.get(k) != settings.get(k))
+        default = TrainConfig().to_dict()  # of a setting that the version before did not have
+        changed = sorted(
+            k
+            for k in stored.keys() | settings.keys()
+            if stored.get(k, default.get(k)) != settings.get(k, default.get(k))
+        )
         if changed:
             raise FileExistsError(
                 f"{folder} holds results of other settings ({', '.join(changed)}): name another folder (--out)"

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -270,6 +272,22 @@ def read_info(folder: Path) -> RunInfo:
 def default_device() -> str:
     """The GPU, where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
+    """Let PyTorch use only kernels that give the same bits every time, and raise where it has none.
+
+    To be entered before anything is computed on a GPU: cuBLAS reads its setting when it is first used.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def load_run(

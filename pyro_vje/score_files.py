@@ -116,9 +116,9 @@ def write_parquet(path: Path) -> None:
     except ImportError:
         raise ValueError("Parquet needs pyarrow: pip install 'pyro-vje[parquet]'") from None
     options = arrow_csv.ParseOptions(newlines_in_values=True)
-    arrow_parquet.write_table(
-        arrow_csv.read_csv(path, parse_options=options), path.with_suffix(".parquet"), compression="zstd"
-    )
+    content = io.BytesIO()
+    arrow_parquet.write_table(arrow_csv.read_csv(path, parse_options=options), content, compression="zstd")
+    write_atomic(path.with_suffix(".parquet"), content.getbuffer())
 
 
 def _ends(scores: NDArray[np.float64]) -> NDArray[np.int64]:

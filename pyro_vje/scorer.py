@@ -8,9 +8,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vje.data import TwoViews, free_memory
+from pyro_vje.data import TwoViews
 from pyro_vje.distributions import pairwise_log_prob
-from pyro_vje.encoding import Posteriors
+from pyro_vje.encoding import CPU_ROWS, Posteriors, in_equal_parts
 from pyro_vje.likelihoods import get_family
 from pyro_vje.model import VJE
 from pyro_vje.scores import SCORES, LikelihoodParts
@@ -98,14 +98,21 @@ class Scorer:
         ValueError
             If that is asked for and there are none.
         """
-        embeddings, loc, scale = posteriors.to(self.device)
+        joint, direction, radial, kl, variance, aggregate = in_equal_parts(
+            lambda *part: self._parts(*part, with_reference=with_reference),
+            *posteriors.to(self.device),
+            rows=CPU_ROWS * min(8, max(1, 1024 // self.vje.embedding_dim)),
+        )
+        typical = self.typical if with_reference else float("nan")
+        return LikelihoodParts(joint, direction, radial, kl, variance, aggregate, typical)
+
+    def _parts(
+        self, embeddings: Tensor, loc: Tensor, scale: Tensor, *, with_reference: bool
+    ) -> tuple[Tensor, ...]:
         joint, direction, radial = self._expected_log_likelihood(embeddings, loc, scale)
         kl = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
         aggregate = self.log_aggregate(embeddings) if with_reference else torch.full_like(joint, torch.nan)
-        return LikelihoodParts(
-            *(joint, direction, radial, kl.double(), (scale**2).mean(-1).double(), aggregate),
-            typical=self.typical if with_reference else float("nan"),
-        )
+        return joint, direction, radial, kl.double(), (scale**2).mean(-1).double(), aggregate
 
     def _expected_log_likelihood(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """Means over the particles of the log-likelihood and of its two factors, float64 ``(3, N)``."""
@@ -131,12 +138,14 @@ class Scorer:
         """Log-mean over the reference images i of p(t | loc_i, v_i) for embeddings t ``(N, D)``, float64 ``(N,)``.
 
         Matrix products over ``chunk`` reference images at a time: no tensor is larger than chunk × N. By default as
-        many as a quarter of the free memory allows, and no more than are fast.
+        many as are fast, and on a GPU no more than a quarter of the free memory allows.
         """
         reference = self._checked_reference()
         if chunk is None:
-            free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_memory()
-            chunk = max(1, min(free // (4 * 8 * _TEMPORARIES), _PAIRS) // max(1, len(embeddings)))
+            pairs = _PAIRS  # on a CPU, of any free memory: sums of other chunks differ in their last digits
+            if self.device.type == "cuda":
+                pairs = min(pairs, torch.cuda.mem_get_info(self.device)[0] // (4 * 8 * _TEMPORARIES))
+            chunk = max(1, pairs // max(1, len(embeddings)))
         total = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=self.device)
         for _, loc, scale in zip(*(tensor.split(chunk) for tensor in reference), strict=True):
             log_prob = pairwise_log_prob(self._likelihood(loc, scale), embeddings)
@@ -184,6 +193,13 @@ def augmented_pairs(
     generator = torch.Generator(images.device).manual_seed(seed)
     found = []
     for _ in range(num_pairs):
-        pair = vje.encode_views(views(images, generator, same_for_all=True))
-        found += [Posteriors(pair.target[i], pair.loc[i], pair.scale[i]) for i in (0, 1)]
+        state = generator.get_state()
+
+        def encode(part: Tensor, state: Tensor = state) -> list[Tensor]:
+            generator.set_state(state)  # the same augmentation for every part
+            pair = vje.encode_views(views(part, generator, same_for_all=True))
+            return [tensor[i] for i in (0, 1) for tensor in (pair.target, pair.loc, pair.scale)]
+
+        parts = in_equal_parts(encode, images)
+        found += [Posteriors(*parts[:3]), Posteriors(*parts[3:])]
     return found

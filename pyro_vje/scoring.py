@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_vje import metrics, score_files
 from pyro_vje.calibration import benjamini_hochberg, conformal_p_values
 from pyro_vje.data import ImageSet, iter_batches, load_dataset, views_for
-from pyro_vje.encoding import Posteriors, encode, encode_batches
+from pyro_vje.encoding import Posteriors, encode, encode_batches, images_at_once
 from pyro_vje.evaluation import load_split
 from pyro_vje.files import check_writable, write_atomic, write_json
 from pyro_vje.journal import Journal
@@ -165,14 +165,14 @@ def score(
         Decide by Benjamini-Hochberg instead: of the images called anomalies at most this share is expected to be
         normal.
     batch_size : int
-        Images in a forward pass; the scores do not depend on it.
+        Images read and encoded at once, on a CPU raised to a multiple of 32; the scores there do not depend on it.
     out : path, optional
         The CSV; by default ``scores.csv`` in the run folder.
     draw, report, parquet : bool
         Whether to draw pictures into a folder ``pictures`` beside the CSV, to write one self-contained HTML page,
         and to write the table as Parquet too (needs pyarrow).
     resume : bool
-        Go on from an interrupted call with the same arguments; its rows are in ``<out>.part``.
+        Go on from an interrupted call with the same arguments, whose rows are in ``<out>.part``, if there is one.
     trust_plugins : bool
         See `pyro_vje.runs.load_run`.
 
@@ -271,7 +271,7 @@ def score(
     if report:
         page = score_files.report(summary, scored)
         report_path = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
-    journal.path.unlink()  # only now is everything written
+    journal.remove()  # only now is everything written
     return ScoreResult(
         csv=target,
         summary=summary_path,
@@ -332,7 +332,7 @@ def posteriors_of(
     views, _ = views_for(run.info.config.dataset, run.info.image_size)
     draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
     in_parts = InParts(lambda batch: augmented_pairs(run.vje, views, batch.to(device), **draw))
-    for index, batch in iter_batches(images, batch_size):
+    for index, batch in iter_batches(images, images_at_once(batch_size, device)):
         for pairs in in_parts(batch):
             yield index[: len(pairs[0].loc)], pairs
             index = index[len(pairs[0].loc) :]

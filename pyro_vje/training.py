@@ -65,6 +65,7 @@ from pyro_vje.runs import (
     build_model,
     check_state,
     describe_run,
+    deterministic_kernels,
     read_info,
     save_posteriors,
     save_weights,
@@ -319,7 +320,7 @@ def train(
     """
     unset = config.batch_size is None
     config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
-    with ExitStack() as stack, restored_handlers():
+    with ExitStack() as stack, restored_handlers(), deterministic_kernels(config.deterministic):
         try:
             if not _is_first_process():
                 if "RANK" not in os.environ:  # it is Lightning that has launched it

@@ -16,10 +16,12 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +54,31 @@ SETTINGS = {
 # Lives ----------------------------------------------------------------------------------------------------------------
 
 
-class Life:
-    """A fork of this process that runs a command."""
+@dataclass(frozen=True)
+class Aim:
+    """Where to be killed: ``delay`` seconds after a phase begins for the first time at a step not before ``step``."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    phase: str
+    step: int
+    delay: float
+    victim: str = "first"
+
+
+class Life:
+    """A fork of this process that runs a command, and kills itself where it is aimed at."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, aim: Aim | None = None) -> None:
         self.read, write = os.pipe()
-        self.events: list[tuple[str, int]] = [("start-up", 0)]
-        self.began = time.monotonic()
-        self.status: int | None = None
+        self.events = [("start-up", 0)]
+        self.times = [time.monotonic()]
+        self.second: list[int] = []
+        self.log = log
         self.pid = os.fork()
         if self.pid == 0:
             code: Any = 99
             try:
                 os.close(self.read)
-                _live(arguments, log, write)
+                _live(arguments, log, write, aim)
             except SystemExit as end:
                 code = end.code or 0
             except BaseException:
@@ -76,79 +89,85 @@ class Life:
                 os._exit(code)
         os.close(write)
 
-    def next_event(self, timeout: float) -> bool:
-        """Wait for the next event; false if there was none in time, or the process has ended."""
-        if select.select([self.read], [], [], max(0.0, timeout))[0]:
+    def end(self) -> int:
+        """Follow the process to its end, and return its exit status: -9 if it was killed."""
+        while select.select([self.read], [], [], PATIENCE)[0]:
             data = os.read(self.read, EVENT.size)
-            if data:
-                phase, step = EVENT.unpack(data)
-                self.events.append((PHASES[phase], step))
-                return True
-        return False
-
-    def until(self, wanted: Callable[[str, int], bool]) -> bool:
-        """Follow the process up to an event; false if it ended before."""
-        while not wanted(*self.events[-1]):
-            assert time.monotonic() - self.began < PATIENCE, f"hung in {self.events[-1][0]}"
-            if not self.next_event(1.0) and self.ended():
-                return False
-        return True
-
-    def ended(self) -> bool:
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if pid else None
-        return self.status is not None
-
-    def finish(self) -> int:
-        self.until(lambda *_: False)
-        return self.wait()
-
-    def wait(self) -> int:
-        while not self.ended():
-            assert time.monotonic() - self.began < PATIENCE, "hung at its end"
-            time.sleep(0.01)
-        while self.next_event(0.0):
-            pass
+            if not data:
+                break
+            number, value = EVENT.unpack(data)
+            if number < 0:
+                self.second.append(value)
+                continue
+            self.events.append((PHASES[number], value))
+            self.times.append(time.monotonic())
+        else:
+            os.kill(self.pid, signal.SIGKILL)
+            raise AssertionError(f"hung in {self.events[-1]}: {self.log.read_text()[-2000:]}")
         os.close(self.read)
-        assert self.status is not None
-        return self.status
+        self.times.append(time.monotonic())
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
-    def kill(self, pids: Sequence[int] = ()) -> str:
-        """Kill it (or others in its place), and say in which phase it was."""
-        for pid in pids or [self.pid]:
-            os.kill(pid, signal.SIGKILL)
-        self.wait()
-        return self.events[-1][0]
+    def durations(self) -> dict[str, float]:
+        """Median seconds of each phase, and ``all`` of them."""
+        spans: dict[str, list[float]] = {}
+        for (phase, _), start, end in zip(self.events, self.times[:-1], self.times[1:], strict=True):
+            spans.setdefault(phase, []).append(end - start)
+        medians = {phase: float(np.median(found)) for phase, found in spans.items()}
+        return {**medians, "all": self.times[-1] - self.times[0]}
 
-    def children(self) -> list[int]:
-        """Of the children the second process of a DDP run: the one that runs the command too."""
-        found = []
-        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            for pid in map(int, path.read_text().split()):
-                if b"pyro_vje.cli" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(pid)
-        return found
+    def succeed(self) -> "Life":
+        assert self.end() == 0, f"the command fails: {self.log.read_text()[-2000:]}"
+        return self
 
 
-def _live(arguments: Sequence[str], log: Path, pipe: int) -> None:
+def _second_process() -> list[int]:
+    """The child of this process that runs the command too: the second of a DDP run."""
+    found = [
+        int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()
+    ]
+    return [pid for pid in found if b"pyro_vje.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def _live(arguments: Sequence[str], log: Path, pipe: int, aim: Aim | None) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["pyro-vje", *arguments]
     # What Lightning launches as the second process: the command, not this file.
     sys.modules["__main__"].__spec__ = importlib.util.find_spec("pyro_vje.cli")
-    state = {"step": 0}
+    state = {"step": 0, "aimed": 0}
+
+    def kill(delay: float, victim: str) -> None:
+        time.sleep(delay)
+        second = _second_process()
+        for pid in second:
+            os.write(pipe, EVENT.pack(-1, pid))
+            if victim != "first":
+                os.kill(pid, signal.SIGKILL)
+        if victim != "second" or not second:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def take_aim(phase: str) -> None:
+        # What is past the aim counts as well: a run whose steps are done still has its end.
+        if aim is None or state["aimed"]:
+            return
+        if (phase == aim.phase and state["step"] >= aim.step) or phase == "final writes":
+            state["aimed"] = 1
+            threading.Thread(target=kill, args=(aim.delay, aim.victim), daemon=True).start()
 
     def tell(phase: str) -> None:
         os.write(pipe, EVENT.pack(PHASES.index(phase), state["step"]))
+        take_aim(phase)
+
+    take_aim("start-up")
 
     def announce(owner: Any, name: str, phase: str, after: str | None = None) -> None:
         original = getattr(owner, name)
 
         def wrapper(*arguments: Any, **options: Any) -> Any:
             if phase == "step":
-                state["step"] = arguments[0].global_step
+                state["step"] = getattr(arguments[0], "global_step", 0)
             tell(phase)
             result = original(*arguments, **options)
             if after:
@@ -226,32 +245,11 @@ def train_arguments(images: Path, out: Path, **changes: Any) -> list[str]:
     return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
-def durations(life: Life, times: Sequence[float]) -> dict[str, float]:
-    """Median seconds that a phase lasts, and those until the first step."""
-    spans: dict[str, list[float]] = {name: [] for name in PHASES}
-    for (phase, _), start, end in zip(life.events, times, times[1:], strict=False):
-        spans[phase].append(end - start)
-    return {phase: float(np.median(found)) for phase, found in spans.items() if found}
-
-
-def timed(arguments: Sequence[str], log: Path) -> dict[str, float]:
-    """Run a command without harm; how long each of its phases lasts, and ``all`` of it."""
-    life = Life(arguments, log)
-    times = [life.began]
-    while True:
-        if life.next_event(1.0):
-            times.append(time.monotonic())
-        elif life.ended():
-            break
-    times.append(time.monotonic())
-    assert life.wait() == 0, f"the command fails when left alone: {log.read_text()[-2000:]}"
-    return {**durations(life, times), "all": times[-1] - times[0]}
-
-
 def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: int = 1) -> dict[str, Any]:
     """A run that is killed ``kills`` times against one that is not."""
     whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
-    spans = timed(train_arguments(images, whole, devices=devices), log)
+    work.mkdir()
+    spans = Life(train_arguments(images, whole, devices=devices), log).succeed().durations()
     total = EPOCHS * STEPS
     draw = random.Random(seed)
     landed: Counter[str] = Counter()
@@ -260,31 +258,21 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
     began = time.monotonic()
     final = max(1, kills // 15)
     for number in range(kills):
-        begun = (killed / "config.json").is_file()
-        resume = ["train", "--resume", "--out", str(killed)]
-        life = Life(resume if begun else train_arguments(images, killed, devices=devices), log)
         # Spread over the run's steps; the last kills are left for the time after them.
         target = total * number // max(1, kills - final)
         at_end = target % STEPS >= STEPS - max(2, 2 * total // kills)
         kinds = ["start-up", "step", "step", "checkpoint", *["evaluation"] * (2 * at_end)]
         kind = draw.choice(kinds) if number < kills - final else "final writes"
-        share = draw.random()
-        if kind == "start-up":
-            time.sleep(share * spans["start-up"])
-        else:
-            alive = life.until(
-                lambda phase, step, kind=kind, target=target: (
-                    phase == "final writes" or (phase == kind and step >= min(target, total - 1))
-                )
-            )
-            assert alive, f"ended early: {log.read_text()[-2000:]}"
-            time.sleep(share * spans.get(life.events[-1][0], 0.01))
-        second = life.children() if devices > 1 else []
-        victim = draw.choice(["both", "first", "second"]) if second else "first"
-        pids = {"first": [life.pid], "second": second, "both": [life.pid, *second]}[victim]
-        landed[life.kill(pids)] += 1
-        victims[victim] += 1
-        for pid in second:  # whichever was killed, the other must not stay behind
+        step = 0 if kind == "start-up" else target
+        victim = draw.choice(["first", "second", "both"]) if devices > 1 else "first"
+        aim = Aim(kind, step, draw.random() * spans[kind], victim)
+        begun = (killed / "config.json").is_file()
+        resume = ["train", "--resume", "--out", str(killed)]
+        life = Life(resume if begun else train_arguments(images, killed, devices=devices), log, aim)
+        assert life.end() != 0, f"ended early: {log.read_text()[-2000:]}"
+        landed[life.events[-1][0]] += 1
+        victims[victim if life.second else "first"] += 1
+        for pid in life.second:  # whichever was killed, the other must not stay behind
             patience = time.monotonic() + 20
             while Path(f"/proc/{pid}").exists() and time.monotonic() < patience:
                 time.sleep(0.05)
@@ -294,8 +282,7 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
         if last.is_file():
             torch.load(last, map_location="cpu", weights_only=True)
             loadable += 1
-    resumed = Life(["train", "--resume", "--out", str(killed)], log).finish()
-    assert resumed == 0, f"resuming fails: {log.read_text()[-2000:]}"
+    Life(["train", "--resume", "--out", str(killed)], log).succeed()
     compare(whole, killed, RUN_FILES)
     assert not list(killed.rglob(".*.tmp")), "temporary files stay behind"
     figures = {
@@ -315,92 +302,59 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
 
 
 def kill_command(
-    work: Path,
-    arguments: Callable[[Path], list[str]],
-    again: Sequence[str],
-    files: Sequence[str],
-    kills: int,
-    seed: int,
+    work: Path, call: list[str], out: str, again: list[str], files: list[str], kills: int, seed: int
 ) -> dict[str, Any]:
     """Kill a command at moments spread over its time, call it again each time, and compare what it leaves."""
     whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
     for folder in (whole, killed):
         folder.mkdir(parents=True)
-    spans = timed(arguments(whole), log)
+    spans = Life([*call, str(whole / out)], log).succeed().durations()
     draw = random.Random(seed)
     landed: Counter[str] = Counter()
-    finished = 0
+    faster = 0
     for _ in range(kills):
-        life = Life([*arguments(killed), *again], log)
-        moment = life.began + draw.uniform(0.2, 1.0) * spans["all"]
-        while time.monotonic() < moment and not life.ended():
-            life.next_event(moment - time.monotonic())
-        if life.ended():
-            assert life.wait() == 0, f"fails: {log.read_text()[-2000:]}"
-            finished += 1
+        aim = Aim("start-up", 0, draw.uniform(0.2, 1.0) * spans["all"])
+        life = Life([*call, str(killed / out), *again], log, aim)
+        if life.end() == 0:
+            faster += 1
         else:
-            landed[life.kill()] += 1
-    assert Life([*arguments(killed), *again], log).finish() == 0, f"fails: {log.read_text()[-2000:]}"
+            landed[life.events[-1][0]] += 1
+    Life([*call, str(killed / out), *again], log).succeed()
     compare(whole, killed, files)
     return {
-        "kills": sum(landed.values()),
+        "kills": kills - faster,
         "landed_in": dict(landed),
-        "finished_before": finished,
+        "faster_than_the_kill": faster,
         "identical": files,
     }
 
 
 def run(quick: bool, seed: int) -> dict[str, Any]:
-    """All of it, or three kills of a run and two of the scoring of its images."""
+    """All of it, or a few kills of a run and of the scoring of its images."""
     work = Path(tempfile.mkdtemp(prefix="soak-"))
-    for name in ("one", "two"):
-        (work / name).mkdir()
-    os.environ["OMP_NUM_THREADS"] = "1"
     images = work / "images"
     make_images(images)
     figures: dict[str, Any] = {}
+    score = ["score", "--ckpt", str(work / "train" / "whole"), "--trust-plugins", "--data", str(images)]
+    score += ["--batch-size", "1", "--num-pairs", "1"]
+    settings = [f"--{name}={value}" for name, value in {**SETTINGS, "data-dir": images, "epochs": 2}.items()]
+    grid = ["ablate", *settings, "--likelihood", "normal", "--likelihood", "laplace"]
+    protocol = ["benchmark", "one-class", *settings, "--normal-class", "normal", "--normal-class", "other"]
+    others = (
+        ("score --resume", score, ["--resume"], "s.csv", ["s.csv"], 2 if quick else 10),
+        ("ablate", grid, [], "", ["ablation.csv", "ablation.json"], 8),
+        ("benchmark one-class", protocol, [], "", ["table.csv", "table.json", "table.md"], 8),
+    )
 
     def report(name: str, found: dict[str, Any]) -> None:
         figures[name] = found
         places = ", ".join(f"{count} in {phase}" for phase, count in found["landed_in"].items())
         print(f"kills: {name}: {found['kills']} ({places}): identical", file=sys.stderr)
 
-    report("train", kill_training(work / "one", images, 4 if quick else 50, seed))
-    score = ["score", "--ckpt", str(work / "one" / "whole"), "--trust-plugins", "--data", str(images)]
-    score += ["--batch-size", "1", "--num-pairs", "1"]
-    report(
-        "score",
-        kill_command(
-            work / "score", lambda out: [*score, "--out", str(out / "s.csv")], ["--resume"], ["s.csv"],
-            2 if quick else 10, seed,
-        ),
-    )  # fmt: skip
+    report("train", kill_training(work / "train", images, 4 if quick else 50, seed))
     if not quick:
-        report("train --devices 2", kill_training(work / "two", images, 12, seed, devices=2))
-        settings = [f"--{n}={v}" for n, v in {**SETTINGS, "data-dir": images, "epochs": 2}.items()]
-        grid = ["ablate", *settings, "--likelihood", "normal", "--likelihood", "laplace"]
-        report(
-            "ablate",
-            kill_command(
-                work / "ablate", lambda out: [*grid, "--out", str(out / "a")], [],
-                ["a/ablation.csv", "a/ablation.json"], 8, seed,
-            ),
-        )  # fmt: skip
-        protocol = [
-            "benchmark",
-            "one-class",
-            *settings,
-            "--normal-class",
-            "normal",
-            "--normal-class",
-            "other",
-        ]
-        report(
-            "benchmark one-class",
-            kill_command(
-                work / "one-class", lambda out: [*protocol, "--out", str(out / "b")], [],
-                ["b/table.csv", "b/table.json", "b/table.md"], 8, seed,
-            ),
-        )  # fmt: skip
+        report("train --devices 2", kill_training(work / "ddp", images, 12, seed, devices=2))
+    for name, call, again, out, files, kills in others[:1] if quick else others:
+        report(name, kill_command(work / name, [*call, "--out"], out, again, files, kills, seed))
     shutil.rmtree(work)
     return figures
