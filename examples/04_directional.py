@@ -1,0 +1,8 @@
+"""
+Directional statistics
+======================
+
+Test.
+"""
+
+print(1)
