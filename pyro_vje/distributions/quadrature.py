@@ -79,7 +79,7 @@ def log_restricted_mass(df: Tensor, scale: Tensor, dim: int) -> Tensor:
     The ambient ``dim``-variate Student-t has location of norm one and the same ``scale`` for every feature.
     With z = sin²(θ/2) for the angle θ to the location, the squared distance is 4z (derived here):
 
-        mass = |S^(dim-2)| 2^(dim-2) ∫ (z (1-z))^((dim-3)/2) t_df(2 sqrt(z) / scale) / scale^dim dz.
+        mass = area(S^(dim-2)) 2^(dim-2) ∫ (z (1-z))^((dim-3)/2) t_df(2 sqrt(z) / scale) / scale^dim dz.
 
     It has a closed form in 2F1, which overflows at large dim. The error is below 1e-7.
 
@@ -120,7 +120,7 @@ def exponential_polar_nodes(concentration: Tensor, dim: int) -> tuple[Tensor, Te
 
 
 def log_polar_prefactor(dim: int) -> float:
-    """Log of |S^(dim-2)| 2^(dim-2): surface measure in z = sin²(θ/2) over (z (1-z))^((dim-3)/2)."""
+    """Log of area(S^(dim-2)) 2^(dim-2): surface measure in z = sin²(θ/2) over (z (1-z))^((dim-3)/2)."""
     half = 0.5 * (dim - 1)
     return math.log(2) + half * math.log(math.pi) - math.lgamma(half) + (dim - 2) * math.log(2)
 
