@@ -34,6 +34,19 @@ batch_size = click.option(
     show_default=True,
     help="Images in a forward pass.",
 )
+score_likelihood = click.option(
+    "--score-likelihood",
+    metavar="FAMILY",
+    help="Score with this likelihood family, for instance polar-student-t-exact. [default: the one trained with]",
+)
+num_particles = click.option(
+    "--num-particles",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Samples of the latent an image; they cost no pass of the encoder.",
+)
+score_seed = click.option("--seed", default=0, show_default=True, help="Seed of every draw.")
 trust_plugins = click.option(
     "--trust-plugins", is_flag=True, help="Import code that the run's configuration names (module:attribute)."
 )
