@@ -6,6 +6,7 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     distributions                            PolarStudentT, ... for any Pyro program
     likelihoods                              named families, and how to register your own
     TrainConfig, train, evaluate, score, embed, export, load_run, ablate
+    load_recipe                              settings of published results
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vje import distributions, likelihoods
     from pyro_vje.ablation import ablate
-    from pyro_vje.config import TrainConfig
+    from pyro_vje.config import TrainConfig, load_recipe
     from pyro_vje.encoders import build_encoder
     from pyro_vje.evaluation import evaluate
     from pyro_vje.exporting import export
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export",
     "likelihoods",
+    "load_recipe",
     "load_run",
     "score",
     "train",
@@ -55,6 +57,7 @@ _HOMES = {
     "embed": "scoring",
     "evaluate": "evaluation",
     "export": "exporting",
+    "load_recipe": "config",
     "load_run": "runs",
     "score": "scoring",
     "train": "training",

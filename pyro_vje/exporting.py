@@ -198,11 +198,8 @@ def _write_onnx(program: torch.export.ExportedProgram, names: list[str], descrip
     import onnx
     import onnxruntime
 
-    table = torch.export.default_decompositions()
-    table.update(_DECOMPOSITIONS)
-    exported = torch.onnx.export(
-        program.run_decompositions(table), dynamo=True, output_names=names, verbose=False
-    )
+    program = program.run_decompositions(_DECOMPOSITIONS)
+    exported = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
     proto = exported.model_proto  # type: ignore[union-attr]
     onnx.helper.set_model_props(proto, {HEADER_KEY: description})
     content = proto.SerializeToString()
@@ -232,12 +229,19 @@ def _atan2(y: Tensor, x: Tensor) -> Tensor:
     return angle + sin * angle.cos() - cos * angle.sin()
 
 
+def _log1p(x: Tensor) -> Tensor:
+    """Kahan's: ONNX has log(1 + x), which is zero for the small x that a Student-t near the Gaussian has."""
+    y = 1 + x
+    return torch.where(y == 1, x, y.log() * (x / (y - 1)))
+
+
 def _hypot(x: Tensor, y: Tensor) -> Tensor:
     return (x.square() + y.square()).sqrt()
 
 
 _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.lgamma.default: _lgamma,
+    torch.ops.aten.log1p.default: _log1p,
     torch.ops.aten.hypot.default: _hypot,
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.asin.default: lambda x: _atan2(x, ((1 - x) * (1 + x)).sqrt()),
