@@ -13,6 +13,7 @@ import click
 from pyro_vje.cli.ablate import ablate_command
 from pyro_vje.cli.benchmark import benchmark_command
 from pyro_vje.cli.evaluate import eval_command
+from pyro_vje.cli.export import export_command
 from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
 
@@ -110,3 +111,4 @@ main.add_command(ablate_command)
 main.add_command(benchmark_command)
 main.add_command(score_command)
 main.add_command(embed_command)
+main.add_command(export_command)

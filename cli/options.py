@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pyro_vje.config import DATASET_DEFAULTS, TrainConfig
+from pyro_vje.config import DATASET_DEFAULTS, RECIPES, TrainConfig, load_recipe
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -34,6 +34,19 @@ batch_size = click.option(
     show_default=True,
     help="Images read and encoded at once; on a CPU raised to a multiple of 32.",
 )
+score_likelihood = click.option(
+    "--score-likelihood",
+    metavar="FAMILY",
+    help="Score with this likelihood family, for instance polar-student-t-exact. [default: the one trained with]",
+)
+num_particles = click.option(
+    "--num-particles",
+    default=16,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Samples of the latent an image; they cost no pass of the encoder.",
+)
+score_seed = click.option("--seed", default=0, show_default=True, help="Seed of every draw.")
 trust_plugins = click.option(
     "--trust-plugins", is_flag=True, help="Import code that the run's configuration names (module:attribute)."
 )
@@ -89,6 +102,29 @@ SETTINGS: tuple[tuple[str, str, Any], ...] = (
 """Options for the `TrainConfig` fields of the same names: flag, help, type."""
 
 
+def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    if name is None:
+        return
+    options = {option.name: option for option in ctx.command.params if isinstance(option, click.Option)}
+    values = {**load_recipe(name)}
+    if "radius" in values:
+        values["radius"] = values["radius"] or NO_RADIUS
+    absent = ", ".join(key for key in values if key not in options)
+    if absent:
+        raise click.UsageError(f"the recipe {name} sets {absent}, for which {ctx.info_name} has no option")
+    ctx.default_map = {key: (value,) if options[key].multiple else value for key, value in values.items()}
+
+
+recipe = click.option(
+    "--recipe",
+    metavar="NAME",
+    is_eager=True,  # before the options whose defaults it sets
+    expose_value=False,
+    callback=_take_recipe,
+    help=f"Settings of a published result, over which options go: {', '.join(RECIPES)}, or a TOML file's path.",
+)
+
+
 def field_of(flag: str) -> str:
     """The `TrainConfig` field behind an option: ``--df`` is ``df``, ``--compile/--no-compile`` is ``compile``."""
     return flag.partition("/")[0].removeprefix("--").replace("-", "_")
@@ -103,7 +139,7 @@ def train_settings(
 
     def decorate(command: Command) -> Command:
         decorators = [_setting(*setting, field_of(setting[0]) in repeated) for setting in settings]
-        for option in reversed([decorators[0], data_dir, download, *decorators[1:]]):
+        for option in reversed([recipe, decorators[0], data_dir, download, *decorators[1:]]):
             command = option(command)
         return command
 

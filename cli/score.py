@@ -34,11 +34,7 @@ LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
     show_default=True,
     help="; ".join(f"{score.name}: {score.description}" for score in SCORES.values()) + ".",
 )
-@click.option(
-    "--score-likelihood",
-    metavar="FAMILY",
-    help="Score with this likelihood family, for instance polar-student-t-exact. [default: the one trained with]",
-)
+@options.score_likelihood
 @click.option(
     "--num-pairs",
     default=0,
@@ -46,14 +42,8 @@ LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
     type=click.IntRange(min=0),
     help="0: the image's own embedding, one pass of the encoder. K: mean over K augmented pairs, 2 K passes.",
 )
-@click.option(
-    "--num-particles",
-    default=16,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Samples of the latent an image; they cost no pass of the encoder.",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of every draw.")
+@options.num_particles
+@options.score_seed
 @click.option("--alpha", type=LEVEL, help="Call an image an anomaly if its p-value is at most this.")
 @click.option(
     "--fdr",

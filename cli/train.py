@@ -28,7 +28,8 @@ def train_command(
     ten minutes, and on Ctrl-C or SIGTERM.
     """
     if resume:
-        given = [name for name in settings if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        unsaid = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+        given = [name for name in ("recipe", *settings) if ctx.get_parameter_source(name) not in unsaid]
         if overwrite or given:
             flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *["overwrite"] * overwrite])
             raise click.UsageError(f"--resume goes on with the run's own settings: leave out {flags}")

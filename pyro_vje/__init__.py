@@ -5,7 +5,8 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     VJE, SymmetricELBO, PosteriorNetwork     the model (Pyro model/guide) and its objective
     distributions                            PolarStudentT, ... for any Pyro program
     likelihoods                              named families, and how to register your own
-    TrainConfig, train, evaluate, score, embed, load_run, ablate
+    TrainConfig, train, evaluate, score, embed, export, load_run, ablate
+    load_recipe                              settings of published results
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vje import distributions, likelihoods
     from pyro_vje.ablation import ablate
-    from pyro_vje.config import TrainConfig
+    from pyro_vje.config import TrainConfig, load_recipe
     from pyro_vje.encoders import build_encoder
     from pyro_vje.evaluation import evaluate
+    from pyro_vje.exporting import export
     from pyro_vje.model import VJE, PosteriorNetwork
     from pyro_vje.objective import SymmetricELBO
     from pyro_vje.runs import load_run
@@ -37,7 +39,9 @@ __all__ = [
     "distributions",
     "embed",
     "evaluate",
+    "export",
     "likelihoods",
+    "load_recipe",
     "load_run",
     "score",
     "train",
@@ -52,6 +56,8 @@ _HOMES = {
     "build_encoder": "encoders",
     "embed": "scoring",
     "evaluate": "evaluation",
+    "export": "exporting",
+    "load_recipe": "config",
     "load_run": "runs",
     "score": "scoring",
     "train": "training",

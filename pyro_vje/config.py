@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -196,6 +198,42 @@ class TrainConfig:
             if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
                 raise ValueError(f"setting {name} must be {kinds}, not {value!r}")
         return cls(**values)
+
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
+"""Settings under which results are published, a file each, with what is known of it in its comments."""
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Settings of a recipe by name, or of a TOML file by path: arguments for `TrainConfig`.
+
+    Keys are those of `TrainConfig`; the radius ``"none"`` is ``None``, which TOML lacks.
+
+    Raises
+    ------
+    ValueError
+        If there is no such recipe, it is no TOML, or a key is unknown or has a value of another type.
+    """
+    path = RECIPES.get(str(name), Path(name))
+    if not path.is_file():
+        raise ValueError(
+            f"no recipe {str(name)!r}: choose one of {', '.join(RECIPES)}, or the path of a TOML file"
+        )
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"recipe {path} is no TOML: {error}") from None
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"recipe {path}: unknown keys {', '.join(unknown)}; known: {', '.join(known)}")
+    if values.get("radius") == "none":
+        values["radius"] = None
+    try:
+        TrainConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"recipe {path}: {error}") from None
+    return values
 
 
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {

@@ -67,6 +67,8 @@ def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
         processed in chunks, so memory is bounded for any number of them. Many elements that need no gradient
         and share one df (a number, at most 1000) are interpolated to 2e-9 in a table, some 100 times faster.
     """
+    if torch.compiler.is_exporting():  # a graph for any number of elements: no chunks, no table
+        return _integrate(angle.double(), df.double() if isinstance(df, Tensor) else df, dim, False)[0]
     no_grad = not (torch.is_grad_enabled() and angle.requires_grad)
     if no_grad and angle.numel() > _TABULATE_ABOVE and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
         return _interpolate(angle.double(), float(df), dim)
