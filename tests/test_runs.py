@@ -10,7 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pyro_vje import TrainConfig, load_run
-from pyro_vje.runs import build_model, read_info
+from pyro_vje.runs import (
+    CALIBRATION,
+    MIGRATIONS,
+    SCHEMA_VERSION,
+    RunInfo,
+    build_model,
+    load_posteriors,
+    migrate,
+    read_info,
+)
 
 
 @pytest.fixture
@@ -122,3 +131,71 @@ def test_user_code_is_imported_only_when_trusted(run_copy, tmp_path, monkeypatch
 def test_infinite_df_survives_the_weights_header(tiny_config):
     config = TrainConfig.from_dict({**tiny_config.to_dict(), "df": "inf"})
     assert config.df == float("inf")
+
+
+# config.json as the first version of this package wrote it: it had no holdout, other defaults, and held nothing out.
+VERSION_1 = """
+{"schema_version": 1,
+ "config": {"dataset": "digits", "data_dir": null, "download": true, "normal_class": null, "image_size": null,
+  "encoder": "tiny", "embedding_dim": 8, "hidden_dim": 16, "likelihood": "polar-student-t", "df": 5.0,
+  "unit_radius": "sqrt-d", "radius": "student-t", "kl_weight": 0.1, "shared_variance": true, "epochs": 30,
+  "batch_size": 128, "lr": 0.06, "weight_decay": 0.0005, "warmup_epochs": 3.0, "num_particles": 1, "devices": 1,
+  "precision": "auto", "compile": false, "residency": "auto", "workers": 2, "knn_every": 5, "seed": 0},
+ "image_size": 16, "mean": [0.305, 0.305, 0.305], "std": [0.319, 0.319, 0.319],
+ "classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "train_images": 1442, "stem": "its own stem",
+ "versions": {"python": "3.11.7", "pyro-vje": "0.1.0"}}
+"""
+
+
+def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
+    """Also its files: weights with the same header, posteriors without any."""
+    info = RunInfo.from_dict(json.loads(VERSION_1))
+    assert (info.config.holdout, info.config.kl_weight, info.config.df) == (0.0, 0.1, 5.0)
+    assert info.to_dict()["schema_version"] == SCHEMA_VERSION
+    assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
+    (run_copy / "config.json").write_text(VERSION_1)
+    weights = run_copy / "weights.safetensors"
+    save_file(load_file(weights), weights, {"pyro_vje": VERSION_1})
+    run = load_run(run_copy)
+    assert run.info == read_info(run_copy) == info
+    now = load_posteriors(run, CALIBRATION)
+    save_file(load_file(run_copy / CALIBRATION), run_copy / CALIBRATION)
+    assert all(torch.equal(a, b) for a, b in zip(now, load_posteriors(run, CALIBRATION), strict=True))
+
+
+def test_every_older_version_has_a_way_to_this_one(monkeypatch):
+    assert list(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
+    monkeypatch.setattr("pyro_vje.runs.SCHEMA_VERSION", 4)
+    monkeypatch.setitem(MIGRATIONS, 2, lambda values: {**values, "way": [2]})
+    monkeypatch.setitem(MIGRATIONS, 3, lambda values: {**values, "way": [*values["way"], 3]})
+    assert migrate({"schema_version": 1}) == {"schema_version": 4, "way": [2, 3]}
+    for version in (0, 5, -1, True, "1", [], None):
+        with pytest.raises(ValueError, match=r"schema.version"):
+            migrate({"schema_version": version})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 10**9}, "image_size must lie between 1 and 8192"),
+        ({"std": [0.3, 0.3, 0.0]}, "std must be positive"),
+        ({"mean": [0.3, float("nan"), 0.3]}, "mean must be three numbers between 0 and 1"),
+        ({"std": [10**400] * 3}, "std must be three numbers"),
+        (
+            {"config": {**json.loads(VERSION_1)["config"], "embedding_dim": 10**9}},
+            "embedding_dim must be at least 2",
+        ),
+        ({"config": {**json.loads(VERSION_1)["config"], "lr": float("nan")}}, "lr must be at least 0"),
+    ],
+)
+def test_descriptions_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunInfo.from_dict({**json.loads(VERSION_1), **changes})
+
+
+def test_a_model_is_built_only_when_its_size_fits_the_weights(run_copy):
+    """A header that asks for a head of 12 TB is refused without an attempt to make it."""
+    path = run_copy / "weights.safetensors"
+    rewrite(path, None, lambda h: h["config"].update(hidden_dim=2**20, embedding_dim=2**20 - 1))
+    with pytest.raises(ValueError, match=r"but the configuration asks for torch.float32 \(10485"):
+        load_run(path)
