@@ -254,7 +254,7 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
     draw = random.Random(seed)
     landed: Counter[str] = Counter()
     victims: Counter[str] = Counter()
-    torn = loadable = 0
+    torn = loadable = faster = 0
     began = time.monotonic()
     final = max(1, kills // 15)
     for number in range(kills):
@@ -269,7 +269,11 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
         begun = (killed / "config.json").is_file()
         resume = ["train", "--resume", "--out", str(killed)]
         life = Life(resume if begun else train_arguments(images, killed, devices=devices), log, aim)
-        assert life.end() != 0, f"ended early: {log.read_text()[-2000:]}"
+        status = life.end()
+        if status == 0:  # only the last writes are over so soon
+            faster += 1
+            continue
+        assert status < 0 or devices > 1, f"fails by itself: {log.read_text()[-2000:]}"
         landed[life.events[-1][0]] += 1
         victims[victim if life.second else "first"] += 1
         for pid in life.second:  # whichever was killed, the other must not stay behind
@@ -286,7 +290,8 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
     compare(whole, killed, RUN_FILES)
     assert not list(killed.rglob(".*.tmp")), "temporary files stay behind"
     figures = {
-        "kills": kills,
+        "kills": sum(landed.values()),
+        "faster_than_the_kill": faster,
         "landed_in": dict(landed),
         "temporary_files_left_by_kills": torn,
         "checkpoint_loadable_after": loadable,
