@@ -106,9 +106,8 @@ class Checkpoints(Checkpoint):
         error = getattr(files, "error", None)
         (failed,) = self._agreed(trainer, float(error is not None))
         if error is not None:
-            raise type(error)(
-                f"{error}; the checkpoint before is whole, and --resume goes on from it"
-            ) from error
+            before = "the checkpoint before is whole" if self.path.is_file() else "there is none before"
+            raise type(error)(f"{error}; {before}, and --resume goes on") from error
         if failed:
             raise StoppedTraining  # the first process says why
 

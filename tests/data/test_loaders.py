@@ -119,6 +119,32 @@ def test_a_wholly_damaged_batch_is_replaced_and_wholly_damaged_data_are_an_error
     assert list(iter_batches(lazy, 6)) == []
 
 
+@pytest.mark.parametrize("kind", ["resident", "stream", "workers"])
+def test_a_pass_goes_on_where_it_was_left(lazy, kind):
+    """Also where the first batch to be read is wholly damaged: the one before stands in, as it would have."""
+
+    def make():
+        if kind == "resident":
+            return ResidentLoader(numbered(20), 4, seed=1)
+        return StreamingLoader(lazy, 4, seed=1, num_workers=2 * (kind == "workers"))
+
+    left, whole, resumed = make(), make(), make()
+    for loader in (left, whole):
+        loader.set_epoch(3)
+    if kind != "resident":
+        for i in list(whole._indices())[2].tolist():
+            with open(lazy.paths[i], "wb") as file:
+                file.write(b"damaged")
+    expected = numbers(whole)
+    passing = iter(left)
+    assert numbers([next(passing), next(passing)]) == expected[:2]
+    assert left.state_dict() == {"epoch": 3, "taken": 2}
+    resumed.load_state_dict(left.state_dict())
+    assert numbers(resumed) == expected[2:]
+    assert resumed.state_dict() == {"epoch": 3, "taken": 5}
+    assert numbers(resumed) == expected  # the next pass is whole
+
+
 def test_evaluation_order(lazy):
     images = ImageSet(numbered(20), [str(i) for i in range(20)])
     for image_set in (images, lazy):
