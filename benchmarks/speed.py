@@ -234,8 +234,10 @@ def vje_epoch(encoder: str, train_set: ImageSet, batch: int, settings: Settings)
         clock = EpochClock()
         with tempfile.TemporaryDirectory() as folder, training._quiet_lightning():
             report = training.EpochReport(Path(folder), train_set, None, view)
-            trainer = training._trainer(Path(folder), config, [report], settings.precision)
-            trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+            checkpoints = training.Checkpoints(Path(folder) / training.LAST, training.StopRequest())
+            trainer = training._trainer(
+                Path(folder), config, [report, checkpoints, clock], settings.precision
+            )
             trainer.fit(training.Pretraining(vje, config, train_set))
         return clock.seconds
 

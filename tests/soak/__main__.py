@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pyro_vje.files import write_json
 
-SUITES = ("kills",)
+SUITES = ("kills", "fuzz")
 """Modules here with ``run(quick, seed) -> dict``, which raises AssertionError where a promise is broken."""
 
 
