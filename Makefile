@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/pyro-vje score --ckpt runs/demo --report
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

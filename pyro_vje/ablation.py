@@ -194,7 +194,7 @@ def _run(name: str, config: TrainConfig, folder: Path) -> Cell:
 
 
 def train_cell(config: TrainConfig, folder: Path) -> None:
-    """Train a cell, whatever an interruption has left of it."""
+    """Train a cell, whatever an interruption has left of it; ``FileExistsError`` if that is another cell's."""
     begun = (folder / CONFIG).is_file()
     if begun:
         stored = read_info(folder).config

@@ -108,7 +108,13 @@ class EpochReport(lightning.pytorch.Callback):
             raise _diverged(f"the loss became not finite by step {trainer.global_step}", pl_module.config)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the row, print a line where there is no progress bar, and check the run's health."""
+        """Write the row, print a line where there is no progress bar, and check the run's health.
+
+        Raises
+        ------
+        TrainingDiverged
+            If the loss is no longer finite.
+        """
         module: Any = pl_module  # a `pyro_vje.training.Pretraining`, which imports this file
         row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **module.epoch_means()}
         seconds = time.perf_counter() - self.started

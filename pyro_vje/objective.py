@@ -85,6 +85,8 @@ class SymmetricELBO(Trace_ELBO):
 
         Parameters
         ----------
+        model, guide : callable
+            Pyro callables on ``views``.
         views : tensor or pair of tensors
             ``(2, B, C, H, W)``, or two tensors ``(B, C, H, W)``.
 

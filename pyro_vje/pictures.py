@@ -127,7 +127,10 @@ def _vectors(*columns: Array, names: str) -> list[NDArray[np.float64]]:
 def split_by_label(
     is_anomaly: Array | None, finite: NDArray[np.bool_]
 ) -> list[tuple[str, str, NDArray[np.bool_]]]:
-    """Name, colour and members of what is told apart: normal images and anomalies, or all images."""
+    """Name, colour and members of what is told apart: normal images and anomalies, or all images.
+
+    Raises ``ValueError`` if the labels are not one for each image.
+    """
     if is_anomaly is None:
         return [("images", BLUE, finite)]
     anomalous = as_numpy(is_anomaly).astype(bool)
@@ -157,7 +160,10 @@ def draw_scores(axes: Axes, groups: Sequence[tuple[str, NDArray[Any]]], xlabel: 
 def draw_direction_radius(
     axes: Axes, direction: Array, radius: Array, is_anomaly: Array | None
 ) -> list[tuple[str, str, NDArray[np.bool_]]]:
-    """Scatter of `plot_direction_radius`; which images it shows, as `split_by_label` has them."""
+    """Scatter of `plot_direction_radius`; which images it shows, as `split_by_label` has them.
+
+    Raises ``ValueError`` if there is no finite point.
+    """
     horizontal, vertical = _vectors(direction, radius, names="direction and radius")
     finite = np.isfinite(horizontal) & np.isfinite(vertical)
     if not finite.any():

@@ -301,6 +301,8 @@ def load_run(
         A run folder, or a ``.safetensors`` file that `save_weights` wrote.
     trust_plugins : bool
         Whether ``module:attribute`` names in the configuration may be imported.
+    device : str or torch.device
+        Where the model is put.
 
     Raises
     ------

@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
     p_values = conformal_p_values(scores, scorer.scores("aggregate", held_out))
     for ax, i in zip(right.subplots(3, 4).flat, scores.argsort().tolist(), strict=True):
         ax.imshow(new[i].float().mean(0), cmap="gray", vmin=0, vmax=255)
-        ax.set_title(f"p = {p_values[i]:.2f}", color="#d55e00" if p_values[i] <= 0.05 else "black")
+        ax.set_title(f"p = {p_values[i]:.3f}", color="#d55e00" if p_values[i] <= 0.05 else "black")
         ax.axis("off")
     right.suptitle("new images, from the most normal to the strangest", fontsize=10.8)
     figure.savefig(OUT, metadata={"Date": None})

@@ -137,7 +137,7 @@ class ImageSet:
         raise ValueError(f"no class {which!r} in these images; classes: {known}")
 
     def of_class(self, which: str | int) -> ImageSet:
-        """Return the images of one class (see :meth:`class_index`)."""
+        """Return the images of one class (see :meth:`class_index`); raises ``ValueError`` when there are no labels."""
         label = self.class_index(which)
         mask = torch.zeros(len(self), dtype=torch.bool) if self.labels is None else self.labels == label
         if not bool(mask.any()):

@@ -156,6 +156,11 @@ class StreamingLoader(_EpochLoader):
         As for :class:`ResidentLoader`.
     num_workers
         Decoding processes; by default one a CPU core, at most 16. With 0 this process decodes.
+
+    Raises
+    ------
+    ValueError
+        As :class:`ResidentLoader`, and if the images are in memory already.
     """
 
     def __init__(
@@ -218,6 +223,11 @@ def make_loader(
         See :class:`StreamingLoader`.
     **arguments
         ``seed``, ``rank``, ``world_size``, ``drop_last``: see :class:`ResidentLoader`.
+
+    Raises
+    ------
+    ValueError
+        If ``residency`` is none of these, or as the loaders.
     """
     if residency not in RESIDENCIES:
         raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
@@ -248,6 +258,11 @@ def iter_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor,
     ------
     tuple[Tensor, Tensor]
         Indices int64 (B,) into the set, and uint8 images (B, 3, S, S), B at most ``batch_size``.
+
+    Raises
+    ------
+    ValueError
+        If ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

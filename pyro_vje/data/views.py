@@ -112,6 +112,11 @@ class CleanView:
         Side S of the output; images of another size are resized (bilinear, antialiased).
     mean, std
         Of each channel, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If there is no image of this side, or the statistics are not those of three channels.
     """
 
     def __init__(
@@ -159,6 +164,11 @@ class TwoViews(CleanView):
         A :class:`Recipe` or the name of one in :data:`RECIPES`.
     mean, std
         Of each channel, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the recipe is unknown, or as :class:`CleanView`.
 
     Notes
     -----
@@ -318,7 +328,10 @@ def draw_parameters(
 
 
 def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
-    """Return the training and the evaluation views for a data set's name, with its statistics and recipe."""
+    """Return the training and the evaluation views for a data set's name, with its statistics and recipe.
+
+    Raises ``ValueError`` for an unknown name.
+    """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
     data = DATASETS[name]

@@ -21,7 +21,8 @@ class PolarProduct(TorchDistribution):
 
         log p(t) = log p_direction(u) + log p_radius(r) - (D - 1) log r
 
-    with the Jacobian of t -> (r, u) as in :class:`PolarStudentT`. It is normalised if both factors are.
+    with the Jacobian of t -> (r, u) as in :class:`PolarStudentT`, of which it is the general case (ours). It is
+    normalised if both factors are.
 
     Parameters
     ----------

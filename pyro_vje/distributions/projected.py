@@ -60,7 +60,10 @@ class ProjectedStudentT(StudentTDistribution):
 def sample_direction(
     df: Tensor, loc: Tensor, scale: Tensor, noise: Tensor, sample_shape: Sequence[int]
 ) -> Tensor:
-    """Direction of loc + scale * noise / w for w² ~ chi2_df / df; w is multiplied through, as it may vanish."""
+    """Direction of loc + scale * noise / w for w² ~ chi2_df / df, shape ``sample_shape + batch_shape + (D,)``.
+
+    w is multiplied through, as it may vanish.
+    """
     return unit(loc * inverse_mixing_scale(df, sample_shape).unsqueeze(-1) + scale * noise)
 
 

@@ -88,7 +88,9 @@ def log_restricted_mass(df: Tensor, scale: Tensor, dim: int) -> Tensor:
     Parameters
     ----------
     df, scale : Tensor
-        Degrees of freedom and scale, broadcastable.
+        Degrees of freedom and scale, of shapes that broadcast.
+    dim : int
+        Dimension of the ambient space.
     """
     df, scale = torch.broadcast_tensors(df.double(), scale.double())
     df = df.clamp(max=1e12)
