@@ -198,7 +198,9 @@ def _write_onnx(program: torch.export.ExportedProgram, names: list[str], descrip
     import onnx
     import onnxruntime
 
-    program = program.run_decompositions(_DECOMPOSITIONS)
+    table = torch.export.default_decompositions()  # PyTorch's own are exact where ONNX's are not: log-sigmoid
+    table.update(_DECOMPOSITIONS)
+    program = program.run_decompositions(table)
     exported = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
     proto = exported.model_proto  # type: ignore[union-attr]
     onnx.helper.set_model_props(proto, {HEADER_KEY: description})

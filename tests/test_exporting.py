@@ -78,7 +78,7 @@ def test_without_the_package_a_file_computes_what_score_and_embed_write(
 
     wanted = columns(score(run_copy, num_particles=6, seed=3, draw=False).csv)
     np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found["p_value"], wanted["p_value"])
+    np.testing.assert_allclose(found["p_value"], wanted["p_value"], atol=1e-6)  # of six digits in the CSV
     assert len(set(found["p_value"])) > 1
     embed(run_copy, image_folder / "test", tmp_path / "embedded.npz")
     embedded = np.load(tmp_path / "embedded.npz")

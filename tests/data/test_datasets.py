@@ -1,29 +1,16 @@
 """Every data set from small files in its real on-disk format, read by the real code."""
 
-import hashlib
 import logging
 import pickle
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from on_disk import RNG, md5, write_image, write_imagenet, write_stl10
 from torchvision import datasets as torchvision_datasets
 
 from pyro_vje.data import DATASETS, ImageSet, LazyImages, iter_batches, load_dataset
 from pyro_vje.data.imageset import free_memory, read_images
-
-RNG = np.random.default_rng(0)
-
-
-def md5(path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()
-
-
-def write_image(path, side=(20, 24), value=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = RNG.integers(0, 256, (*side, 3), dtype=np.uint8)
-    Image.fromarray(pixels if value is None else np.full_like(pixels, value)).save(path)
 
 
 def write_cifar(root, monkeypatch, kind, files, meta, label_key, classes):
@@ -71,23 +58,6 @@ def test_cifar100(tmp_path, monkeypatch):
     assert (len(test), test.image_size, len(test.classes)) == (3, 32, 100)
 
 
-def write_stl10(root, monkeypatch, train=6, test=4, unlabelled=9):
-    kind = torchvision_datasets.STL10
-    base = root / kind.base_folder
-    base.mkdir(parents=True)
-    arrays = {}
-    for name, count in (("train", train), ("test", test), ("unlabeled", unlabelled)):
-        arrays[name] = RNG.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
-        arrays[name].transpose(0, 1, 3, 2).tofile(base / f"{name}_X.bin")  # column-major in the file
-        if name != "unlabeled":
-            (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(base / f"{name}_y.bin")  # 1-based in the file
-    (base / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)))
-    for attribute in ("train_list", "test_list"):
-        sums = [[name, md5(base / name)] for name, _ in getattr(kind, attribute)]
-        monkeypatch.setattr(kind, attribute, sums)
-    return arrays
-
-
 def test_stl10(tmp_path, monkeypatch):
     arrays = write_stl10(tmp_path, monkeypatch)
     train = load_dataset("stl10", tmp_path, "train", download=False)
@@ -104,10 +74,7 @@ def test_stl10(tmp_path, monkeypatch):
 
 
 def test_imagenet_is_read_when_asked_for(tmp_path):
-    for part, count in (("train", 3), ("val", 2)):
-        for wnid in ("n01440764", "n01443537"):
-            for i in range(count):
-                write_image(tmp_path / part / wnid / f"{wnid}_{i}.JPEG", (260, 300))
+    write_imagenet(tmp_path, train=3, val=2)
     train = load_dataset("imagenet", tmp_path, "train", residency="stream")
     assert isinstance(train.images, LazyImages)
     assert train.images[0].shape == (3, 224, 224)
