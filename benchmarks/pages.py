@@ -14,6 +14,12 @@ from pyro_vje.protocols import markdown, rows_of
 FOLDER = Path(__file__).parent
 MAIN = ("conditional", "aggregate", "elbo", "k-NN 50", "Mahalanobis", "KDE")
 """Scores of the short table."""
+METHODS = {
+    "elbo": "VJE",
+    "benchmarks.controls:simsiam": "SimSiam",
+    "benchmarks.controls:vi_simsiam": "VI-SimSiam",
+}
+"""Names of the objectives in tables and pictures."""
 Cell = dict[str, Any]
 Key = Callable[[Cell], str]
 
@@ -37,7 +43,7 @@ def entry(cells: list[Cell], measure: str) -> str:
         return ""
     if len(values) < len(cells):
         return f"{len(cells) - len(values)} of {len(cells)} {next(c['status'] for c in cells if not c['measures'])}"
-    style = ".2f" if measure == "posterior_snr" else ".3f"
+    style = {"posterior_snr": ".2f", "effective_rank": ".0f"}.get(measure, ".3f")
     spread = f" ± {(max(values) - min(values)) / 2:{style}}" if len(values) > 1 else " (one seed)"
     return f"{mean(values):{style}}{spread}"
 
@@ -103,6 +109,42 @@ def study() -> dict[str, str]:
     }
 
 
+def controls() -> dict[str, str]:
+    """VJE beside SimSiam and VI-SimSiam of the same networks and budget, and beside what others have published."""
+    found = result("controls")
+    cells = [cell for name in METHODS for cell in found["cells"] if cell["config"]["objective"] == name]
+    method: Key = lambda cell: METHODS[cell["config"]["objective"]]  # noqa: E731
+    measures = {"knn": "k-NN", "linear": "linear", "effective_rank": "effective rank of 256 features"}
+    seeds = len({cell["config"]["seed"] for cell in cells})
+    config, seconds = cells[0]["config"], mean(c["measures"]["seconds"] for c in cells if c["measures"])
+    about = (
+        f"{found['data']}, {config['encoder']}, {config['epochs']} epochs, {seeds} seeds, "
+        f"{seconds / 60:.0f} minutes a run; {machine(found)}: `{found['command']}`"
+    )
+    published = json.loads((FOLDER / "published.json").read_text())["cifar10"]
+    others = [
+        "| published elsewhere | encoder | epochs | k-NN | linear | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in published:
+        accuracies = " | ".join("" if row[name] is None else f"{row[name]:.3f}" for name in ("knn", "linear"))
+        others.append(
+            f"| {row['method']} | {row['encoder']} | {row['epochs']} | {accuracies} | {row['source']} |"
+        )
+    return {
+        "methods": pivot(cells, "objective", method, lambda cell: "", measures),
+        "methods-about": about,
+        "published": "\n".join(others),
+    }
+
+
+def machine(found: dict[str, Any]) -> str:
+    """What a result was measured with and when."""
+    name = found["hardware"]["gpu"] or f"{found['hardware']['cpu']}, {found['threads']} threads"
+    how = f"{name}, {found['precision']}, torch {found['versions']['torch']}"
+    return f"{how}, {found['date'][:10]}, commit {found['commit']}"
+
+
 def anomalies() -> dict[str, str]:
     """AUROC of every score, one class against the others and against another data set; and the main ones."""
     files = {"one-class": "one_class", "ood": "ood"}
@@ -131,9 +173,7 @@ def speed() -> dict[str, str]:
         if row["unit"] != "s":
             times = f"{low:,.0f} at {x:,}, {high:,.0f} at {y:,}"
         growth.append(f"| {kind} | {row['what']} | {row['variable']}^{row['slope']:.2f} | {times} |")
-    hardware = found["hardware"]
-    about = f"{hardware['cpu']}, {found['threads']} threads, {found['precision']}, torch {found['versions']['torch']}, "
-    about += f"{found['date'][:10]}, commit {found['commit']}: `{found['command']}`"
+    about = f"{machine(found)}: `{found['command']}`"
     return {"speed": "\n".join(lines), "growth": "\n".join(growth), "speed-about": about}
 
 
@@ -141,7 +181,8 @@ PAGES = {
     FOLDER / "study.md": study,
     FOLDER / "one_class.md": anomalies,
     FOLDER / "speed.md": speed,
-    FOLDER.parent / "README.md": anomalies,
+    FOLDER / "controls.md": controls,
+    FOLDER.parent / "README.md": lambda: {**anomalies(), **controls()},
 }
 
 

@@ -53,7 +53,8 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as a PNG, atomically."""
     stream = io.BytesIO()
     with warnings.catch_warnings():
         # Class names are folder names, in any script; a missing glyph is drawn as a box.
@@ -234,7 +235,7 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: str | Path) -> Pat
             axes.set_ylim(bottom=0)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_embedding(
@@ -301,7 +302,7 @@ def plot_embedding(
         *(f"principal component {i + 1} ({share:.0%} of variance)" for i, share in enumerate(shares)),
     )
     axes.set_aspect("equal", adjustable="datalim")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_score_histogram(
@@ -329,7 +330,7 @@ def plot_score_histogram(
     if len(groups) == 2:
         title = f"Anomaly scores: AUROC {auroc(values[finite], as_numpy(is_anomaly)[finite]):.3f}"  # type: ignore[arg-type]
     axes.set_title(title, fontsize=11, loc="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_direction_radius(
@@ -345,7 +346,7 @@ def plot_direction_radius(
     if is_anomaly is not None:
         _legend(axes, [(f"{name} ({members.sum():,})", colour, "o") for name, colour, members in groups])
     axes.set_title("Where the likelihood comes from", fontsize=11, loc="left")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _pixels(images: Array, dimensions: int) -> NDArray[Any]:
@@ -410,7 +411,7 @@ def plot_strangest(images: Array, scores: Array, path: str | Path, k: int = 12) 
             _show(axes, pixels[i], f"{values[i]:.4g}")
         for axes in part.axes[len(chosen) :]:
             axes.remove()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_views(
@@ -432,7 +433,7 @@ def plot_views(
         row[0].text(
             -0.08, 0.5, name, transform=row[0].transAxes, rotation=90, va="center", ha="right", fontsize=9
         )
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def plot_rejection(
@@ -456,4 +457,4 @@ def plot_rejection(
         entries.append((name, colour, "s"))
     _legend(axes, entries)
     style(axes, "Rejecting the most uncertain images", "share rejected (%)", ylabel)
-    return _save(figure, path)
+    return save(figure, path)

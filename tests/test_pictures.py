@@ -15,8 +15,8 @@ def rng():
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved, for a look at what is on them."""
-    saved, save = [], pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: (saved.append(figure), save(figure, path))[1])
+    saved, save = [], pictures.save
+    monkeypatch.setattr(pictures, "save", lambda figure, path: (saved.append(figure), save(figure, path))[1])
     return saved
 
 
