@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from sphinx_gallery.sorting import FileNameSortKey
 import pyro_vje
 
 HERE = Path(__file__).parent
+logging.getLogger("pyro_vje").setLevel(logging.WARNING)  # the tutorials show what their scripts print
 
 project = "pyro_vje"
 author = "the authors of pyro_vje"
