@@ -59,9 +59,9 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,
-    "min_reported_time": 60,
+    "min_reported_time": 3600,
     "remove_config_comments": True,
-    "capture_repr": ("_repr_html_", "__repr__"),
+    "capture_repr": (),
     "image_srcset": ["2x"],
     "write_computation_times": False,
 }
