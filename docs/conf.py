@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from sphinx_gallery.sorting import FileNameSortKey
 import pyro_vje
 
 HERE = Path(__file__).parent
+logging.getLogger("pyro_vje").setLevel(logging.WARNING)  # the tutorials show what their scripts print
 
 project = "pyro_vje"
 author = "the authors of pyro_vje"
@@ -57,9 +59,9 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,
-    "min_reported_time": 60,
+    "min_reported_time": 3600,
     "remove_config_comments": True,
-    "capture_repr": ("_repr_html_", "__repr__"),
+    "capture_repr": (),
     "image_srcset": ["2x"],
     "write_computation_times": False,
 }

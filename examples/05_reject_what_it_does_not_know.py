@@ -37,8 +37,9 @@ correct = predicted == test.labels
 # -------------------
 #
 # R-AUROC is the chance that a wrong answer has a higher uncertainty than a right one: 0.5 is no better than a coin,
-# and below it the number points the wrong way. The variance of the posterior does here: it is wide where the model
-# is right. Measure each on data of yours before relying on any of them; ``pyro-vje eval`` does for the variance.
+# and below it the number points the wrong way. Here the likelihood's directional factor knows something; the
+# variance of the posterior, which looks like an uncertainty, knows nothing. Measure each on data of yours before
+# relying on any of them; ``pyro-vje eval`` does for the variance.
 scorer = Scorer(run.vje)
 figure, ax = plt.subplots(figsize=(6, 4))
 for name in ("direction", "conditional", "variance"):
