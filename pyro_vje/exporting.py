@@ -157,7 +157,7 @@ def export(
                 raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
     write_atomic(target, content)
     card = target.with_name(CARD)
-    write_atomic(card, model_card(run, settings, calibration, target.name, differences))
+    write_atomic(card, model_card(run, settings, calibration, target.name, format, differences))
     return ExportResult(target, card, differences)
 
 
@@ -175,9 +175,9 @@ def _expected(
     scores = scorer.scores("conditional", posteriors)
     arrays = dict(zip(("embedding", "loc", "scale", "score"), (*posteriors, scores), strict=True))
     expected = {name: value.numpy() for name, value in arrays.items()}
-    return (
-        expected if calibration is None else {**expected, "p_value": conformal_p_values(score, calibration)}
-    )
+    if calibration is not None:  # a score that is NaN is found by its own comparison, which comes first
+        expected["p_value"] = conformal_p_values(np.nan_to_num(score), calibration)
+    return expected
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -259,6 +259,7 @@ def model_card(
     settings: ScoreSettings,
     calibration: NDArray[np.float64] | None,
     file: str,
+    format: str,
     differences: dict[str, float],
 ) -> str:
     """A run's card in Markdown: its settings, and what its folder holds of measured numbers, with their protocols."""
@@ -287,6 +288,7 @@ def model_card(
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,
         file=file,
+        format=format,
         differences={name: f"{value:.1e}" for name, value in differences.items()},
         trained=(read(CONFIG) or {}).get("versions"),
         exported=versions(),
