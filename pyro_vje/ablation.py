@@ -41,7 +41,8 @@ from pyro_vje.runs import (
     versions,
 )
 from pyro_vje.scoring import score
-from pyro_vje.training import load_train_set, train
+from pyro_vje.splits import load_train_set
+from pyro_vje.training import train
 
 log = logging.getLogger("pyro_vje")
 

@@ -9,18 +9,22 @@ signal handler.
 from __future__ import annotations
 
 import io
+import pickle
 import time
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from pyro_vje.files import write_atomic
+from pyro_vje.files import check_form, write_atomic
 from pyro_vje.interruption import StopRequest
+from pyro_vje.runs import check_state
 
+LAST = "last.ckpt"
 CHECKPOINT_SECONDS = 600.0
 """Between checkpoints inside an epoch: about as much of the training as a kill can cost. Epochs end with one too."""
 CHECK_EVERY = 5
@@ -115,3 +119,33 @@ class Checkpoints(Checkpoint):
         if signum:
             self.stop.signum = int(signum)
             raise StoppedTraining
+
+
+def check_checkpoint(path: Path, module: lightning.LightningModule) -> None:
+    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            if (broken := archive.testzip()) is not None:
+                raise ValueError(f"wrong checksum of {broken}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        form = {
+            "state_dict": dict,
+            "optimizer_states": list,
+            "lr_schedulers": list,
+            "loops": dict,
+            "callbacks": dict,
+        }
+        check_form(saved, {**form, "epoch": int, "global_step": int})
+        check_state(path, saved["state_dict"], module.state_dict())
+        (momenta,) = saved["optimizer_states"]
+        optimizer: Any = cast(dict[str, Any], module.configure_optimizers())["optimizer"]
+        optimizer.load_state_dict(momenta)
+        for parameter, state in optimizer.state.items():
+            check_state(path, state, {"momentum_buffer": parameter})
+    except pickle.UnpicklingError:  # whose text tells how to run what is in the file
+        raise ValueError(
+            f"{path} is no checkpoint of ours, and nothing in it was run: train anew with --overwrite"
+        ) from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged ({reason}): train anew with --overwrite") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,3 +249,13 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")
 """What an ablation always varies (with one value or several), the seed last."""
+
+
+def is_first_process() -> bool:
+    """Whether no launcher has started this process as one of the others; Lightning runs the command again in each."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def machines() -> int:
+    """Machines that train together, as torchrun tells its processes; ``devices`` are those of each machine."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))

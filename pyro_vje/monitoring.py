@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
-import torch
-from torch import Tensor
 
 from pyro_vje import metrics, pictures
 from pyro_vje.config import TrainConfig
@@ -22,6 +20,7 @@ from pyro_vje.encoding import encode
 from pyro_vje.files import write_atomic
 from pyro_vje.model import VJE
 from pyro_vje.runs import METRICS, PICTURES
+from pyro_vje.splits import evenly_spread
 
 log = logging.getLogger("pyro_vje")
 
@@ -33,8 +32,6 @@ FEW_IMAGES = 8
 """In a batch below this the mean of a feature is off by a third of its deviation (1/√8) or more."""
 CHECK_EVERY = 100
 """Steps between looks at whether the loss is finite: each waits for the device."""
-MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
-"""Most images that the k-NN monitor uses; `evaluate` uses all."""
 
 COLUMNS = (
     "epoch",
@@ -206,11 +203,6 @@ def _gentler(config: TrainConfig) -> str:
 
 def _diverged(what: str, config: TrainConfig) -> TrainingDiverged:
     return TrainingDiverged(f"{what}: {_gentler(config)}")
-
-
-def evenly_spread(size: int, most: int) -> Tensor:
-    """At most ``most`` indices spread evenly over ``range(size)``: files are often sorted by class."""
-    return torch.linspace(0, size - 1, min(size, most), dtype=torch.float64).round().long()
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

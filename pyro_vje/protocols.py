@@ -49,7 +49,7 @@ from pyro_vje.runs import (
 )
 from pyro_vje.scorer import Scorer
 from pyro_vje.scores import SCORES
-from pyro_vje.training import load_train_set, reference_images
+from pyro_vje.splits import load_train_set, reference_images
 
 log = logging.getLogger("pyro_vje")
 

@@ -42,6 +42,7 @@ from pyro_vje.runs import (
 from pyro_vje.score_files import PARTS, Scored, describe_calibration, write_csv, write_parquet
 from pyro_vje.scorer import Scorer, augmented_pairs
 from pyro_vje.scores import SCORES
+from pyro_vje.splits import load_train_set
 
 log = logging.getLogger("pyro_vje")
 
@@ -343,8 +344,6 @@ def calibration_scores(run: LoadedRun, scorer: Scorer, settings: ScoreSettings) 
     if not settings.num_pairs:
         stored = load_posteriors(run, CALIBRATION)
         return None if stored is None else scorer.scores(settings.score, stored).cpu().numpy()
-    from pyro_vje.training import load_train_set  # Lightning takes seconds to import
-
     try:
         config = dataclasses.replace(run.info.config, image_size=run.info.image_size, download=False)
         train_set, held_out = load_train_set(config)

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from pyro_vje import train, training
+from pyro_vje.data import make_loader
 from pyro_vje.monitoring import TrainingDiverged
 from pyro_vje.runs import build_model, read_info
-from pyro_vje.training import load_train_set
+from pyro_vje.splits import load_train_set
 
 GENTLER = "lower lr (now {}), raise warmup_epochs (now 0), or use precision 32"
 
@@ -108,5 +109,5 @@ def test_batch_norm_of_one_or_few_images(train_with, said, tiny_config, tmp_path
     config = read_info(tmp_path / "run").config
     module = training.Pretraining(build_model(config, 16), config, load_train_set(config)[0])
     assert len(module.train_set) % 3 == 1  # one is left over
-    loader = training.make_loader(module.train_set, 3)
+    loader = make_loader(module.train_set, 3)
     assert {len(batch) for batch in loader} == {3}

@@ -15,7 +15,7 @@ from pyro_vje import load_run, protocols, score
 from pyro_vje.data import load_dataset
 from pyro_vje.detectors import DETECTORS
 from pyro_vje.protocols import markdown, one_class, ood
-from pyro_vje.training import reference_images
+from pyro_vje.splits import reference_images
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_ood_tells_a_data_set_from_others(trained_run, image_folder, tmp_path):
 def test_reference_images_are_the_training_images_or_a_sample(image_folder, monkeypatch):
     images = load_dataset("folder", image_folder, "train", image_size=8)
     assert reference_images(images, 0) is images
-    monkeypatch.setattr("pyro_vje.training.REFERENCE_IMAGES", 10)
+    monkeypatch.setattr("pyro_vje.splits.REFERENCE_IMAGES", 10)
     some = reference_images(images, 0)
     assert len(set(some.paths)) == 10
     assert some.paths == reference_images(images, 0).paths

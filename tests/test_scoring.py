@@ -34,7 +34,7 @@ from pyro_vje.runs import (
 )
 from pyro_vje.scorer import Scorer
 from pyro_vje.scores import SCORES
-from pyro_vje.training import load_train_set
+from pyro_vje.splits import load_train_set
 
 
 def read(path):

@@ -15,6 +15,7 @@ from pyro_vje import TrainConfig, load_run, train, training
 from pyro_vje.data import load_dataset
 from pyro_vje.monitoring import COLUMNS, TrainingDiverged
 from pyro_vje.runs import read_info
+from pyro_vje.splits import load_train_set
 from pyro_vje.training import choose_precision
 
 
@@ -166,12 +167,12 @@ def test_batch_larger_than_the_data(tiny_config, tmp_path):
 
 def test_held_out_images_are_never_trained_on(tiny_config):
     config = dataclasses.replace(tiny_config, holdout=0.25).resolved()
-    kept, held_out = training.load_train_set(config)
+    kept, held_out = load_train_set(config)
     everything = load_dataset("folder", config.data_dir, "pretrain")
     assert (len(kept), len(held_out)) == (36, 12)
     assert sorted(kept.paths + held_out.paths) == sorted(everything.paths)
-    assert training.load_train_set(dataclasses.replace(config, holdout=0.0))[1] is None
-    other = training.load_train_set(dataclasses.replace(config, seed=1))[1]
+    assert load_train_set(dataclasses.replace(config, holdout=0.0))[1] is None
+    other = load_train_set(dataclasses.replace(config, seed=1))[1]
     assert other.paths != held_out.paths
 
 

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import nn
 
 from pyro_vje import TrainConfig, ablation, comparison, encoders, load_run, protocols, train, training
+from pyro_vje.checkpoints import check_checkpoint
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data.images import FORMATS, image_shape
 from pyro_vje.data.imageset import ImageSet, LazyImages
@@ -46,6 +47,7 @@ from pyro_vje.runs import (
     load_posteriors,
     read_info,
 )
+from pyro_vje.splits import load_train_set
 
 LIMIT = 30.0
 """Seconds that a case may take; the slowest, an image of the size that is just allowed, takes about two."""
@@ -322,7 +324,7 @@ def targets(folder: Path) -> dict[str, Target]:
     run = shutil.copytree(good, folder / "run")
     loaded, info = load_run(good), read_info(good)
     checkpoint = (good / CHECKPOINTS / "last.ckpt").read_bytes()
-    train_set, _ = training.load_train_set(info.config)
+    train_set, _ = load_train_set(info.config)
     resumed = 0
 
     def read_image(before: bytes, after: bytes) -> None:
@@ -367,7 +369,7 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_checkpoint(before: bytes, after: bytes) -> None:
         nonlocal resumed
         module = training.Pretraining(build_model(info.config, 16), info.config, train_set)
-        training._check_checkpoint(run / CHECKPOINTS / "last.ckpt", module)
+        check_checkpoint(run / CHECKPOINTS / "last.ckpt", module)
         whole(not before.startswith(after), "a part of the checkpoint was taken")
         try:
             same = torch.load(io.BytesIO(after), weights_only=True)["state_dict"]

@@ -1,0 +1,96 @@
+"""The images of a run: those trained on, held out for calibration, kept as reference, watched by k-NN."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from pyro_vje.config import TrainConfig, machines
+from pyro_vje.data import ImageSet, derive_seed, load_dataset
+
+log = logging.getLogger("pyro_vje")
+
+REFERENCE_IMAGES = 10_000
+"""At most: 15 MB at D = 128, and a density over them costs less than an encoder's pass."""
+MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
+"""Most images that the k-NN monitor uses; `evaluate` uses all."""
+
+
+def _load_split(config: TrainConfig, split: str, image_size: int | None) -> ImageSet:
+    return load_dataset(
+        config.dataset,
+        config.data_dir,
+        split,
+        image_size=image_size,
+        download=config.download,
+        residency=config.residency,
+    )
+
+
+def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        If there is no such data set or class, or it has fewer images than a batch.
+    """
+    train_set = _load_split(config, "pretrain", config.image_size)
+    if config.normal_class is not None:
+        train_set = train_set.of_class(config.normal_class)
+    train_set, held_out = hold_out(train_set, config)
+    if len(train_set) < (config.batch_size or 0):
+        raise ValueError(
+            f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
+            f"choose at most {len(train_set)}"
+        )
+    processes = config.devices * machines()
+    if (config.batch_size or 0) % processes:
+        # Gradients and batch statistics are averaged over the processes, which is right for equal shares.
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared equally by {processes} processes: "
+            f"choose a multiple of {processes}"
+        )
+    return train_set, held_out
+
+
+def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """Split off ``config.holdout`` of the images, drawn by the run's seed; ``None`` if that is not one image."""
+    count = round(config.holdout * len(images))
+    if count == 0:
+        return images, None
+    log.info("%d of %d images are held out of training, to calibrate scores", count, len(images))
+    generator = torch.Generator().manual_seed(derive_seed("holdout", config.seed))
+    order = torch.randperm(len(images), generator=generator)
+    return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
+
+
+def reference_images(train_set: ImageSet, seed: int) -> ImageSet:
+    """The training images that scores compare with: all, or `REFERENCE_IMAGES` of them drawn by the run's seed."""
+    if len(train_set) <= REFERENCE_IMAGES:
+        return train_set
+    generator = torch.Generator().manual_seed(derive_seed("reference", seed))
+    order = torch.randperm(len(train_set), generator=generator)
+    return train_set.select(order[:REFERENCE_IMAGES].sort().values)
+
+
+def monitor_sets(
+    config: TrainConfig, image_size: int, train_set: ImageSet
+) -> tuple[ImageSet, ImageSet] | None:
+    """Labelled training and test images for the k-NN monitor, where there are labels of two classes."""
+    if not config.knn_every or config.normal_class is not None or train_set.labels is None:
+        return None
+    labelled = train_set.labelled()
+    if labelled.labels is None or len(labelled.labels.unique()) < 2:
+        return None
+    test = _load_split(config, "test", image_size).labelled()
+    return labelled.select(evenly_spread(len(labelled), MONITOR_TRAIN)), test.select(
+        evenly_spread(len(test), MONITOR_TEST)
+    )
+
+
+def evenly_spread(size: int, most: int) -> Tensor:
+    """At most ``most`` indices spread evenly over ``range(size)``: files are often sorted by class."""
+    return torch.linspace(0, size - 1, min(size, most), dtype=torch.float64).round().long()
