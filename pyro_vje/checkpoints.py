@@ -122,7 +122,13 @@ class Checkpoints(Checkpoint):
 
 
 def check_checkpoint(path: Path, module: lightning.LightningModule) -> None:
-    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run."""
+    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run.
+
+    Raises
+    ------
+    ValueError
+        If it is one of these.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
             if (broken := archive.testzip()) is not None:

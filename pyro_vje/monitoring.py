@@ -100,9 +100,17 @@ class EpochReport(lightning.pytorch.Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *arguments: Any) -> None:
-        """Stop long before the end of an epoch of many steps."""
+        """Stop long before the end of an epoch of many steps.
+
+        Raises
+        ------
+        TrainingDiverged
+            If the loss is no longer finite.
+        """
         if trainer.global_step % CHECK_EVERY == 0 and not math.isfinite(pl_module.sums["loss"].item()):
-            raise _diverged(f"the loss became not finite by step {trainer.global_step}", pl_module.config)
+            raise TrainingDiverged(
+                f"the loss became not finite by step {trainer.global_step}: {_gentler(pl_module.config)}"
+            )
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the row, print a line where there is no progress bar, and check the run's health.
@@ -119,7 +127,9 @@ class EpochReport(lightning.pytorch.Callback):
         row["images_per_second"] = round(trainer.num_training_batches * module.batch_size / seconds, 1)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isfinite(row["loss"]):
-            raise _diverged(f"the loss became {row['loss']} in epoch {row['epoch']}", module.config)
+            raise TrainingDiverged(
+                f"the loss became {row['loss']} in epoch {row['epoch']}: {_gentler(module.config)}"
+            )
         best = min((earlier["loss"] for earlier in self.rows), default=module.first_loss.item())
         rise = (row["loss"] - best) / module.vje.embedding_dim
         if trainer.is_global_zero and rise > MAX_RISE and "loss" not in self.warned:
@@ -161,7 +171,9 @@ class EpochReport(lightning.pytorch.Callback):
         device = next(vje.parameters()).device
         encoded = encode(vje, self.health_set, self.view, device=device)
         if not all(tensor.isfinite().all() for tensor in encoded):
-            raise _diverged("the embeddings are not finite after an epoch whose loss was", config)
+            raise TrainingDiverged(
+                f"the embeddings are not finite after an epoch whose loss was: {_gentler(config)}"
+            )
         row = {
             "effective_rank": metrics.effective_rank(encoded.features),
             "spread": metrics.embedding_spread(encoded.embeddings),
@@ -199,10 +211,6 @@ class EpochReport(lightning.pytorch.Callback):
 
 def _gentler(config: TrainConfig) -> str:
     return f"lower lr (now {config.lr:g}), raise warmup_epochs (now {config.warmup_epochs:g}), or use precision 32"
-
-
-def _diverged(what: str, config: TrainConfig) -> TrainingDiverged:
-    return TrainingDiverged(f"{what}: {_gentler(config)}")
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

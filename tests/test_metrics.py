@@ -422,7 +422,7 @@ class TestHealth:
         assert "lower kl_weight" in noisy
         # A noisy posterior is another ailment than a collapsed representation, and has another cure.
         assert "collaps" not in noisy
-        assert "lr" not in noisy
+        assert "lower lr" not in noisy
         assert "kl_weight" not in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
         assert "effective rank is 1.3 of 128" in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
         everything = metrics.collapse_warning(1.0, 0.0, 0.0, 128)

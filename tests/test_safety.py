@@ -145,7 +145,7 @@ def test_the_fuzzer_sees_what_it_is_there_for(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def memory_of(images, monkeypatch, error=torch.OutOfMemoryError):
-    """A device on which the encoder takes at most so many images at once."""
+    """A device on which the encoder takes at most so many images at once: a GPU, for a CPU's passes are small."""
     encode_all, sizes = VJE.embed, []
 
     def limited(function):
@@ -162,6 +162,10 @@ def memory_of(images, monkeypatch, error=torch.OutOfMemoryError):
     with monkeypatch.context() as patch:
         patch.setattr(VJE, "embed", limited(encode_all))
         patch.setattr(VJE, "features", limited(VJE.features))
+        for module in ("encoding", "scorer"):
+            patch.setattr(f"pyro_vje.{module}.in_equal_parts", lambda f, *x, rows=None: list(f(*x)))
+        for module in ("encoding", "scoring"):
+            patch.setattr(f"pyro_vje.{module}.images_at_once", lambda batch_size, _: batch_size)
         yield sizes
 
 
@@ -186,7 +190,8 @@ def test_training_says_which_batch_size_fits(tiny_config, tmp_path, monkeypatch,
 @pytest.mark.parametrize("pairs", [0, 1])
 def test_scoring_goes_on_in_parts_with_the_same_scores(trained_run, tmp_path, monkeypatch, caplog, pairs):
     outs = [tmp_path / "whole.csv", tmp_path / "parts.csv"]
-    score(trained_run, out=outs[0], draw=False, num_pairs=pairs, batch_size=4)
+    with memory_of(256, monkeypatch):
+        score(trained_run, out=outs[0], draw=False, num_pairs=pairs, batch_size=4)
     with memory_of(5 + 5 * pairs, monkeypatch), caplog.at_level(logging.WARNING, logger="pyro_vje"):
         score(trained_run, out=outs[1], draw=False, num_pairs=pairs)
     said = [record.message for record in caplog.records if "do not fit" in record.message]
@@ -284,6 +289,7 @@ def test_a_file_that_vanishes_midway(trained_run, image_folder, tmp_path, monkey
     victim = folder / "stripes" / "05.png"  # the last of the list
     features = VJE.features
     monkeypatch.setattr(VJE, "features", lambda self, x: victim.unlink(missing_ok=True) or features(self, x))
+    monkeypatch.setattr("pyro_vje.encoding.images_at_once", lambda batch_size, _: batch_size)
     arguments = {"data": folder, "batch_size": 2, "report": True}
     result = score(trained_run, out=tmp_path / "a.csv", **arguments)
     assert (result.scored, result.failed) == (17, 1)
