@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes of the tests, each on one core.
+WORKERS ?= 2
 
 .PHONY: demo test lint docs bench soak clean
 
@@ -16,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/pyro-vje score --ckpt runs/demo --report
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
