@@ -177,12 +177,25 @@ def speed() -> dict[str, str]:
     return {"speed": "\n".join(lines), "growth": "\n".join(growth), "speed-about": about}
 
 
+def soak() -> dict[str, str]:
+    """How often commands were killed and gone on with, and how many damaged files were read."""
+    found = result("soak")
+    kills = {name: part["kills"] for name, part in found["kills"].items() if isinstance(part, dict)}
+    fuzz = found["fuzz"]
+    failed = sum(part["failed"] for part in fuzz["files"].values())
+    counts = ", ".join(f"`{name}` {count} times" for name, count in kills.items())
+    about = f"`make soak` ({found['date'][:10]}, {found['cores']} cores): killed {counts}, "
+    about += "each ended with the files of a run left alone"
+    read = f"{fuzz['count']:,} damaged images, configurations, checkpoints and tables read, {failed} failures"
+    return {"soak": f"{about}; {read}."}
+
+
 PAGES = {
     FOLDER / "study.md": study,
     FOLDER / "one_class.md": anomalies,
     FOLDER / "speed.md": speed,
     FOLDER / "controls.md": controls,
-    FOLDER.parent / "README.md": lambda: {**anomalies(), **controls()},
+    FOLDER.parent / "README.md": lambda: {**anomalies(), **controls(), **soak()},
 }
 
 
