@@ -120,7 +120,7 @@ class EpochReport(lightning.pytorch.Callback):
         TrainingDiverged
             If the loss is no longer finite.
         """
-        module: Any = pl_module  # a `pyro_vje.training.Pretraining`, which imports this file
+        module: Any = pl_module  # a `pyro_vje.pretraining.Pretraining`
         row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **module.epoch_means()}
         seconds = time.perf_counter() - self.started
         row["seconds"] = round(seconds, 3)
