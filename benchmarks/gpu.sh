@@ -19,7 +19,7 @@ RUNS=${RUNS:-runs/gpu}
 RESULTS=${RESULTS:-benchmarks/results}
 PYTHON=${PYTHON:-python}
 VJE="$PYTHON -m pyro_vje.cli"
-mkdir -p "$RUNS"
+mkdir -p "$RUNS" "$RESULTS"
 
 seeds=""
 for seed in $SEEDS; do seeds="$seeds --seed $seed"; done

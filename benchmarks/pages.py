@@ -20,6 +20,11 @@ METHODS = {
     "benchmarks.controls:vi_simsiam": "VI-SimSiam",
 }
 """Names of the objectives in tables and pictures."""
+LIKELIHOODS = {
+    "elbo": "likelihood polar-student-t",
+    "benchmarks.controls:vi_simsiam": "likelihood power-spherical",
+}
+"""What the objectives that have one are scored with."""
 Cell = dict[str, Any]
 Key = Callable[[Cell], str]
 
@@ -111,16 +116,6 @@ def study() -> dict[str, str]:
 
 def controls() -> dict[str, str]:
     """VJE beside SimSiam and VI-SimSiam of the same networks and budget, and beside what others have published."""
-    found = result("controls")
-    cells = [cell for name in METHODS for cell in found["cells"] if cell["config"]["objective"] == name]
-    method: Key = lambda cell: METHODS[cell["config"]["objective"]]  # noqa: E731
-    measures = {"knn": "k-NN", "linear": "linear", "effective_rank": "effective rank of 256 features"}
-    seeds = len({cell["config"]["seed"] for cell in cells})
-    config, seconds = cells[0]["config"], mean(c["measures"]["seconds"] for c in cells if c["measures"])
-    about = (
-        f"{found['data']}, {config['encoder']}, {config['epochs']} epochs, {seeds} seeds, "
-        f"{seconds / 60:.0f} minutes a run; {machine(found)}: `{found['command']}`"
-    )
     published = json.loads((FOLDER / "published.json").read_text())["cifar10"]
     others = [
         "| published elsewhere | encoder | epochs | k-NN | linear | source |",
@@ -131,11 +126,37 @@ def controls() -> dict[str, str]:
         others.append(
             f"| {row['method']} | {row['encoder']} | {row['epochs']} | {accuracies} | {row['source']} |"
         )
-    return {
-        "methods": pivot(cells, "objective", method, lambda cell: "", measures),
-        "methods-about": about,
-        "published": "\n".join(others),
-    }
+    tables = {"published": "\n".join(others), "methods-ood": outside()}
+    return {**methods("controls", ""), **methods("controls_small", "-small"), **tables}
+
+
+def outside() -> str:
+    """AUROC against another data set by the main scores of a run of each objective."""
+    auroc: dict[tuple[str, str], dict[str, str]] = {}
+    for objective, method in METHODS.items():
+        for row in rows_of(result(f"ood_{objective.partition(':')[2] or objective}")["cells"]):
+            on = "its likelihood" if row["on"] == LIKELIHOODS.get(objective) else row["on"]
+            if row["score"] in MAIN and not on.startswith(("likelihood", "untrained")):
+                auroc.setdefault((row["score"], on), {})[method] = f"{row['auroc']:.3f}"
+    lines = [f"| score | on | {' | '.join(METHODS.values())} |", "|---|---|" + "---|" * len(METHODS)]
+    for key, found in auroc.items():
+        lines.append(f"| {' | '.join(key)} | {' | '.join(found.get(m, '') for m in METHODS.values())} |")
+    return "\n".join(lines)
+
+
+def methods(name: str, suffix: str) -> dict[str, str]:
+    """A comparison of objectives, and how it was made."""
+    found = result(name)
+    cells = [cell for name in METHODS for cell in found["cells"] if cell["config"]["objective"] == name]
+    method: Key = lambda cell: METHODS[cell["config"]["objective"]]  # noqa: E731
+    measures = {"knn": "k-NN", "linear": "linear", "effective_rank": "effective rank of 256 features"}
+    config, seconds = cells[0]["config"], mean(c["measures"]["seconds"] for c in cells if c["measures"])
+    about = (
+        f"{found['data']}, {config['encoder']}, {config['epochs']} epochs, "
+        f"{seconds / 60:.0f} minutes a run; {machine(found)}: `{found['command']}`"
+    )
+    table = pivot(cells, "objective", method, lambda cell: "", measures)
+    return {f"methods{suffix}": table, f"methods{suffix}-about": about}
 
 
 def machine(found: dict[str, Any]) -> str:
@@ -147,24 +168,35 @@ def machine(found: dict[str, Any]) -> str:
 
 def anomalies() -> dict[str, str]:
     """AUROC of every score, one class against the others and against another data set; and the main ones."""
-    files = {"one-class": "one_class", "ood": "ood"}
-    rows = {name: rows_of(result(file)["cells"]) for name, file in files.items()}
+    files = {"one-class": ("one_class_three", "one_class_seven"), "ood": ("ood",)}
+    rows = {
+        name: [row for file in several for row in rows_of(result(file)["cells"])]
+        for name, several in files.items()
+    }
     main = [
         row for row in rows["one-class"] if row["score"] in MAIN and not row["on"].startswith("untrained")
     ]
-    return {**{name: markdown(table) for name, table in rows.items()}, "main": markdown(main)}
+    tables = {name: markdown(table) for name, table in rows.items()}
+    return {**tables, "main": without_classes(markdown(main)), **made("one_class_seven", "one-class")}
+
+
+def without_classes(table: str) -> str:
+    """A table of anomaly scores with the mean over classes alone."""
+    lines = [line.split("|") for line in table.splitlines()]
+    return "\n".join("|".join([*line[:3], *line[-3:]]) for line in lines)
+
+
+def made(name: str, mark: str) -> dict[str, str]:
+    """How a protocol's result was made."""
+    found = result(name)
+    minutes = mean(cell["seconds"] for cell in found["cells"]) / 60
+    about = f"{found['data']}, {minutes:.0f} minutes a cell; {machine(found)}: `{found['command']}`"
+    return {f"{mark}-about": about}
 
 
 def speed() -> dict[str, str]:
     """The rows against rivals, and how costs grow."""
     found = result("speed")
-    lines = ["| what | rival | ratio of times [min, max] | wanted |", "|---|---|---|---|"]
-    for row in found["rows"]:
-        numbers = row["note"]
-        if row["ratio"] is not None:
-            numbers = f"{row['ratio']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]"
-        wanted = "" if row["wanted"] is None else f"≤ {row['wanted']:.3g}"
-        lines.append(f"| {row['what']} | {row['rival']} | {numbers} | {wanted} |")
     growth = ["| cost | of | grows as | from, to |", "|---|---|---|---|"]
     for row in found["growth"]:
         (x, low), (y, high) = row["points"][0], row["points"][-1]
@@ -173,8 +205,20 @@ def speed() -> dict[str, str]:
         if row["unit"] != "s":
             times = f"{low:,.0f} at {x:,}, {high:,.0f} at {y:,}"
         growth.append(f"| {kind} | {row['what']} | {row['variable']}^{row['slope']:.2f} | {times} |")
-    about = f"{machine(found)}: `{found['command']}`"
-    return {"speed": "\n".join(lines), "growth": "\n".join(growth), "speed-about": about}
+    return {**ratios("speed"), **ratios("speed_limits"), "growth": "\n".join(growth)}
+
+
+def ratios(name: str) -> dict[str, str]:
+    """A result's rows against rivals, and how they were made."""
+    found = result(name)
+    lines = ["| what | rival | ratio of times [min, max] | wanted |", "|---|---|---|---|"]
+    for row in found["rows"]:
+        numbers = row["note"]
+        if row["ratio"] is not None:
+            numbers = f"{row['ratio']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]"
+        wanted = "" if row["wanted"] is None else f"≤ {row['wanted']:.3g}"
+        lines.append(f"| {row['what']} | {row['rival']} | {numbers} | {wanted} |")
+    return {name: "\n".join(lines), f"{name}-about": f"{machine(found)}: `{found['command']}`"}
 
 
 def soak() -> dict[str, str]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from pyro_vje import TrainConfig, checkpoints, files, train, training
 from pyro_vje.files import is_begun, locked, write_atomic
-from pyro_vje.interruption import Interrupted, StopRequest, restored_handlers
+from pyro_vje.interruption import GOES_ON, Interrupted, StopRequest, restored_handlers
 from pyro_vje.monitoring import TrainingDiverged
 
 TIMING = {"seconds", "images_per_second"}
@@ -115,39 +115,76 @@ def test_a_second_signal_does_not_wait():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_two_processes_stop_together(image_folder, tmp_path):
-    """SIGTERM reaches the first alone; both finish the step that they agree on, and no process stays behind."""
-    (tmp_path / "slow_plugin.py").write_text(
-        "import time\nfrom torch import nn\n"
-        "class Slow(nn.Module):\n"
-        "    def forward(self, x):\n        time.sleep(0.02)\n        return x.mean((-2, -1))\n"
-        "def tiny(image_size): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Slow())\n"
-    )
-    settings = {"dataset": "folder", "data-dir": image_folder, "encoder": "slow_plugin:tiny", "devices": 2}
+SLOW = """
+import time
+from torch import nn
+
+class Slow(nn.Module):
+    def forward(self, x):
+        time.sleep(0.02)
+        return x.mean((-2, -1))
+
+def tiny(image_size):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Slow())
+"""
+
+
+def stopped_when(condition, command, image_folder, tmp_path, *, group=False):
+    """SIGTERM a command of many slow epochs once a condition holds: what it said, and its children by then."""
+    (tmp_path / "slow_plugin.py").write_text(SLOW)
+    settings = {"dataset": "folder", "data-dir": image_folder, "encoder": "slow_plugin:tiny", "out": "run"}
     settings |= {"embedding-dim": 8, "hidden-dim": 16, "image-size": 16, "batch-size": 4, "epochs": 200}
-    command = [sys.executable, "-m", "pyro_vje.cli", "train", "--out", "run", "--precision", "32"]
+    command = [sys.executable, "-m", "pyro_vje.cli", *command, "--precision", "32"]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, cwd=tmp_path, stderr=log) as process:
+    text = (tmp_path / "log").read_text
+    with (
+        open(tmp_path / "log", "w") as log,
+        subprocess.Popen(command, cwd=tmp_path, stderr=log, start_new_session=True) as process,
+    ):
         try:
             patience = time.monotonic() + 300
-            while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists():
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                assert time.monotonic() < patience, (tmp_path / "log").read_text()
+            while not condition():
+                assert process.poll() is None, text()
+                assert time.monotonic() < patience, text()
                 time.sleep(0.1)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            process.terminate()
-            assert process.wait(120) == 143, (tmp_path / "log").read_text()
+            if group:  # as a terminal does
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                process.terminate()
+            assert process.wait(120) == 128 + (signal.SIGINT if group else signal.SIGTERM), text()
         finally:
             process.kill()
-    lines = (tmp_path / "log").read_text().splitlines()
-    assert [line for line in lines if line.startswith("stopped")] == ["stopped: --resume --out run goes on"]
-    assert not any("Traceback" in line for line in lines)
-    assert 0 < steps_in(tmp_path / "run") < 200 * 11
-    assert children
-    patience = time.monotonic() + 60  # the second takes its time to leave
+    assert "Traceback" not in text(), text()
+    patience = time.monotonic() + 60  # the others take their time to leave
     while any(Path(f"/proc/{pid}").exists() for pid in children):
         assert time.monotonic() < patience
         time.sleep(0.05)
+    return text().splitlines(), children
+
+
+def test_two_processes_stop_together(image_folder, tmp_path):
+    """SIGTERM reaches the first alone; both finish the step that they agree on, and no process stays behind."""
+    written = (tmp_path / "run" / "checkpoints" / "last.ckpt").exists
+    lines, children = stopped_when(written, ["train", "--devices", "2"], image_folder, tmp_path)
+    assert [line for line in lines if line.startswith("stopped")] == ["stopped: --resume --out run goes on"]
+    assert 0 < steps_in(tmp_path / "run") < 200 * 11
+    assert children
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_jobs_of_a_protocol_stop_together(image_folder, tmp_path, group):
+    """The command tells its workers to stop, or a terminal's Ctrl-C all of them; each cell keeps its steps."""
+    cells = tmp_path / "run" / "cells"
+
+    def written():
+        return len(list(cells.glob("*/checkpoints/last.ckpt"))) == 2
+
+    command = ["benchmark", "one-class", "--jobs", "2"]
+    lines, children = stopped_when(written, command, image_folder, tmp_path, group=group)
+    assert [line for line in lines if line.startswith("stopped")] == [f"stopped: {GOES_ON.split(': ')[1]}"]
+    assert [0 < steps_in(cell) < 200 * 4 for cell in cells.iterdir()] == [True, True]
+    assert children
 
 
 # Killed ---------------------------------------------------------------------------------------------------------------
