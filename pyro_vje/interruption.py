@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EXIT_SIGNAL = 128
 """What shells add the number of a signal to, for the exit code of a process that it ended."""
@@ -80,6 +83,12 @@ def restored_handlers() -> Iterator[None]:
             handle(signum, handler)
 
 
+class _Worker:
+    """Whether this process, started by another one for a part of its work, is at work, and was told to stop."""
+
+    busy = stopped = False
+
+
 def follow_parent() -> None:
     """Let this process end with the one that started it, also if that one is killed and cannot say so."""
     parent = os.getppid()
@@ -90,3 +99,37 @@ def follow_parent() -> None:
         os._exit(EXIT_SIGNAL + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def work_for_parent() -> None:
+    """Let this process of a pool stop when its parent says so, by SIGTERM; its work goes through `unless_stopped`."""
+    follow_parent()
+    if sys.platform != "win32":
+        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone: asked twice, this would stop at once
+    handle(signal.SIGTERM, _stop_worker)
+
+
+def _stop_worker(signum: int, frame: FrameType | None) -> None:
+    _Worker.stopped = True
+    if _Worker.busy:  # else it waits for work, and would break the pool it belongs to
+        raise_interrupted(signum, frame)
+
+
+def unless_stopped(work: Callable[..., T], *arguments: Any) -> T:
+    """Do a piece of work, unless this process was told to stop: a pool hands out some that it cannot cancel.
+
+    Raises
+    ------
+    Interrupted
+        If it was told to stop, before or meanwhile.
+    """
+    if _Worker.stopped:
+        raise Interrupted("stopped", signal.SIGTERM)
+    _Worker.busy = True
+    try:
+        return work(*arguments)
+    except Interrupted:
+        _Worker.stopped = True
+        raise
+    finally:
+        _Worker.busy = False

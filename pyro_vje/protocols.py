@@ -37,7 +37,7 @@ from pyro_vje.detectors import DETECTORS
 from pyro_vje.encoding import encode
 from pyro_vje.evaluation import load_split, pixels
 from pyro_vje.files import check_form, is_begun, read_json, write_atomic, write_json
-from pyro_vje.interruption import follow_parent
+from pyro_vje.interruption import unless_stopped, work_for_parent
 from pyro_vje.runs import (
     REFERENCE,
     LoadedRun,
@@ -199,7 +199,7 @@ def one_class(
             places.put(place)
         with ProcessPoolExecutor(jobs, context, _take_share, (places, jobs)) as pool:
             futures: dict[Future[None], str] = {
-                pool.submit(_one_class_cell, *arguments[name]): name for name in todo
+                pool.submit(unless_stopped, _one_class_cell, *arguments[name]): name for name in todo
             }
             try:
                 for future in as_completed(futures):
@@ -209,7 +209,7 @@ def one_class(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for worker in multiprocessing.active_children():
-                    worker.terminate()  # it finishes its step and writes a checkpoint
+                    worker.terminate()  # it finishes its step and writes a checkpoint, for which the pool waits
                 raise
     return _summarise(folder)
 
@@ -219,8 +219,8 @@ def _done(path: Path) -> bool:
 
 
 def _take_share(places: Any, jobs: int) -> None:
-    """Give a worker its part of the machine, before it computes anything; it ends with its parent."""
-    follow_parent()
+    """Give a worker its part of the machine, before it computes anything; it stops with its parent."""
+    work_for_parent()
     place = places.get()
     torch.set_num_threads(max(1, (os.cpu_count() or jobs) // jobs))
     count = torch.cuda.device_count()
