@@ -1,5 +1,7 @@
 """Shared fixtures: a fresh Pyro state, a small encoder, a small folder of images, and a run trained on it."""
 
+import logging
+
 import numpy as np
 import pyro
 import pytest
@@ -14,12 +16,16 @@ CLASSES = ("normal", "stripes", "spots")
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Each test starts from seed 0 with an empty parameter store, and leaves Pyro's validation on."""
+    """Each test starts from seed 0 with no parameters, and leaves Pyro's validation and the log as they were."""
     torch.manual_seed(0)
     pyro.clear_param_store()
     pyro.enable_validation(True)
+    log = logging.getLogger("pyro_vje")
+    handlers, propagate, level = log.handlers, log.propagate, log.level
     yield
     pyro.enable_validation(True)
+    log.handlers, log.propagate = handlers, propagate  # a command in this process takes the log for itself
+    log.setLevel(level)
 
 
 def tiny_encoder(image_size):
