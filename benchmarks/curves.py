@@ -67,7 +67,8 @@ def main() -> None:
         ]
         curve(axes, shown, name, x)
         style(axes, title, xlabel, ylabel)
-    handles = [axes.plot([], [], color=colour, label=METHODS[name])[0] for name, colour in COLOURS.items()]
+    found = {cell["config"]["objective"] for cell in cells}
+    handles = [axes.plot([], [], color=COLOURS[n], label=METHODS[n])[0] for n in METHODS if n in found]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     save(figure, IMAGES / "controls.png")
 
