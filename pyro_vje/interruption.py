@@ -115,7 +115,7 @@ def _stop_worker(signum: int, frame: FrameType | None) -> None:
         raise_interrupted(signum, frame)
 
 
-def unless_stopped(work: Callable[..., T], *arguments: Any) -> T:
+def unless_stopped(work: Callable[[], T]) -> T:
     """Do a piece of work, unless this process was told to stop: a pool hands out some that it cannot cancel.
 
     Raises
@@ -127,7 +127,7 @@ def unless_stopped(work: Callable[..., T], *arguments: Any) -> T:
         raise Interrupted("stopped", signal.SIGTERM)
     _Worker.busy = True
     try:
-        return work(*arguments)
+        return work()
     except Interrupted:
         _Worker.stopped = True
         raise

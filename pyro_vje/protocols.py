@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def one_class(
             places.put(place)
         with ProcessPoolExecutor(jobs, context, _take_share, (places, jobs)) as pool:
             futures: dict[Future[None], str] = {
-                pool.submit(unless_stopped, _one_class_cell, *arguments[name]): name for name in todo
+                pool.submit(unless_stopped, partial(_one_class_cell, *arguments[name])): name for name in todo
             }
             try:
                 for future in as_completed(futures):
