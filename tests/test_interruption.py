@@ -129,6 +129,11 @@ def tiny(image_size):
 """
 
 
+def heed_ctrl_c():
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped_when(condition, command, image_folder, tmp_path, *, group=False):
     """SIGTERM a command of many slow epochs once a condition holds: what it said, and its children by then."""
     (tmp_path / "slow_plugin.py").write_text(SLOW)
@@ -139,7 +144,9 @@ def stopped_when(condition, command, image_folder, tmp_path, *, group=False):
     text = (tmp_path / "log").read_text
     with (
         open(tmp_path / "log", "w") as log,
-        subprocess.Popen(command, cwd=tmp_path, stderr=log, start_new_session=True) as process,
+        subprocess.Popen(
+            command, cwd=tmp_path, stderr=log, start_new_session=True, preexec_fn=heed_ctrl_c
+        ) as process,
     ):
         try:
             patience = time.monotonic() + 300
