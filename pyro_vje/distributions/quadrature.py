@@ -31,8 +31,10 @@ def logit_nodes(mode: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns log z, log(1-z) and log weight, each of shape ``(..., num_nodes)``.
     """
-    tau = torch.linspace(-_LAST_NODE, _LAST_NODE, _NUM_NODES, dtype=mode.dtype, device=mode.device)
     step = 2 * _LAST_NODE / (_NUM_NODES - 1)
+    # linspace, which torch 2.8 exports to an ONNX graph with mixed types
+    nodes = torch.arange(_NUM_NODES, dtype=mode.dtype, device=mode.device)
+    tau = (nodes - 0.5 * (_NUM_NODES - 1)) * step
     logit = torch.addcmul(mode.unsqueeze(-1), width.unsqueeze(-1), tau.sinh())
     log_weight = tau.cosh().log() + (width.log() + math.log(step)).unsqueeze(-1)
     log_z = torch.nn.functional.logsigmoid(logit)
