@@ -227,7 +227,6 @@ class EpochClock(lightning.pytorch.Callback):
 def vje_epoch(encoder: str, train_set: ImageSet, batch: int, settings: Settings) -> Callable[[], float]:
     """An epoch of pretraining as `pyro_vje.train` runs it; gives its seconds, without the trainer's start."""
     vje, config = new_model(encoder, batch, settings)
-    vje.encoder.to(memory_format=torch.channels_last)
     _, view = views_for("cifar10", SIZE)
 
     def epoch() -> float:

@@ -32,7 +32,7 @@ batch_size = click.option(
     type=click.IntRange(min=1),
     default=256,
     show_default=True,
-    help="Images read and encoded at once; on a CPU raised to a multiple of 32.",
+    help="Images read and encoded at once; on a CPU raised until passes of the encoder are full.",
 )
 score_likelihood = click.option(
     "--score-likelihood",

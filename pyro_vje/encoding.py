@@ -12,9 +12,6 @@ from pyro_vje.data import CleanView, ImageSet, iter_batches
 from pyro_vje.memory import InParts
 from pyro_vje.model import VJE
 
-CPU_ROWS = 32
-"""Images in every pass of the encoder on a CPU: fewer are filled up to as many, and more are no faster."""
-
 
 class Posteriors(NamedTuple):
     """Embeddings of N images and the posterior given each (or given another view of it), ``(N, D)`` each."""
@@ -57,10 +54,13 @@ class Encoded(NamedTuple):
         return Posteriors(self.embeddings, self.loc, self.scale)
 
 
-def in_equal_parts(
-    function: Callable[..., Sequence[Tensor]], *tensors: Tensor, rows: int | None = None
-) -> list[Tensor]:
-    """``function(*tensors)``, on a CPU computed for ``rows`` rows at a time (`CPU_ROWS`), the last ones filled up.
+def cpu_rows(side: int) -> int:
+    """Images of ``side`` pixels in every pass of the encoder on a CPU: fewer are filled up, and more are no faster."""
+    return max(8, min(128, 2**17 // side**2))
+
+
+def in_equal_parts(function: Callable[..., Sequence[Tensor]], *tensors: Tensor, rows: int) -> list[Tensor]:
+    """``function(*tensors)``, on a CPU computed for ``rows`` rows at a time, the last ones filled up.
 
     Kernels choose their order of summation by the shape of their input, so that an image encoded alone or among 7
     others comes out different in its last digits. In batches of one shape it does not, whatever its neighbours.
@@ -72,7 +72,7 @@ def in_equal_parts(
     """
     if tensors[0].device.type != "cpu":
         return list(function(*tensors))
-    count, rows = len(tensors[0]), rows or CPU_ROWS
+    count = len(tensors[0])
     missing = -count % rows
     if missing:
         tensors = tuple(torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) for x in tensors)
@@ -80,9 +80,10 @@ def in_equal_parts(
     return [torch.cat(column)[:count] for column in zip(*parts, strict=True)]
 
 
-def images_at_once(batch_size: int, device: str | torch.device) -> int:
-    """How many images to read at a time so that a pass of the encoder is full."""
-    return -(-batch_size // CPU_ROWS) * CPU_ROWS if torch.device(device).type == "cpu" else batch_size
+def images_at_once(images: ImageSet, batch_size: int, device: str | torch.device) -> int:
+    """How many images to read at a time so that every pass of the encoder is full."""
+    rows = cpu_rows(images.image_size) if torch.device(device).type == "cpu" else 1
+    return -(-batch_size // rows) * rows
 
 
 def encode_batches(
@@ -90,7 +91,7 @@ def encode_batches(
 ) -> Iterator[Encoded]:
     """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device.
 
-    On a CPU they do not depend on ``batch_size``, which is raised to a multiple of `CPU_ROWS`, nor on the other images.
+    On a CPU they do not depend on ``batch_size``, which is raised to a multiple of `cpu_rows`, nor on the other images.
     A batch that does not fit in the device's memory becomes several (`pyro_vje.memory.InParts`).
     """
 
@@ -101,13 +102,13 @@ def encode_batches(
 
     @torch.no_grad()
     def run(batch: Tensor) -> list[Tensor]:
-        return in_equal_parts(forward, batch.to(device))
+        return in_equal_parts(forward, batch.to(device), rows=cpu_rows(batch.shape[-1]))
 
     in_parts = InParts(run)
     was_training = vje.training
     vje.eval()
     try:
-        for indices, batch in iter_batches(images, images_at_once(batch_size, device)):
+        for indices, batch in iter_batches(images, images_at_once(images, batch_size, device)):
             for encoded in in_parts(batch):
                 yield Encoded(indices[: len(encoded[0])], *encoded)
                 indices = indices[len(encoded[0]) :]

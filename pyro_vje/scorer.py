@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vje.data import TwoViews
 from pyro_vje.distributions import pairwise_log_prob
-from pyro_vje.encoding import CPU_ROWS, Posteriors, in_equal_parts
+from pyro_vje.encoding import Posteriors, cpu_rows, in_equal_parts
 from pyro_vje.likelihoods import get_family
 from pyro_vje.model import VJE
 from pyro_vje.scores import SCORES, LikelihoodParts
@@ -101,7 +101,7 @@ class Scorer:
         joint, direction, radial, kl, variance, aggregate = in_equal_parts(
             lambda *part: self._parts(*part, with_reference=with_reference),
             *posteriors.to(self.device),
-            rows=CPU_ROWS * min(8, max(1, 1024 // self.vje.embedding_dim)),
+            rows=32 * min(8, max(1, 1024 // self.vje.embedding_dim)),
         )
         typical = self.typical if with_reference else float("nan")
         return LikelihoodParts(joint, direction, radial, kl, variance, aggregate, typical)
@@ -200,6 +200,6 @@ def augmented_pairs(
             pair = vje.encode_views(views(part, generator, same_for_all=True))
             return [tensor[i] for i in (0, 1) for tensor in (pair.target, pair.loc, pair.scale)]
 
-        parts = in_equal_parts(encode, images)
+        parts = in_equal_parts(encode, images, rows=cpu_rows(images.shape[-1]))
         found += [Posteriors(*parts[:3]), Posteriors(*parts[3:])]
     return found

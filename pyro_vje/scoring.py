@@ -166,7 +166,7 @@ def score(
         Decide by Benjamini-Hochberg instead: of the images called anomalies at most this share is expected to be
         normal.
     batch_size : int
-        Images read and encoded at once, on a CPU raised to a multiple of 32; the scores there do not depend on it.
+        Images read and encoded at once, on a CPU raised until passes of the encoder are full; the scores there do not depend on it.
     out : path, optional
         The CSV; by default ``scores.csv`` in the run folder.
     draw, report, parquet : bool
@@ -333,7 +333,7 @@ def posteriors_of(
     views, _ = views_for(run.info.config.dataset, run.info.image_size)
     draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
     in_parts = InParts(lambda batch: augmented_pairs(run.vje, views, batch.to(device), **draw))
-    for index, batch in iter_batches(images, images_at_once(batch_size, device)):
+    for index, batch in iter_batches(images, images_at_once(images, batch_size, device)):
         for pairs in in_parts(batch):
             yield index[: len(pairs[0].loc)], pairs
             index = index[len(pairs[0].loc) :]

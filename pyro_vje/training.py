@@ -121,8 +121,6 @@ def _train(
         train_set, held_out = load_train_set(config)
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
-    # The encoder's convolutions are fastest with channels last on every device we measured.
-    vje.encoder.to(memory_format=torch.channels_last)
     if config.compile:
         vje.encoder.compile()
     precision = choose_precision(config.precision)

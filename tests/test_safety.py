@@ -165,7 +165,7 @@ def memory_of(images, monkeypatch, error=torch.OutOfMemoryError):
         for module in ("encoding", "scorer"):
             patch.setattr(f"pyro_vje.{module}.in_equal_parts", lambda f, *x, rows=None: list(f(*x)))
         for module in ("encoding", "scoring"):
-            patch.setattr(f"pyro_vje.{module}.images_at_once", lambda batch_size, _: batch_size)
+            patch.setattr(f"pyro_vje.{module}.images_at_once", lambda images, batch_size, device: batch_size)
         yield sizes
 
 
@@ -289,7 +289,7 @@ def test_a_file_that_vanishes_midway(trained_run, image_folder, tmp_path, monkey
     victim = folder / "stripes" / "05.png"  # the last of the list
     features = VJE.features
     monkeypatch.setattr(VJE, "features", lambda self, x: victim.unlink(missing_ok=True) or features(self, x))
-    monkeypatch.setattr("pyro_vje.encoding.images_at_once", lambda batch_size, _: batch_size)
+    monkeypatch.setattr("pyro_vje.encoding.images_at_once", lambda images, batch_size, device: batch_size)
     arguments = {"data": folder, "batch_size": 2, "report": True}
     result = score(trained_run, out=tmp_path / "a.csv", **arguments)
     assert (result.scored, result.failed) == (17, 1)

@@ -116,6 +116,14 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def several_passes(monkeypatch):
+    """A set as small as the tests' would else be a single pass of the encoder."""
+    for module in ("encoding", "scorer"):
+        monkeypatch.setattr(f"pyro_vje.{module}.cpu_rows", lambda side: 32)
+
+
+@pytest.mark.usefixtures("several_passes")
 @pytest.mark.parametrize("num_pairs", [0, 1])
 def test_scores_are_the_same_bytes_whatever_the_batch(wide_run, image_folder, out, threads, num_pairs):
     kind = "conditional" if num_pairs else "aggregate"
@@ -127,6 +135,7 @@ def test_scores_are_the_same_bytes_whatever_the_batch(wide_run, image_folder, ou
     assert len(tables) == 1
 
 
+@pytest.mark.usefixtures("several_passes")
 def test_scores_are_the_same_bits_in_any_order(wide_run, image_folder, threads):
     run = load_run(wide_run)
     scorer = Scorer(run.vje, reference=load_posteriors(run, REFERENCE), num_particles=2)
@@ -406,7 +415,7 @@ def test_parquet_holds_the_same_table(trained_run, out):
 def test_an_interrupted_call_goes_on_where_it_stopped(
     trained_run, image_folder, tmp_path, out, monkeypatch, cut
 ):
-    monkeypatch.setattr(encoding, "CPU_ROWS", 4)
+    monkeypatch.setattr(encoding, "cpu_rows", lambda side: 4)
     folder = shutil.copytree(image_folder / "test", tmp_path / "mixed")
     (folder / "spots" / "03.png").write_bytes(b"no image")
     settings = {"data": folder, "batch_size": 4, "draw": False}
@@ -485,7 +494,7 @@ def test_a_folder_is_read_as_it_is_scored(trained_run, image_folder, out, monkey
         return image
 
     monkeypatch.setattr(imageset, "decode_image", watched)
-    monkeypatch.setattr(encoding, "CPU_ROWS", 4)
+    monkeypatch.setattr(encoding, "cpu_rows", lambda side: 4)
     score(trained_run, data=image_folder, out=out, batch_size=4, draw=False)
     assert len(most) == 66
     assert max(most) <= 12
