@@ -46,3 +46,4 @@ fi
         measure "ood-$(basename "$run" | sed 's/.*_//')" benchmark ood --ckpt "$run" $(printf -- '--outside %s ' $OUTSIDE)
     done
 }
+if [ "$RESULTS" = benchmarks/results ]; then $PYTHON -m benchmarks.pages; fi

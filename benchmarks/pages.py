@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -126,22 +126,51 @@ def controls() -> dict[str, str]:
         others.append(
             f"| {row['method']} | {row['encoder']} | {row['epochs']} | {accuracies} | {row['source']} |"
         )
-    tables = {"published": "\n".join(others), "methods-ood": outside()}
-    return {**methods("controls", ""), **methods("controls_small", "-small"), **tables}
+    tables = {
+        "published": "\n".join(others),
+        "methods-ood": by_method("ood", METHODS),
+        "methods-one-class": by_method("one_class", [name for name in METHODS if name in LIKELIHOODS]),
+        "simsiam-check": simsiam_check(),
+    }
+    return {
+        **methods("controls", ""),
+        **methods("controls_small", "-small"),
+        **tables,
+        **made("one_class_vi_simsiam", "methods-one-class"),
+    }
 
 
-def outside() -> str:
-    """AUROC against another data set by the main scores of a run of each objective."""
-    auroc: dict[tuple[str, str], dict[str, str]] = {}
-    for objective, method in METHODS.items():
-        for row in rows_of(result(f"ood_{objective.partition(':')[2] or objective}")["cells"]):
+def by_method(protocol: str, objectives: Iterable[str]) -> str:
+    """AUROC of the main scores, the mean over classes, in a protocol that was run for each objective."""
+    auroc: dict[tuple[str, str], dict[str, list[float]]] = {}
+    names = {objective: METHODS[objective] for objective in objectives}
+    for objective, method in names.items():
+        name = f"{protocol}_{objective.partition(':')[2] or objective}"
+        for row in rows_of(result(name)["cells"]):
             on = "its likelihood" if row["on"] == LIKELIHOODS.get(objective) else row["on"]
             if row["score"] in MAIN and not on.startswith(("likelihood", "untrained")):
-                auroc.setdefault((row["score"], on), {})[method] = f"{row['auroc']:.3f}"
-    lines = [f"| score | on | {' | '.join(METHODS.values())} |", "|---|---|" + "---|" * len(METHODS)]
+                auroc.setdefault((row["score"], on), {}).setdefault(method, []).append(row["auroc"])
+    lines = [f"| score | on | {' | '.join(names.values())} |", "|---|---|" + "---|" * len(names)]
     for key, found in auroc.items():
-        lines.append(f"| {' | '.join(key)} | {' | '.join(found.get(m, '') for m in METHODS.values())} |")
+        means = (f"{mean(found[method]):.3f}" if method in found else "" for method in names.values())
+        lines.append(f"| {' | '.join(key)} | {' | '.join(means)} |")
     return "\n".join(lines)
+
+
+def simsiam_check() -> str:
+    """Our SimSiam control beside lightly's SimSiam."""
+    sides = {
+        "the control": [
+            cell
+            for cell in result("controls_small")["cells"]
+            if cell["config"]["objective"] == "benchmarks.controls:simsiam"
+        ],
+        "lightly's heads, loss and settings": result("simsiam_check")["cells"],
+    }
+    names = {id(cell): name for name, cells in sides.items() for cell in cells}
+    cells = [cell for side in sides.values() for cell in side]
+    accuracy = {"knn": "k-NN", "linear": "linear"}
+    return pivot(cells, "SimSiam", lambda cell: names[id(cell)], lambda cell: "", accuracy)
 
 
 def methods(name: str, suffix: str) -> dict[str, str]:
@@ -168,16 +197,40 @@ def machine(found: dict[str, Any]) -> str:
 
 def anomalies() -> dict[str, str]:
     """AUROC of every score, one class against the others and against another data set; and the main ones."""
-    files = {"one-class": ("one_class_three", "one_class_seven"), "ood": ("ood",)}
-    rows = {
-        name: [row for file in several for row in rows_of(result(file)["cells"])]
-        for name, several in files.items()
-    }
+    files = {"one-class": "one_class_elbo", "ood": "ood"}
+    rows = {name: rows_of(result(file)["cells"]) for name, file in files.items()}
     main = [
         row for row in rows["one-class"] if row["score"] in MAIN and not row["on"].startswith("untrained")
     ]
     tables = {name: markdown(table) for name, table in rows.items()}
-    return {**tables, "main": without_classes(markdown(main)), **made("one_class_seven", "one-class")}
+    return {
+        **tables,
+        "main": without_classes(markdown(main)),
+        "score-parts": score_parts(),
+        **made("one_class_elbo", "one-class"),
+    }
+
+
+def score_parts() -> str:
+    """Of each term of `conditional`: its spread over normal images and its AUROC, means over runs."""
+    far = result("score_parts_ood")["rows"]
+    settings = {
+        "MNIST, a fifth of CIFAR-10": [row for row in far if row["train_images"] < 20_000],
+        "MNIST, all of it": [row for row in far if row["train_images"] > 20_000],
+        "one class of ten": result("score_parts_one_class")["rows"],
+    }
+    lines = [
+        f"| term | {' | '.join(f'std, {name} | AUROC, {name}' for name in settings)} |",
+        "|---|" + "---|---|" * len(settings),
+    ]
+    for term in far[0]["terms"]:
+        numbers = (
+            f"{mean(row['terms'][term]['std_of_normal'] for row in rows):.0f} | "
+            f"{mean(row['terms'][term]['auroc'] for row in rows):.3f}"
+            for rows in settings.values()
+        )
+        lines.append(f"| {term} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
 
 
 def without_classes(table: str) -> str:
@@ -192,6 +245,24 @@ def made(name: str, mark: str) -> dict[str, str]:
     minutes = mean(cell["seconds"] for cell in found["cells"]) / 60
     about = f"{found['data']}, {minutes:.0f} minutes a cell; {machine(found)}: `{found['command']}`"
     return {f"{mark}-about": about}
+
+
+def on_gpu() -> dict[str, str]:
+    """What ``benchmarks/gpu.sh`` has measured so far."""
+    tables: dict[str, Callable[[], dict[str, str]]] = {
+        "gpu_controls": lambda: methods("gpu_controls", ""),
+        "gpu_one-class": lambda: {
+            "one-class": markdown(rows_of(result("gpu_one-class")["cells"])),
+            **made("gpu_one-class", "one-class"),
+        },
+        "gpu_speed": lambda: ratios("gpu_speed"),
+    }
+    found = {
+        name: "\n\n".join(make().values())
+        for name, make in tables.items()
+        if (FOLDER / "results" / f"{name}.json").is_file()
+    }
+    return {name: found.get(name, "Not measured yet.") for name in tables}
 
 
 def speed() -> dict[str, str]:
@@ -244,6 +315,7 @@ PAGES = {
     FOLDER / "one_class.md": anomalies,
     FOLDER / "speed.md": speed,
     FOLDER / "controls.md": controls,
+    FOLDER / "README.md": on_gpu,
     FOLDER.parent / "README.md": lambda: {**anomalies(), **controls(), **soak()},
 }
 
