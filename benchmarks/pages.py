@@ -276,12 +276,7 @@ def speed() -> dict[str, str]:
         if row["unit"] != "s":
             times = f"{low:,.0f} at {x:,}, {high:,.0f} at {y:,}"
         growth.append(f"| {kind} | {row['what']} | {row['variable']}^{row['slope']:.2f} | {times} |")
-    return {
-        **ratios("speed"),
-        **ratios("speed_epoch"),
-        **ratios("speed_scoring"),
-        "growth": "\n".join(growth),
-    }
+    return {**ratios("speed"), "growth": "\n".join(growth)}
 
 
 def ratios(name: str) -> dict[str, str]:

@@ -166,7 +166,8 @@ def score(
         Decide by Benjamini-Hochberg instead: of the images called anomalies at most this share is expected to be
         normal.
     batch_size : int
-        Images read and encoded at once, on a CPU raised until passes of the encoder are full; the scores there do not depend on it.
+        Images read and encoded at once, on a CPU raised until passes of the encoder are full; the scores there do
+        not depend on it.
     out : path, optional
         The CSV; by default ``scores.csv`` in the run folder.
     draw, report, parquet : bool

@@ -1,9 +1,11 @@
 """The benchmarks: that the harness measures what it says, and the command writes what it measured."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,11 +13,14 @@ from torch import nn
 # benchmarks/ is no installed package: it is run from the repository's root.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import harness, pages, rivals, speed
+from benchmarks import collect, harness, pages, rivals, score_parts, speed
 from benchmarks.__main__ import main
 from benchmarks.harness import BENCHMARKS, Growth, Row, Settings, compare, table, versus
 from pyro_vje import VJE, SymmetricELBO
 from pyro_vje.data import views_for
+from pyro_vje.encoding import encode
+from pyro_vje.evaluation import load_split
+from pyro_vje.runs import load_run
 
 QUICK = Settings(quick=True, threads=1, precision="32-true")
 
@@ -197,3 +202,39 @@ def test_tables_are_those_of_the_results(page):
     """What ``python -m benchmarks.pages`` would write is what the page says."""
     assert page.read_text() == pages.render(page)
     assert page.read_text().count("<!-- end -->") >= 1
+
+
+def test_terms_of_the_score_add_up(trained_run, image_folder):
+    run = load_run(trained_run)
+    terms = score_parts.terms(run, load_split(run, "test", None, None))
+    total = terms["direction"] + terms["radius"] + terms["volume element"]
+    np.testing.assert_allclose(terms["conditional"], total, atol=1e-6)
+    radius = (
+        encode(run.vje, load_split(run, "test", None, None), run.info.view).embeddings.norm(dim=1).double()
+    )
+    np.testing.assert_allclose(terms["volume element"], (run.vje.embedding_dim - 1) * radius.log(), atol=1e-3)
+    found = score_parts.row(run, str(image_folder / "test" / "spots"))
+    assert all(0 <= term["auroc"] <= 1 for term in found["terms"].values())
+
+
+def test_results_on_a_gpu_come_into_the_page_when_they_are_there(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    results = pages.FOLDER / "results"
+    for name, source in (
+        ("gpu_controls", "controls"),
+        ("gpu_one-class", "one_class_elbo"),
+        ("gpu_speed", "speed"),
+    ):
+        monkeypatch.setattr(pages, "FOLDER", tmp_path)
+        assert pages.on_gpu()[name] == "Not measured yet."
+        shutil.copy(results / f"{source}.json", tmp_path / "results" / f"{name}.json")
+        found = pages.on_gpu()[name]
+        assert found.startswith("| ")
+        assert json.loads((results / f"{source}.json").read_text())["command"] in found
+
+
+def test_collecting_asks_for_a_finished_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        collect.main([str(tmp_path), "--command", "x", "--data", "y", "--out", str(tmp_path / "out.json")])
+    assert "finished command" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
