@@ -42,6 +42,8 @@ fi
         --objective elbo --objective benchmarks.controls:simsiam --objective benchmarks.controls:vi_simsiam $seeds
     measure one-class benchmark one-class $DATA --encoder resnet18 --epochs "$EPOCHS" --knn-every 0 $MORE $seeds \
         --score-likelihood polar-student-t-exact
+    measure one-class-vi_simsiam benchmark one-class $DATA --encoder resnet18 --epochs "$EPOCHS" --knn-every 0 $MORE $seeds \
+        --objective benchmarks.controls:vi_simsiam --score-likelihood power-spherical
     for run in "$RUNS"/controls/cells/*objective-elbo*/; do
         measure "ood-$(basename "$run" | sed 's/.*_//')" benchmark ood --ckpt "$run" $(printf -- '--outside %s ' $OUTSIDE)
     done
