@@ -206,12 +206,11 @@ def test_tables_are_those_of_the_results(page):
 
 def test_terms_of_the_score_add_up(trained_run, image_folder):
     run = load_run(trained_run)
-    terms = score_parts.terms(run, load_split(run, "test", None, None))
+    images = load_split(run, "test", None, None)
+    terms = score_parts.terms(run, images)
     total = terms["direction"] + terms["radius"] + terms["volume element"]
     np.testing.assert_allclose(terms["conditional"], total, atol=1e-6)
-    radius = (
-        encode(run.vje, load_split(run, "test", None, None), run.info.view).embeddings.norm(dim=1).double()
-    )
+    radius = encode(run.vje, images, run.info.view).embeddings.norm(dim=1).double()
     np.testing.assert_allclose(terms["volume element"], (run.vje.embedding_dim - 1) * radius.log(), atol=1e-3)
     found = score_parts.row(run, str(image_folder / "test" / "spots"))
     assert all(0 <= term["auroc"] <= 1 for term in found["terms"].values())
@@ -220,12 +219,12 @@ def test_terms_of_the_score_add_up(trained_run, image_folder):
 def test_results_on_a_gpu_come_into_the_page_when_they_are_there(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     results = pages.FOLDER / "results"
+    monkeypatch.setattr(pages, "FOLDER", tmp_path)
     for name, source in (
         ("gpu_controls", "controls"),
         ("gpu_one-class", "one_class_elbo"),
         ("gpu_speed", "speed"),
     ):
-        monkeypatch.setattr(pages, "FOLDER", tmp_path)
         assert pages.on_gpu()[name] == "Not measured yet."
         shutil.copy(results / f"{source}.json", tmp_path / "results" / f"{name}.json")
         found = pages.on_gpu()[name]
