@@ -25,6 +25,7 @@ from pyro_vje.files import write_json
 from pyro_vje.metrics import auroc
 from pyro_vje.runs import LoadedRun, load_run
 from pyro_vje.scorer import Scorer
+from pyro_vje.scoring import anomaly_labels
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,7 +48,8 @@ def row(run: LoadedRun, outside: str | None) -> dict[str, Any]:
     config = run.info.config
     test = load_split(run, "test", None, None).labelled()
     if config.normal_class is not None:
-        is_anomaly = test.labels_at(torch.arange(len(test))) != test.class_index(config.normal_class)
+        is_anomaly = anomaly_labels(test, config.normal_class)
+        assert is_anomaly is not None  # these images are labelled
         found = terms(run, test)
     else:
         others = load_dataset("folder", outside, "all", image_size=run.info.image_size)
