@@ -41,7 +41,7 @@ def crop_resize(
         x = _place(left, width, across, columns)[:, None].expand(-1, size, -1)
         return grid_sample(images, torch.stack([x, y], -1), mode="bilinear", align_corners=True)
     x = torch.bmm(images.reshape(batch, channels * rows, columns), _weights(left, width, across, columns).mT)
-    # one copy of the weights a channel: a broadcast product is twenty times slower on a CPU
+    # one copy of the weights a channel: a broadcast product may be many times slower
     weights = _weights(top, height, down, rows)[:, None].expand(-1, channels, -1, -1).flatten(0, 1)
     return torch.bmm(weights, x.view(batch * channels, rows, size)).view(batch, channels, size, size)
 
@@ -84,13 +84,13 @@ def saturation_(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue_(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by ``shift`` turns, at most 1/6 either way: ``adjust_hue``.
+    """Turn the hue of HSV by ``shift`` turns, at most half a turn either way: ``adjust_hue``.
 
     With V and m the largest and the smallest channel, c = V - m, and H the hue in sixths of a turn, a channel
     whose own hue is o (0, 2 and -2 for red, green and blue) is m + c (||H - o| - 3| - 1), clipped to [m, V].
-    This holds for |H - o| <= 6, so that a small shift needs no wrapping. With g = max(G - R, 0) and
+    This holds for |H - o| <= 6, hence for every H in [-3, 3]. With g = max(G - R, 0) and
     b = max(B - R, 0), c H is G - B + g + 2 b where G >= B and G - B - b - 2 g elsewhere, so that nothing is
-    divided and nothing compared, which would cost a CPU more than all the rest.
+    divided.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -101,6 +101,7 @@ def hue_(images: Tensor, shift: Tensor) -> Tensor:
     hue = green - blue
     hue.add_((g + b).copysign_(hue), alpha=1.5).add_(b.sub_(g), alpha=0.5)  # c H, in [-3 c, 3 c]
     hue.addcmul_(chroma, 6 * shift[:, None, None])
+    hue.addcmul_(chroma, (hue < -triple).float() - (hue > triple).float(), value=6)  # back into [-3 c, 3 c]
     for channel, own in enumerate((0, 1, -1)):
         value = torch.sub(hue, double, alpha=own).abs_().sub_(triple).abs_().add_(base)
         torch.clamp(value, low, high, out=images[:, channel])
@@ -112,7 +113,7 @@ def greyscale_(images: Tensor, apply: Tensor) -> Tensor:
     return images.lerp_(_luma(images).expand_as(images), _per_image(apply.float()))
 
 
-def blur_(images: Tensor, sigma: Tensor, apply: Tensor, kernel: int, select: bool | None = None) -> Tensor:
+def blur_(images: Tensor, sigma: Tensor, apply: Tensor, kernel: int) -> Tensor:
     """Blur with a Gaussian where wanted: ``gaussian_blur``, with reflection at the edges.
 
     Parameters
@@ -125,24 +126,10 @@ def blur_(images: Tensor, sigma: Tensor, apply: Tensor, kernel: int, select: boo
         Bool (B,).
     kernel
         Number of pixels that are weighed on a line, odd, smaller than twice the image.
-    select
-        Compute only the images that are blurred, by shifts, which is the fastest on a CPU (the default
-        there) but waits for another device; otherwise all of them, by a convolution.
     """
     offset = torch.arange(kernel, device=images.device) - kernel // 2
     weights = (-0.5 * (offset / sigma[:, None]).square()).exp_()
     weights /= weights.sum(1, keepdim=True)
-    if images.device.type == "cpu" if select is None else select:
-        rows = apply.nonzero().squeeze(1)
-        x = pad(images[rows], [kernel // 2] * 4, mode="reflect")
-        for dim, side in ((3, images.shape[3]), (2, images.shape[2])):
-            taps = [_per_image(w) for w in weights[rows].unbind(1)]
-            y = x.narrow(dim, 0, side) * taps[0]
-            for k in range(1, kernel):
-                y.addcmul_(x.narrow(dim, k, side), taps[k])
-            x = y
-        images[rows] = x
-        return images
     batch, channels, height, _ = images.shape
     weights = torch.where(apply[:, None], weights, (offset == 0).float()).repeat_interleave(channels, 0)
     x = pad(images, [kernel // 2] * 4, mode="reflect").view(1, batch * channels, height + kernel - 1, -1)

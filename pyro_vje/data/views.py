@@ -15,7 +15,6 @@ from pyro_vje.data.datasets import DATASETS
 
 _PROPOSALS = 10  # crops proposed for a view before the fallback, as in torchvision
 _DRAWS = 2 * _PROPOSALS + 12  # uniform numbers a view
-_CHUNK = 1 << 19  # numbers of an image batch that a CPU's cache holds through the pipeline: twice the speed
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,20 @@ RECIPES: dict[str, Recipe] = {
 
 
 class ViewParameters(NamedTuple):
-    """What was drawn for each of R views.
+    """What was drawn for V views of each of B images, or for one view of each: (B,) in what follows.
 
     Attributes
     ----------
     top, left, height, width
-        The crop's box, whole pixels, (R,).
+        The crop's box, whole pixels, (B,).
     flip, grey, blur, solarise
-        Whether it is applied, bool (R,).
+        Whether it is applied, bool (B,).
     brightness, contrast, saturation
-        Factors (R,), 1 where the jitter is not applied.
+        Factors (B,), 1 where the jitter is not applied.
     hue
-        Shift in turns (R,), 0 where the jitter is not applied.
+        Shift in turns (B,), 0 where the jitter is not applied.
     sigma
-        Standard deviation of the blur in pixels, (R,).
+        Standard deviation of the blur in pixels, (B,).
     """
 
     top: Tensor
@@ -146,11 +145,15 @@ class CleanView:
 
     def _normalise_(self, x: Tensor) -> Tensor:
         """Normalise float images (B, 3, S, S) in place."""
-        if x.device not in self._constants:  # copied to a device once: a copy in every step would wait for it
-            mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
-            self._constants[x.device] = (mean, std)
-        mean, std = self._constants[x.device]
+        mean, std = self._statistics(x.device)
         return x.sub_(mean).div_(std)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (3, 1, 1), copied to a device once: in every step one would wait for it."""
+        if device not in self._constants:
+            mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
+            self._constants[device] = (mean, std)
+        return self._constants[device]
 
 
 class TwoViews(CleanView):
@@ -190,6 +193,10 @@ class TwoViews(CleanView):
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
         # SimCLR's kernel: a tenth of the image, odd
         self.kernel = max(3, image_size // 10 // 2 * 2 + 1)
+        if any(self.recipe.blur) and image_size < 2:
+            raise ValueError(
+                "one pixel cannot be blurred: take image_size 2 or more, or a recipe without blur"
+            )
 
     @torch.no_grad()
     def __call__(
@@ -235,22 +242,25 @@ class TwoViews(CleanView):
     def _render(self, images: Tensor, draws: Tensor) -> Tensor:
         """Views (V, B, 3, S, S) of uint8 images from uniform numbers (B, V, 32)."""
         batch, _, height, width = images.shape
-        count = draws.shape[1]
-        drawn = [draw_parameters(draws[:, view], (height, width), self.recipe, view) for view in range(count)]
-        out = torch.empty((count, batch, 3, self.image_size, self.image_size), device=images.device)
-        side = max(height, width, self.image_size)
-        chunk = max(1, _CHUNK // (3 * side**2)) if images.device.type == "cpu" else max(1, batch)
+        drawn = draw_parameters(draws.transpose(0, 1), (height, width), self.recipe)
+        shape = (draws.shape[1], batch, 3, self.image_size, self.image_size)
+        out = torch.empty(shape, device=images.device)
+        if images.device.type == "cpu":
+            from pyro_vje.data import cpu_views  # its compiler is loaded only where it is needed
+
+            cpu_views.render(images, drawn, out, self.kernel, *self._statistics(images.device))
+            return out
         with torch.autocast(images.device.type, enabled=False):  # grid_sample and conv2d would lose precision
-            for start in range(0, batch, chunk):
-                part = slice(start, start + chunk)
-                floats = images[part].float().div_(255)
-                for view in range(count):
-                    parameters = ViewParameters(*(p[part] for p in drawn[view]))
-                    out[view, part] = self._normalise_(self.augment(floats, parameters))
+            floats = images.float().div_(255)
+            for view, p in zip(out, zip(*drawn, strict=True), strict=True):
+                view.copy_(self._normalise_(self.augment(floats, ViewParameters(*p))))
         return out
 
     def augment(self, images: Tensor, p: ViewParameters) -> Tensor:
-        """Apply what was drawn to float images (B, 3, H, W) in [0, 1]; the result is not normalised."""
+        """Apply what was drawn to float images (B, 3, H, W) in [0, 1]; the result is not normalised.
+
+        Operation by operation, as a GPU wants it; on a CPU views come from `pyro_vje.data.cpu_views`, which must agree.
+        """
         recipe = self.recipe  # what it never does costs nothing
         x = pixels.crop_resize(images, p.top, p.left, p.height, p.width, p.flip, self.image_size)
         if recipe.jitter and recipe.brightness:
@@ -270,10 +280,8 @@ class TwoViews(CleanView):
         return x
 
 
-def draw_parameters(
-    uniform: Tensor, image_shape: tuple[int, int], recipe: Recipe, view: int = 0
-) -> ViewParameters:
-    """Turn uniform numbers in [0, 1), one row a view, into the parameters of the views.
+def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recipe) -> ViewParameters:
+    """Turn uniform numbers in [0, 1) into the parameters of V views of each of B images, (V, B).
 
     A crop follows torchvision's ``RandomResizedCrop``: of ten proposals of an area and a ratio the first that
     fits into the image, else the largest central box whose ratio is in the range.
@@ -281,34 +289,39 @@ def draw_parameters(
     Parameters
     ----------
     uniform
-        (R, 32).
+        (V, B, 32), V at most 2: the first and the second view may differ in blur and solarisation.
     image_shape
         Height and width of the images.
     recipe
         The distribution.
-    view
-        0 or 1: the first and the second view may differ in blur and solarisation.
     """
     full_height, full_width = image_shape
-    area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=1)
-    u = rest.unbind(1)
+    area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=-1)
+    u = rest.unbind(-1)
     area = _between(area, *recipe.scale) * (full_height * full_width)
-    ratio = _between(ratio, math.log(recipe.ratio[0]), math.log(recipe.ratio[1])).exp_()
-    widths, heights = (area * ratio).sqrt_().round_(), (area / ratio).sqrt_().round_()
+    # Without exp, sqrt, round and floor: of few numbers already they wake torch's threads on a CPU, which then spin for
+    # milliseconds and hold up those that compute the views.
+    root = math.sqrt(recipe.ratio[0]) * torch.pow(math.sqrt(recipe.ratio[1] / recipe.ratio[0]), ratio)
+    side = torch.pow(area, torch.full_like(area, 0.5))
+    widths, heights = _floor(side * root + 0.5), _floor(side / root + 0.5)
     fits = (widths > 0) & (widths <= full_width) & (heights > 0) & (heights <= full_height)
-    first = fits.int().argmax(1, keepdim=True)
-    fitted = fits.any(1)
+    first = fits.int().argmax(-1, keepdim=True)
+    fitted = fits.any(-1)
     spare_width = min(full_width, round(full_height * recipe.ratio[1]))
     spare_height = min(full_height, round(full_width / recipe.ratio[0]))
-    width = torch.where(fitted, widths.gather(1, first).squeeze(1), spare_width)
-    height = torch.where(fitted, heights.gather(1, first).squeeze(1), spare_height)
+    width = torch.where(fitted, widths.gather(-1, first).squeeze(-1), spare_width)
+    height = torch.where(fitted, heights.gather(-1, first).squeeze(-1), spare_height)
     # floor(u (n + 1)) is uniform on 0..n
-    top = torch.where(fitted, (u[0] * (full_height - height + 1)).floor(), (full_height - spare_height) // 2)
-    left = torch.where(fitted, (u[1] * (full_width - width + 1)).floor(), (full_width - spare_width) // 2)
+    top = torch.where(fitted, _floor(u[0] * (full_height - height + 1)), (full_height - spare_height) // 2)
+    left = torch.where(fitted, _floor(u[1] * (full_width - width + 1)), (full_width - spare_width) // 2)
     jitter = u[3] < recipe.jitter
 
     def factor(number: Tensor, strength: float) -> Tensor:
         return torch.where(jitter, _between(number, max(0.0, 1 - strength), 1 + strength), 1.0)
+
+    def either(number: Tensor, probabilities: tuple[float, float]) -> Tensor:
+        # A tensor of the two numbers would be copied to the device, and waited for.
+        return torch.stack([x < p for x, p in zip(number, probabilities, strict=False)])
 
     return ViewParameters(
         top,
@@ -321,9 +334,9 @@ def draw_parameters(
         saturation=factor(u[6], recipe.saturation),
         hue=torch.where(jitter, _between(u[7], -recipe.hue, recipe.hue), 0.0),
         grey=u[8] < recipe.grey,
-        blur=u[9] < recipe.blur[view],
+        blur=either(u[9], recipe.blur),
         sigma=_between(u[10], *recipe.sigma),
-        solarise=u[11] < recipe.solarise[view],
+        solarise=either(u[11], recipe.solarise),
     )
 
 
@@ -347,3 +360,7 @@ def check_images(images: Tensor) -> None:
 
 def _between(uniform: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * uniform
+
+
+def _floor(positive: Tensor) -> Tensor:
+    return positive.int().float()

@@ -51,7 +51,7 @@ def test_crop_resize_is_resized_crop(images, size):
         (pixels.brightness_, reference.adjust_brightness, 0.0, 1.8),
         (pixels.contrast_, reference.adjust_contrast, 0.0, 1.8),
         (pixels.saturation_, reference.adjust_saturation, 0.0, 1.8),
-        (pixels.hue_, reference.adjust_hue, -1 / 6, 1 / 6),
+        (pixels.hue_, reference.adjust_hue, -0.5, 0.5),
     ],
 )
 def test_colours_are_torchvisions(images, ours, theirs, low, high):
@@ -62,7 +62,7 @@ def test_colours_are_torchvisions(images, ours, theirs, low, high):
 
 def test_hue_is_torchvisions_on_every_saturated_colour():
     grid = torch.cartesian_prod(*[torch.linspace(0, 1, 9)] * 3).T.reshape(1, 3, 27, 27).contiguous()
-    for shift in (-0.1, -0.01, 0.0, 0.05, 0.1):
+    for shift in (-0.5, -0.3, -0.1, -0.01, 0.0, 0.05, 0.1, 0.2, 0.5):
         ours = pixels.hue_(grid.clone(), torch.tensor([shift]))
         torch.testing.assert_close(ours, reference.adjust_hue(grid, shift), atol=2e-6, rtol=0)
 
@@ -79,16 +79,15 @@ def test_solarise_is_torchvisions(images):
     torch.testing.assert_close(pixels.solarise_(images.clone(), FLAGS), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("on_cpu", [True, False], ids=["shifts", "convolution"])
 @pytest.mark.parametrize("kernel", [3, 9])
-def test_blur_is_torchvisions(images, kernel, on_cpu):
+def test_blur_is_torchvisions(images, kernel):
     sigma = uniform(0.1, 2.0)
 
     def blur(image, sigma, on):
         return reference.gaussian_blur(image, [kernel, kernel], [float(sigma)] * 2) if on else image
 
     expected = one_by_one(blur, images, sigma, FLAGS)
-    ours = pixels.blur_(images.clone(), sigma, FLAGS, kernel, select=on_cpu)
+    ours = pixels.blur_(images.clone(), sigma, FLAGS, kernel)
     torch.testing.assert_close(ours, expected, atol=2e-6, rtol=0)
 
 
