@@ -20,7 +20,7 @@ from sklearn.neighbors import KernelDensity
 from pyro_vje import VJE, embed, encoding, load_run, score
 from pyro_vje.calibration import benjamini_hochberg
 from pyro_vje.data import ImageSet, decode_image, imageset
-from pyro_vje.encoding import encode
+from pyro_vje.encoding import Posteriors, encode
 from pyro_vje.evaluation import load_split
 from pyro_vje.likelihoods import get_family
 from pyro_vje.runs import (
@@ -152,6 +152,19 @@ def test_scores_are_the_same_bits_in_any_order(wide_run, image_folder, threads):
     some = order[:5]
     for straight, alone in zip(scores(torch.arange(len(names))), scores(some), strict=True):
         assert torch.equal(alone, straight[some])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_damaged_posteriors_are_refused(bad):
+    embeddings, loc, scale = torch.ones(3, 5, 8)
+    scale[1, 3] = bad
+    vje = VJE(torch.nn.Identity(), 8, embedding_dim=8).eval()
+    with pytest.raises(
+        ValueError, match="of 1 of 5 images are not finite, or have a scale that is not positive"
+    ):
+        Scorer(vje).parts(Posteriors(embeddings, loc, scale))
+    with pytest.raises(ValueError, match="of 5 of 5 images are not finite"):
+        Scorer(vje).parts(Posteriors(embeddings * bad * math.inf, loc, torch.ones(5, 8)))
 
 
 @pytest.mark.parametrize("name", list(SCORES))
