@@ -101,9 +101,8 @@ class Scorer:
         """
         posteriors = posteriors.to(self.device)
         _check(posteriors)
-        with pyro.validation_enabled(
-            False
-        ):  # checking every particle takes two thirds as long as its density
+        # Checking every particle takes two thirds as long as its density.
+        with pyro.validation_enabled(False):
             joint, direction, radial, kl, variance, aggregate = in_equal_parts(
                 lambda *part: self._parts(*part, with_reference=with_reference),
                 *posteriors,

@@ -39,8 +39,9 @@ _FEWEST = 8
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Sums may be reordered, for they are the same for an image whatever its batch; nothing here is NaN.
-    compiler: Any = partial(numba.njit, nogil=True, fastmath=True, error_model="numpy")
+    # Nothing here is NaN; but no sum is reordered: how would differ between code just compiled and code read from disk.
+    freedom = {"nnan", "ninf", "nsz"}
+    compiler: Any = partial(numba.njit, nogil=True, fastmath=freedom, error_model="numpy")
     try:
         return compiler(cache=True)(function)
     except RuntimeError:  # neither this folder nor the user's cache can be written to
@@ -245,7 +246,7 @@ def _greyscale(red: Floats, green: Floats, blue: Floats) -> None:
 
 @_compiled
 def _gaussian(sigma: np.float32, half: int, weights: Floats) -> None:
-    """The right half of the blur's weights, from its centre; zero from ``half`` pixels on."""
+    """The right half of the blur's weights, from its centre; zero beyond ``half`` pixels."""
     weights[:] = 0
     for k in range(half + 1):
         weights[k] = math.exp(-0.5 * (k / sigma) ** 2)
