@@ -56,13 +56,16 @@ class TrainConfig:
     image_size: int | None = None
     holdout: float = 0.05
     encoder: str | None = None
-    embedding_dim: int = 128
+    projector: str = "none"
+    embedding_dim: int | None = None
     hidden_dim: int = 512
     likelihood: str = "polar-student-t"
     df: float | None = None
     unit_radius: str = "sqrt-d"
     radius: str | None = "student-t"
+    radius_scale: str = "learned"
     kl_weight: float = 0.03
+    analytic_kl: bool = False
     shared_variance: bool = True
     objective: str = "elbo"
     epochs: int | None = None
@@ -95,8 +98,6 @@ class TrainConfig:
             config = dataclasses.replace(config, warmup_epochs=min(10.0, 0.1 * (config.epochs or 0)))
         if config.knn_every is None:
             config = dataclasses.replace(config, knn_every=max(1, (config.epochs or 0) // 10))
-        if config.df is None:
-            config = dataclasses.replace(config, df=float(max(1, config.embedding_dim - 2)))
         config._check()
         return config
 
@@ -141,6 +142,8 @@ class TrainConfig:
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if not (low <= value < high if math.isinf(high) else low <= value <= high):
                 upper = "" if math.isinf(high) else f" and at most {high}"
                 why = (
@@ -154,6 +157,8 @@ class TrainConfig:
         if self.df is not None and not self.df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {self.df}")
         choices = {
+            "projector": ("none", "linear", "mlp"),
+            "radius_scale": ("learned", "shared"),
             "unit_radius": ("1", "sqrt-d"),
             "radius": ("student-t", "log-student-t", None),
             "precision": ("auto", "32", "bf16"),

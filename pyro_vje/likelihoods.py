@@ -42,11 +42,14 @@ class LikelihoodSettings:
         Radius of the sphere on which directions are measured, in the units of the latent and its scale.
     radius : str or None
         The radial factor of the polar families: ``student-t``, ``log-student-t``, or ``None`` to drop it.
+    radius_scale : Tensor or None
+        Scale of the radial factor, a number that is learned; ``None`` takes it from the scale of the features.
     """
 
     df: float = 5.0
     unit_radius: float = 1.0
     radius: RadialFactor | None = "student-t"
+    radius_scale: Tensor | None = None
 
 
 FamilyFunction = Callable[[Tensor, Tensor, LikelihoodSettings], TorchDistribution]
@@ -138,14 +141,21 @@ def get_family(name: str) -> LikelihoodFamily:
 )
 def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
-    return PolarStudentT(settings.df, loc, scale, unit_radius=settings.unit_radius, radius=settings.radius)
+    return PolarStudentT(
+        settings.df,
+        loc,
+        scale,
+        unit_radius=settings.unit_radius,
+        radius=settings.radius,
+        radius_scale=settings.radius_scale,
+    )
 
 
 @register(
     "polar-student-t-exact",
     "projected Student-t times log-radius Student-t",
     is_normalized=True,
-    uses=("df", "unit_radius"),
+    uses=("df", "unit_radius", "radius_scale"),
 )
 def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
@@ -156,6 +166,7 @@ def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettin
         unit_radius=settings.unit_radius,
         direction="projected",
         radius="log-student-t",
+        radius_scale=settings.radius_scale,
     )
 
 
@@ -163,7 +174,7 @@ def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettin
     "polar-normal",
     "the Gaussian limit of polar-student-t",
     is_normalized=False,
-    uses=("unit_radius", "radius"),
+    uses=("unit_radius", "radius", "radius_scale"),
 )
 def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
@@ -207,7 +218,7 @@ def laplace(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDi
     "power-spherical",
     "power spherical direction times log-radius Student-t",
     is_normalized=True,
-    uses=("df", "unit_radius"),
+    uses=("df", "unit_radius", "radius_scale"),
 )
 def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration κ is 2/σ² for the mean variance σ² of the unit direction.
@@ -222,7 +233,7 @@ def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
     "spherical-cauchy",
     "spherical Cauchy direction times log-radius Student-t",
     is_normalized=True,
-    uses=("df", "unit_radius"),
+    uses=("df", "unit_radius", "radius_scale"),
 )
 def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration ρ solves (1-ρ)²/ρ = (D-1) σ² for the mean variance σ² of the unit direction.
@@ -245,7 +256,10 @@ def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:
 def _log_radius(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Student-t in log-radius around log ‖loc‖, its scale that of ``PolarStudentT(radius="log-student-t")``."""
     norm = torch.linalg.vector_norm(loc, dim=-1)
-    log_scale = torch.linalg.vector_norm(loc * scale, dim=-1) / norm.square()
+    if settings.radius_scale is not None:
+        log_scale = settings.radius_scale / norm
+    else:
+        log_scale = torch.linalg.vector_norm(loc * scale, dim=-1) / norm.square()
     infinite = math.isinf(settings.df)
     base = (
         dist.Normal(norm.log(), log_scale) if infinite else dist.StudentT(settings.df, norm.log(), log_scale)

@@ -535,17 +535,17 @@ def uniformity(embeddings: Array, *, t: float = 2.0) -> float:
 
 
 def posterior_snr(loc: Array, scale: Array) -> float:
-    """Mean over images of ‖loc‖ / ‖scale‖, both ``(N, D)``: the posterior mean's norm against its noise's.
+    """Median over features of rms(loc) / rms(scale) over the images, both ``(N, D)``: signal against noise.
 
-    Below 1 a sample of z is mostly noise. Raises ``ValueError`` if shapes differ, values are not finite, or a scale is
-    not positive.
+    Below 1 a sample of z is mostly noise. A few features of any scale do not move it. Raises ``ValueError`` if shapes
+    differ, values are not finite, or a scale is not positive.
     """
     mean, noise = _features(loc, "loc").double(), _features(scale, "scale").double()
     if mean.shape != noise.shape:
         raise ValueError(f"loc has shape {tuple(mean.shape)}, scale {tuple(noise.shape)}")
     if not (noise > 0).all():
         raise ValueError("scale must be positive")
-    return (mean.norm(dim=1) / noise.to(mean).norm(dim=1)).mean().item()
+    return (mean.square().mean(0) / noise.to(mean).square().mean(0)).sqrt().median().item()
 
 
 def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int) -> str | None:

@@ -5,9 +5,10 @@ Oji & Fieguth, "Joint Embedding Variational Bayes", arXiv 2602.05639 (TMLR 2026)
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import pyro
@@ -32,6 +33,12 @@ MIN_SCALE = 1e-3
 """Floor of the posterior's standard deviation: the restricted likelihood's mass grows without bound below it."""
 
 
+PROJECTORS = ("none", "linear", "mlp")
+RADIUS_SCALES = ("learned", "shared")
+DEFAULT_DIM = 128
+"""Embedding dimension behind a projector; without one it is the encoder's width."""
+
+
 class ViewPair(NamedTuple):
     """Both directions of a batch of view pairs, each tensor of shape ``(2, B, D)``.
 
@@ -42,23 +49,6 @@ class ViewPair(NamedTuple):
     loc: Tensor
     scale: Tensor
     target: Tensor
-
-
-_shared: ContextVar[dict[tuple[int, int], ViewPair] | None] = ContextVar("_shared", default=None)
-
-
-@contextmanager
-def shared_forward() -> Iterator[None]:
-    """Within this context each `VJE` encodes a given batch of views once, however often it is asked.
-
-    A guide and a model both need the embeddings; Pyro runs one after the other. The context ends with the
-    evaluation of the ELBO, so that nothing stale outlives an optimiser step.
-    """
-    token = _shared.set({})
-    try:
-        yield
-    finally:
-        _shared.reset(token)
 
 
 def stack_views(views: Tensor | Sequence[Tensor]) -> Tensor:
@@ -100,19 +90,25 @@ class PosteriorNetwork(nn.Module):
         return at_least_float32(self.loc(hidden)), scale
 
 
-def projection_mlp(feature_dim: int, hidden_dim: int, embedding_dim: int) -> nn.Sequential:
-    """Features to embedding: Linear-BN-ReLU-Linear-BN, the last without affine parameters.
+def build_projector(kind: str, feature_dim: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
+    """What makes the embedding of the encoder's features: nothing but a batch norm, a linear map, or an MLP.
 
-    The closing batch norm puts every embedding feature at unit variance, hence the embedding's radius near √D:
-    the unit of the prior z ~ Normal(0, I).
+    Each closes with a batch norm without parameters, which puts every embedding feature at unit variance, hence the
+    embedding's radius near √D: the unit of the prior z ~ Normal(0, I).
     """
-    return nn.Sequential(
-        nn.Linear(feature_dim, hidden_dim, bias=False),
-        nn.BatchNorm1d(hidden_dim),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden_dim, embedding_dim, bias=False),
-        nn.BatchNorm1d(embedding_dim, affine=False),
-    )
+    if kind not in PROJECTORS:
+        raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, not {kind!r}")
+    if kind == "none" and embedding_dim != feature_dim:
+        raise ValueError(
+            f"without a projector the embedding is the encoder's {feature_dim} features, not {embedding_dim}: leave "
+            "embedding_dim out, or use the projector 'linear' or 'mlp'"
+        )
+    layers: list[nn.Module] = []
+    if kind == "mlp":
+        layers = [nn.Linear(feature_dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+    if kind != "none":
+        layers.append(nn.Linear(hidden_dim if kind == "mlp" else feature_dim, embedding_dim, bias=False))
+    return nn.Sequential(*layers, nn.BatchNorm1d(embedding_dim, affine=False))
 
 
 class VJE(nn.Module):
@@ -121,7 +117,7 @@ class VJE(nn.Module):
     For a context view c and a target view t, with e = projector(encoder(·)) in R^D::
 
         posterior    q(z | c) = Normal(loc(e_c), scale(e_c))     diagonal, from the posterior network
-        prior        p(z)     = Normal(0, I_D)                    its KL divergence weighted by ``kl_weight``
+        prior        p(z)     = Normal(0, I_D)                    
         likelihood   p(stop_gradient(e_t) | z, scale(e_c))        a family of `pyro_vje.likelihoods`
 
     The likelihood shares the posterior's per-feature scale. `model` and `guide` are Pyro callables on a batch of
@@ -133,12 +129,14 @@ class VJE(nn.Module):
         Maps normalised images ``(N, 3, H, W)`` to features ``(N, feature_dim)``.
     feature_dim : int
         Width of the encoder's output (`pyro_vje.encoders.feature_dim` measures it).
-    embedding_dim : int
-        D, the dimension of the embedding and of the latent.
+    embedding_dim : int, optional
+        D, the dimension of the embedding and of the latent: by default the encoder's width without a projector, 128
+        behind one.
     hidden_dim : int
-        Width of the hidden layer of the projector and of the posterior network.
-    projector : nn.Module or None
-        Features to embedding; by default `projection_mlp`. ``nn.Identity()`` makes the features the embedding.
+        Width of the hidden layer of the posterior network, and of the projector ``"mlp"``.
+    projector : str or nn.Module
+        Features to embedding: ``"none"``, a batch norm without parameters; ``"linear"`` or ``"mlp"`` before it; or a
+        module of your own from ``(N, feature_dim)`` to ``(N, embedding_dim)``.
     likelihood : str
         A family by name or ``module:function``.
     df : float, optional
@@ -149,8 +147,9 @@ class VJE(nn.Module):
         sphere.
     radius : str or None
         Radial factor of the polar families; ``None`` drops it.
-    kl_weight : float
-        Weight of the KL divergence, at least 0; 1 gives the ELBO proper.
+    radius_scale : str
+        Scale of the radial factor: ``"learned"``, one number; or ``"shared"``, borrowed from the posterior's scale,
+        to which training sacrifices a few features (an ablation).
     shared_variance : bool
         If false, the likelihood has one learned scale per feature instead of the posterior's (an ablation).
 
@@ -165,17 +164,19 @@ class VJE(nn.Module):
         encoder: nn.Module,
         feature_dim: int,
         *,
-        embedding_dim: int = 128,
+        embedding_dim: int | None = None,
         hidden_dim: int = 512,
-        projector: nn.Module | None = None,
+        projector: str | nn.Module = "none",
         likelihood: str = "polar-student-t",
         df: float | None = None,
         unit_radius: str = "sqrt-d",
         radius: str | None = "student-t",
-        kl_weight: float = 0.03,
+        radius_scale: str = "learned",
         shared_variance: bool = True,
     ) -> None:
         super().__init__()
+        if embedding_dim is None:
+            embedding_dim = DEFAULT_DIM if projector in ("linear", "mlp") else feature_dim
         if embedding_dim < 2:
             raise ValueError(
                 f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}"
@@ -184,20 +185,22 @@ class VJE(nn.Module):
             df = float(max(1, embedding_dim - 2))
         if not df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
-        if not 0 <= kl_weight < float("inf"):
-            raise ValueError(f"kl_weight must be finite and at least 0, not {kl_weight}")
+        if radius_scale not in RADIUS_SCALES:
+            raise ValueError(f"radius_scale must be one of {', '.join(RADIUS_SCALES)}, not {radius_scale!r}")
         self.encoder = encoder
-        self.projector = projector or projection_mlp(feature_dim, hidden_dim, embedding_dim)
+        if isinstance(projector, str):
+            projector = build_projector(projector, feature_dim, hidden_dim, embedding_dim)
+        self.projector = projector
         self.posterior_network = PosteriorNetwork(embedding_dim, hidden_dim)
         self.feature_dim = feature_dim
         self.embedding_dim = embedding_dim
-        self.kl_weight = kl_weight
         self.family = get_family(likelihood)
         self.settings = LikelihoodSettings(
             df, resolve_unit_radius(unit_radius, embedding_dim), resolve_radius(radius)
         )
         self.likelihood_raw_scale = None if shared_variance else nn.Parameter(torch.zeros(embedding_dim))
-
+        learned = radius_scale == "learned" and _uses_radius_scale(self.family, self.settings, embedding_dim)
+        self.raw_radius_scale = nn.Parameter(torch.tensor(0.5413)) if learned else None  # softplus gives 1
     def features(self, images: Tensor) -> Tensor:
         """Encoder features ``(N, feature_dim)`` of normalised images, on which probes are trained."""
         return at_least_float32(self.encoder(images))
@@ -223,50 +226,44 @@ class VJE(nn.Module):
         """
         if self.likelihood_raw_scale is not None:
             scale = (functional.softplus(self.likelihood_raw_scale) + MIN_SCALE).expand_as(scale)
-        return (family or self.family)(z, scale, self.settings)
+        settings = self.settings
+        if self.raw_radius_scale is not None:
+            radius_scale = functional.softplus(self.raw_radius_scale) + MIN_SCALE
+            settings = dataclasses.replace(settings, radius_scale=radius_scale)
+        return (family or self.family)(z, scale, settings)
 
     def encode_views(self, views: Tensor | Sequence[Tensor]) -> ViewPair:
         """Posterior and stopped target of both directions, from one pass over the 2·B images."""
-        cache = _shared.get()
-        key = (id(self), id(views))
-        if cache is not None and key in cache:
-            return cache[key]
         stacked = stack_views(views)
         batch = stacked.shape[1]
         embeddings = self.embed(stacked.flatten(0, 1))
         loc, scale = self.posterior(embeddings)
         shape = (2, batch, self.embedding_dim)
-        pair = ViewPair(loc.view(shape), scale.view(shape), embeddings.detach().view(shape).flip(0))
-        if cache is not None:
-            cache[key] = pair
-        return pair
+        return ViewPair(loc.view(shape), scale.view(shape), embeddings.detach().view(shape).flip(0))
 
-    def model(self, views: Tensor | Sequence[Tensor]) -> Tensor:
-        """Pyro model of both targets given latents; ``views`` as in `stack_views`."""
+    def model(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
+        """Pyro model of both targets given latents.
+
+        ``views`` as in `stack_views`, or what `encode_views` made of them, which costs one pass of the encoder for
+        model and guide together.
+        """
         self._register_for_svi()
-        pair = self.encode_views(views)
+        pair = views if isinstance(views, ViewPair) else self.encode_views(views)
         with self._plates(pair):
-            with self._weighted_kl():
-                z = pyro.sample("z", dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1))
             return pyro.sample("target", self.likelihood(z, pair.scale), obs=pair.target)
 
-    def guide(self, views: Tensor | Sequence[Tensor]) -> Tensor:
-        """Pyro guide: the amortised posterior of each direction's latent given its context view."""
+    def guide(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
+        """Pyro guide: the amortised posterior of each direction's latent given its context view; ``views`` as above."""
         self._register_for_svi()
-        pair = self.encode_views(views)
-        with self._plates(pair), self._weighted_kl():
+        pair = views if isinstance(views, ViewPair) else self.encode_views(views)
+        with self._plates(pair):
             return pyro.sample("z", dist.Normal(pair.loc, pair.scale).to_event(1))
 
     @contextmanager
     def _plates(self, pair: ViewPair) -> Iterator[None]:
         with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
             yield
-
-    def _weighted_kl(self) -> poutine.messenger.Messenger:
-        # Scaling z's site in both model and guide weighs log q(z) - log p(z); Pyro's scale must be positive.
-        if self.kl_weight == 0:
-            return poutine.mask(mask=False)
-        return poutine.scale(scale=self.kl_weight)
 
     def _register_for_svi(self) -> None:
         # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and
@@ -284,3 +281,12 @@ class VJE(nn.Module):
                     "training this one with SVI"
                 )
         pyro.module("vje", self)
+
+
+def _uses_radius_scale(family: LikelihoodFamily, settings: LikelihoodSettings, dim: int) -> bool:
+    """Whether the density depends on `LikelihoodSettings.radius_scale`; a parameter without gradient stops DDP."""
+    scale = torch.ones((), requires_grad=True)
+    with contextlib.suppress(Exception), torch.enable_grad():  # what is wrong with a family `check` says
+        likelihood = family(torch.ones(1, dim), torch.ones(1, dim), dataclasses.replace(settings, radius_scale=scale))
+        return bool(likelihood.log_prob(torch.ones(1, dim)).requires_grad)
+    return False

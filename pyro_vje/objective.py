@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBOModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
-from pyro_vje.model import VJE, shared_forward, stack_views
+from pyro_vje.model import VJE, ViewPair, stack_views
 from pyro_vje.plugins import look_up
 
 Monitor = Callable[[Trace, Trace], None]
@@ -49,15 +51,30 @@ class SymmetricELBO(Trace_ELBO):
     ----------
     num_particles : int
         Samples of z for each image and direction.
+    kl_weight : float
+        Weight of log q(z) - log p(z), at least 0; 1 gives the ELBO proper.
+    analytic_kl : bool
+        Take the KL divergence of each latent in closed form, where there is one, instead of by its samples.
     monitor : callable, optional
         Called with each (model trace, guide trace) under ``no_grad``, for logging the parts of the objective.
     **kwargs
         Passed on to `Trace_ELBO` (``vectorize_particles``, ``max_plate_nesting``, ...).
     """
 
-    def __init__(self, num_particles: int = 1, *, monitor: Monitor | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_particles: int = 1,
+        *,
+        kl_weight: float = 1.0,
+        analytic_kl: bool = False,
+        monitor: Monitor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= kl_weight < float("inf"):
+            raise ValueError(f"kl_weight must be finite and at least 0, not {kl_weight}")
         kwargs.setdefault("max_plate_nesting", 2)
         super().__init__(num_particles=num_particles, **kwargs)
+        self.kl_weight, self.analytic_kl = kl_weight, analytic_kl
         self.monitor = monitor
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ELBOModule:
@@ -77,7 +94,7 @@ class SymmetricELBO(Trace_ELBO):
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
-        views: Tensor | Sequence[Tensor],
+        views: Tensor | Sequence[Tensor] | ViewPair,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
@@ -95,19 +112,37 @@ class SymmetricELBO(Trace_ELBO):
         ValueError
             If ``views`` is not a pair of views, or a latent of the guide is not reparameterised.
         """
-        views = stack_views(views)
+        owner = getattr(model, "__self__", None)
+        if isinstance(owner, VJE) and not isinstance(views, ViewPair):
+            views = owner.encode_views(views)  # once for guide and model
         total: Tensor | float = 0.0
-        # Pyro's particle loop calls the guide and the model in turn on the same views.
-        with shared_forward():
-            for model_trace, guide_trace in self._get_traces(model, guide, (views, *args), kwargs):
-                _require_rsample(guide_trace)
-                total = total + guide_trace.log_prob_sum() - model_trace.log_prob_sum()
-                if self.monitor is not None:
-                    with torch.no_grad():
-                        self.monitor(model_trace, guide_trace)
+        for model_trace, guide_trace in self._get_traces(model, guide, (views, *args), kwargs):
+            _require_rsample(guide_trace)
+            total = total + self._loss(model_trace, guide_trace)
+            if self.monitor is not None:
+                with torch.no_grad():
+                    self.monitor(model_trace, guide_trace)
         # With vectorised particles _get_traces yields one trace whose sums run over all of them.
-        images = views.shape[0] * views.shape[1]
+        shape = views.loc.shape if isinstance(views, ViewPair) else stack_views(views).shape
+        images = shape[0] * shape[1]
         return torch.as_tensor(total) / (self.num_particles * images)
+
+    def _loss(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
+        """kl_weight · Σ over latents (log q - log p, or KL) - Σ over observations log p."""
+        latents = [name for name, site in guide_trace.nodes.items() if _is_latent(site)]
+        exact = [name for name in latents if self.analytic_kl and name in model_trace.nodes]
+        divergence: Tensor | float = sum(_kl(model_trace.nodes[n], guide_trace.nodes[n]) for n in exact)
+        guide_trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
+        model_trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
+        loss: Tensor | float = 0.0
+        for trace, sign in ((guide_trace, 1.0), (model_trace, -1.0)):
+            for name, site in trace.nodes.items():
+                if site["type"] == "sample" and name not in exact:
+                    if site["is_observed"]:
+                        loss = loss + sign * site["log_prob_sum"]
+                    else:
+                        divergence = divergence + sign * site["log_prob_sum"]
+        return torch.as_tensor(loss + self.kl_weight * divergence)
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -124,11 +159,20 @@ class SymmetricELBO(Trace_ELBO):
         return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
 
+def _is_latent(site: Any) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
+
+
+def _kl(model_site: Any, guide_site: Any) -> Tensor:
+    return scale_and_mask(
+        kl_divergence(guide_site["fn"], model_site["fn"]), guide_site["scale"], guide_site["mask"]
+    ).sum()
+
+
 def _require_rsample(guide_trace: Trace) -> None:
     for name, site in guide_trace.nodes.items():
-        fn: Any = site.get("fn")  # parameter sites have none
-        if site["type"] == "sample" and not site["is_observed"] and not fn.has_rsample:
+        if _is_latent(site) and not site["fn"].has_rsample:
             raise ValueError(
-                f"the guide's site {name!r} is not reparameterised ({type(fn).__name__} has no rsample): "
+                f"the guide's site {name!r} is not reparameterised ({type(site['fn']).__name__} has no rsample): "
                 "SymmetricELBO's gradient would be wrong; use pyro.infer.Trace_ELBO"
             )

@@ -44,7 +44,12 @@ class Pretraining(lightning.LightningModule):
 
     def __init__(self, vje: VJE, config: TrainConfig, train_set: ImageSet) -> None:
         super().__init__()
-        self.objective = SymmetricELBO(config.num_particles, vectorize_particles=config.num_particles > 1)
+        self.objective = SymmetricELBO(
+            config.num_particles,
+            kl_weight=config.kl_weight,
+            analytic_kl=config.analytic_kl,
+            vectorize_particles=config.num_particles > 1,
+        )
         self.elbo = self.objective(vje.model, vje.guide)
         self.own_objective = own_objective(config.objective)
         self.config = config

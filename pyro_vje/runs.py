@@ -37,7 +37,7 @@ from pyro_vje.files import check_form, parse_json, read_json, write_atomic, writ
 from pyro_vje.model import VJE
 from pyro_vje.plugins import is_reference
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_IMAGE_SIZE = 8192
 CONFIG, WEIGHTS, CALIBRATION, REFERENCE, METRICS, CHECKPOINTS, PICTURES = (
     "config.json",
@@ -63,7 +63,14 @@ def _from_1(values: dict[str, Any]) -> dict[str, Any]:
     return values | ({"config": {"holdout": 0.0, **config}} if isinstance(config, dict) else {})
 
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+def _from_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Runs of version 2 had an MLP between encoder and embedding, and the radius borrowed its scale."""
+    config = values.get("config")
+    before = {"projector": "mlp", "radius_scale": "shared"}
+    return values | ({"config": {**before, **config}} if isinstance(config, dict) else {})
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
 """From each older schema version to the next: what a file of that version would say today."""
 
 
@@ -197,11 +204,12 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
         features,
         embedding_dim=config.embedding_dim,
         hidden_dim=config.hidden_dim,
+        projector=config.projector,
         likelihood=config.likelihood,
         df=config.df,
         unit_radius=config.unit_radius,
         radius=config.radius,
-        kl_weight=config.kl_weight,
+        radius_scale=config.radius_scale,
         shared_variance=config.shared_variance,
     )
 
@@ -332,7 +340,8 @@ def load_run(
                 "(--trust-plugins, or trust_plugins=True)"
             )
     # All but the encoder first, and without memory: a damaged configuration may ask for more than there is.
-    projector = state.get("projector.0.weight", torch.empty(1, 1))
+    trunk = state.get("posterior_network.trunk.0.weight", torch.empty(1, 1))
+    projector = state.get("projector.0.weight", trunk)  # without one, features are what the posterior network takes
     features = projector.shape[-1] if projector.dim() == 2 else 1
     with torch.device("meta"):
         head = _model(info.config, nn.Identity(), features).state_dict()

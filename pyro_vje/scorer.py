@@ -140,7 +140,7 @@ class Scorer:
 
     @torch.no_grad()
     def log_aggregate(self, embeddings: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Log-mean over the reference images i of p(t | loc_i, v_i) for embeddings t ``(N, D)``, float64 ``(N,)``.
+        """Log-mean over the reference images i of p(t | e_i, v_i) for embeddings t ``(N, D)``, float64 ``(N,)``.
 
         Matrix products over ``chunk`` reference images at a time: no tensor is larger than chunk × N. By default as
         many as are fast, and on a GPU no more than a quarter of the free memory allows.
@@ -152,8 +152,8 @@ class Scorer:
                 pairs = min(pairs, torch.cuda.mem_get_info(self.device)[0] // (4 * 8 * _TEMPORARIES))
             chunk = max(1, pairs // max(1, len(embeddings)))
         total = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=self.device)
-        for _, loc, scale in zip(*(tensor.split(chunk) for tensor in reference), strict=True):
-            log_prob = pairwise_log_prob(self._likelihood(loc, scale), embeddings)
+        for embedding, _, scale in zip(*(tensor.split(chunk) for tensor in reference), strict=True):
+            log_prob = pairwise_log_prob(self._likelihood(embedding, scale), embeddings)
             total = torch.logaddexp(total, log_prob.logsumexp(0).double())
         return total - torch.tensor(len(reference.loc), dtype=torch.float64).log()
 

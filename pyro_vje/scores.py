@@ -30,7 +30,7 @@ class LikelihoodParts:
     variance
         Mean posterior variance over features, in squared units of the latent.
     log_aggregate
-        log of the mean over reference images i of p(t | loc_i, v_i), a density of the embeddings that were trained
+        log of the mean over reference images i of p(t | e_i, v_i), a density of the embeddings that were trained
         on; NaN where nothing asked for it.
     typical
         Median over the reference images of their own log_likelihood, a number; NaN likewise.
