@@ -22,8 +22,8 @@ import torch
 from benchmarks.harness import BENCHMARKS, Growth, Result, Settings, table
 from benchmarks.rivals import installed
 from benchmarks.speed import ROOT  # and its functions enter the registry
-from pyro_vje.files import write_json
-from pyro_vje.training import choose_precision
+from pyro_vje.runs.files import write_json
+from pyro_vje.training.run import choose_precision
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

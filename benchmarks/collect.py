@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.__main__ import describe
 from benchmarks.harness import Settings
-from pyro_vje.files import write_json
-from pyro_vje.training import choose_precision
+from pyro_vje.runs.files import write_json
+from pyro_vje.training.run import choose_precision
 
 SUMMARIES = ("ablation.json", "table.json")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_vje import VJE
-from pyro_vje.likelihoods import get_family
+from pyro_vje.model.likelihoods import get_family
 
 
 def simsiam(vje: VJE, views: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.pages import FOLDER, METHODS, Cell, result
-from pyro_vje.pictures import PALETTE, new_figure, save, style
+from pyro_vje.pages.pictures import PALETTE, new_figure, save, style
 
 IMAGES = FOLDER.parent / "docs" / "images"
 COLOURS = dict(zip(METHODS, PALETTE, strict=False))

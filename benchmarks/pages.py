@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pyro_vje.protocols import markdown, rows_of
+from pyro_vje.experiments.protocols import markdown, rows_of
 
 FOLDER = Path(__file__).parent
 MAIN = ("conditional", "aggregate", "elbo", "k-NN 50", "Mahalanobis", "KDE")

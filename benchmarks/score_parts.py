@@ -18,14 +18,14 @@ import torch
 
 from benchmarks.__main__ import describe
 from benchmarks.harness import Settings
+from pyro_vje.anomaly.parts import Scorer
+from pyro_vje.anomaly.table import anomaly_labels
 from pyro_vje.data import ImageSet, load_dataset
-from pyro_vje.encoding import encode
-from pyro_vje.evaluation import load_split
-from pyro_vje.files import write_json
-from pyro_vje.metrics import auroc
-from pyro_vje.runs import LoadedRun, load_run
-from pyro_vje.scorer import Scorer
-from pyro_vje.scoring import anomaly_labels
+from pyro_vje.metrics.metrics import auroc
+from pyro_vje.model.encoding import encode
+from pyro_vje.representation.evaluation import load_split
+from pyro_vje.runs.files import write_json
+from pyro_vje.runs.folder import LoadedRun, load_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

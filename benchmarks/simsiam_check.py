@@ -22,10 +22,10 @@ from benchmarks.harness import Settings
 from benchmarks.rivals import SimSiam
 from pyro_vje import VJE, TrainConfig
 from pyro_vje.data import ResidentLoader, load_dataset, views_for
-from pyro_vje.encoders import build_encoder, feature_dim
-from pyro_vje.evaluation import features_of, probe
-from pyro_vje.files import write_json
-from pyro_vje.splits import load_train_set
+from pyro_vje.data.splits import load_train_set
+from pyro_vje.model.encoders import build_encoder, feature_dim
+from pyro_vje.representation.evaluation import features_of, probe
+from pyro_vje.runs.files import write_json
 
 LR, DECAY = 0.06 / 128, 5e-4
 SIZE, BATCH = 32, 256

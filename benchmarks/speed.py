@@ -31,12 +31,13 @@ from benchmarks.rivals import (
     plain_objective,
     torchvision_views,
 )
-from pyro_vje import VJE, SymmetricELBO, TrainConfig, training
+from pyro_vje import VJE, SymmetricELBO, TrainConfig
+from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, ResidentLoader, views_for
-from pyro_vje.encoders import build_encoder, feature_dim
-from pyro_vje.encoding import Posteriors, encode_batches
-from pyro_vje.runs import build_model
-from pyro_vje.scorer import Scorer
+from pyro_vje.model.encoders import build_encoder, feature_dim
+from pyro_vje.model.encoding import Posteriors, encode_batches
+from pyro_vje.runs.folder import build_model
+from pyro_vje.training import run as training
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
@@ -480,7 +481,8 @@ def memory(settings: Settings, name: str, task: Task) -> Iterator[Result]:
 HELP = "from pyro_vje.cli import main; main(['--help'])"
 FIRST_STEP = """
 import os, sys
-from pyro_vje import TrainConfig, training
+from pyro_vje import TrainConfig
+from pyro_vje.training import run as training
 training.Pretraining.on_train_batch_end = lambda *_: os._exit(0)
 training.train(TrainConfig("digits", epochs=1), sys.argv[1], overwrite=True)
 """

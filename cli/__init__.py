@@ -18,7 +18,7 @@ from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
 
 from pyro_vje import __version__
-from pyro_vje.interruption import EXIT_SIGNAL, handle, raise_interrupted, restored_handlers
+from pyro_vje.runs.stopping import EXIT_SIGNAL, handle, raise_interrupted, restored_handlers
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_MEMORY, EXIT_BUG = 2, 3, 4, 70
 CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError)

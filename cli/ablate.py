@@ -9,7 +9,7 @@ import click
 from pyro_vje.cli import options
 
 from pyro_vje.config import ABLATION_AXES
-from pyro_vje.interruption import GOES_ON, Interrupted
+from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
 
 @click.command("ablate")
@@ -35,7 +35,7 @@ def ablate_command(out: Path, **settings: Any) -> None:
         axes["objective"] = objectives
     base = options.train_config({**settings, "objective": objectives[0]})
 
-    from pyro_vje.ablation import ablate
+    from pyro_vje.experiments.ablation import ablate
 
     try:
         result = ablate(base, axes, out)

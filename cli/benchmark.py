@@ -9,7 +9,7 @@ import click
 from pyro_vje.cli import options
 
 from pyro_vje.config import DATASET_DEFAULTS
-from pyro_vje.interruption import GOES_ON, Interrupted
+from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
 score_likelihood = click.option(
     "--score-likelihood",
@@ -49,7 +49,7 @@ def one_class_command(
     """
     base = options.train_config(settings)
 
-    from pyro_vje.protocols import one_class
+    from pyro_vje.experiments.protocols import one_class
 
     try:
         result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods, jobs=jobs)
@@ -84,7 +84,7 @@ def ood_command(
 
     Leaves table.csv, .json and .md.
     """
-    from pyro_vje.protocols import ood
+    from pyro_vje.experiments.protocols import ood
 
     known = DATASET_DEFAULTS.keys() - {"folder"}
     places: dict[str, tuple[str, str | None]] = {

@@ -57,6 +57,6 @@ def eval_command(ckpt: Path, out: Path | None, **settings: Any) -> None:
     Weighted k-NN and linear probe; of the encoders also effective rank, alignment, uniformity, and whether the
     posterior's variance says where retrieval fails (R-AUROC, accuracy against rejected share, a picture of it).
     """
-    from pyro_vje.evaluation import evaluate, format_table
+    from pyro_vje.representation.evaluation import evaluate, format_table
 
     click.echo(format_table(evaluate(ckpt, out=out, **settings)))

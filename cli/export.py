@@ -34,7 +34,7 @@ def export_command(ckpt: Path, **settings: Any) -> None:
     It maps uint8 RGB images (N, 3, S, S) to embedding, posterior loc and scale, the score that `score` writes, and
     its p-value.
     """
-    from pyro_vje.exporting import export
+    from pyro_vje.export.deploy import export
 
     result = export(ckpt, **settings)
     click.echo(result.path)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from pyro_vje.cli import options
 
-from pyro_vje.scores import SCORES
+from pyro_vje.anomaly.scores import SCORES
 
 LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
 
@@ -65,9 +65,9 @@ LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
 @click.pass_context
 def score_command(ctx: click.Context, ckpt: Path, deterministic: bool, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
+    from pyro_vje.anomaly.table import score
     from pyro_vje.data.imageset import counted
-    from pyro_vje.runs import deterministic_kernels
-    from pyro_vje.scoring import score
+    from pyro_vje.runs.folder import deterministic_kernels
 
     with deterministic_kernels(deterministic):
         result = score(ckpt, **settings)
@@ -112,8 +112,8 @@ def score_command(ctx: click.Context, ckpt: Path, deterministic: bool, **setting
 @click.pass_context
 def embed_command(ctx: click.Context, ckpt: Path, data: Path, out: Path, **settings: Any) -> None:
     """Features, embeddings and posterior loc and scale of each image, as a NumPy .npz."""
+    from pyro_vje.anomaly.table import embed
     from pyro_vje.data.imageset import counted
-    from pyro_vje.scoring import embed
 
     path, written, failed = embed(ckpt, data, out, **settings)
     click.echo(f"{counted(written)} embedded: {path}")

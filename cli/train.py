@@ -37,6 +37,6 @@ def train_command(
             raise click.UsageError("--resume needs the run to go on with: name it (--out RUN)")
     config = options.train_config(settings)
 
-    from pyro_vje.training import train
+    from pyro_vje.training.run import train
 
     click.echo(train(config, out, resume=resume, overwrite=overwrite))

@@ -44,7 +44,7 @@ def timm_resnet(image_size):
 # ----
 #
 # A folder of images needs no code: ``--dataset folder --data-dir photos/``. Anything else becomes one uint8
-# tensor. Labels are not used in training; where there are some, :func:`~pyro_vje.evaluation.evaluate` can probe
+# tensor. Labels are not used in training; where there are some, :func:`pyro_vje.evaluate` can probe
 # what was learned.
 def gratings(request):
     generator = torch.Generator().manual_seed(int(request.split == "test"))

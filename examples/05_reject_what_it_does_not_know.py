@@ -12,12 +12,12 @@ import matplotlib.pyplot as plt
 import torch
 
 from pyro_vje import TrainConfig, load_run, train
-from pyro_vje.calibration import conformal_p_values
+from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import load_dataset
-from pyro_vje.encoding import encode
-from pyro_vje.metrics import knn_predict, r_auroc, rejection_curve
-from pyro_vje.runs import CALIBRATION, load_posteriors
-from pyro_vje.scorer import Scorer
+from pyro_vje.metrics.conformal import conformal_p_values
+from pyro_vje.metrics.metrics import knn_predict, r_auroc, rejection_curve
+from pyro_vje.model.encoding import encode
+from pyro_vje.runs.folder import CALIBRATION, load_posteriors
 
 config = TrainConfig("digits", epochs=8, holdout=0.1, knn_every=0)
 run = load_run(train(config, tempfile.mkdtemp() + "/run"))

@@ -11,21 +11,25 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_vje import distributions, likelihoods
-    from pyro_vje.ablation import ablate
+    from pyro_vje.anomaly.table import embed, score
     from pyro_vje.config import TrainConfig, load_recipe
-    from pyro_vje.encoders import build_encoder
-    from pyro_vje.evaluation import evaluate
-    from pyro_vje.exporting import export
-    from pyro_vje.model import VJE, PosteriorNetwork
-    from pyro_vje.objective import SymmetricELBO
-    from pyro_vje.runs import load_run
-    from pyro_vje.scoring import embed, score
-    from pyro_vje.training import train
+    from pyro_vje.experiments.ablation import ablate
+    from pyro_vje.export.deploy import export
+    from pyro_vje.model.encoders import build_encoder
+    from pyro_vje.model.objective import SymmetricELBO
+    from pyro_vje.model.vje import VJE, PosteriorNetwork
+    from pyro_vje.representation.evaluation import evaluate
+    from pyro_vje.runs.folder import load_run
+    from pyro_vje.training.run import train
 
 __version__ = "0.1.0"
 
@@ -48,27 +52,54 @@ __all__ = [
 ]
 
 _HOMES = {
-    "VJE": "model",
-    "PosteriorNetwork": "model",
-    "SymmetricELBO": "objective",
+    "VJE": "model.vje",
+    "PosteriorNetwork": "model.vje",
+    "SymmetricELBO": "model.objective",
     "TrainConfig": "config",
-    "ablate": "ablation",
-    "build_encoder": "encoders",
-    "embed": "scoring",
-    "evaluate": "evaluation",
-    "export": "exporting",
+    "ablate": "experiments.ablation",
+    "build_encoder": "model.encoders",
+    "embed": "anomaly.table",
+    "evaluate": "representation.evaluation",
+    "export": "export.deploy",
     "load_recipe": "config",
-    "load_run": "runs",
-    "score": "scoring",
-    "train": "training",
+    "load_run": "runs.folder",
+    "score": "anomaly.table",
+    "train": "training.run",
 }
+_MOVED = {
+    "calibration": "metrics.conformal",
+    "encoders": "model.encoders",
+    "likelihoods": "model.likelihoods",
+    "objective": "model.objective",
+    "scores": "anomaly.scores",
+    "scoring": "anomaly.table",
+    "evaluation": "representation.evaluation",
+    "ablation": "experiments.ablation",
+    "protocols": "experiments.protocols",
+    "detectors": "experiments.baselines",
+    "report": "pages.report",
+    "pictures": "pages.pictures",
+}
+"""Modules of version 0.1 that stand in a folder now and keep their names: ``import pyro_vje.likelihoods``."""
+
+
+class _Moved(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name.removeprefix("pyro_vje.") in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        home = _MOVED[module.__name__.removeprefix("pyro_vje.")]
+        sys.modules[module.__name__] = import_module(f"pyro_vje.{home}")
+
+
+sys.meta_path.append(_Moved())
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("distributions", "likelihoods"):
-        return import_module(f"pyro_vje.{name}")
     if name in _HOMES:
         return getattr(import_module(f"pyro_vje.{_HOMES[name]}"), name)
+    if name == "distributions" or name in _MOVED:
+        return import_module(f"pyro_vje.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

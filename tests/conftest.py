@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pyro_vje import TrainConfig, encoders, train
+from pyro_vje import TrainConfig, train
+from pyro_vje.model import encoders
 
 CLASSES = ("normal", "stripes", "spots")
 

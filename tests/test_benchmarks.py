@@ -18,9 +18,9 @@ from benchmarks.__main__ import main
 from benchmarks.harness import BENCHMARKS, Growth, Row, Settings, compare, table, versus
 from pyro_vje import VJE, SymmetricELBO
 from pyro_vje.data import views_for
-from pyro_vje.encoding import encode
-from pyro_vje.evaluation import load_split
-from pyro_vje.runs import load_run
+from pyro_vje.model.encoding import encode
+from pyro_vje.representation.evaluation import load_split
+from pyro_vje.runs.folder import load_run
 
 QUICK = Settings(quick=True, threads=1, precision="32-true")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import draw_image, tiny_encoder
 
-from pyro_vje import encoders
+from pyro_vje.model import encoders
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import pytest
 from conftest import tiny_encoder
 
-from pyro_vje import encoders
 from pyro_vje.data import DATASETS
+from pyro_vje.model import encoders
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SHOWN = {

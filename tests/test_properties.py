@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from pyro_vje import VJE, SymmetricELBO
+from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.distributions import (
     DiagonalStudentT,
     PolarProduct,
@@ -26,9 +27,8 @@ from pyro_vje.distributions import (
     SphericalCauchy,
     VonMisesFisher,
 )
-from pyro_vje.encoding import Posteriors
-from pyro_vje.likelihoods import FAMILIES
-from pyro_vje.scorer import Scorer
+from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.likelihoods import FAMILIES
 
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("ci", derandomize=True, max_examples=15, database=None, **common)

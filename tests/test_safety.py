@@ -21,14 +21,14 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from pyro_vje.cli import _log_warning, main
+from pyro_vje.training.memory import BatchTooLarge, InParts
 from soak import fuzz
 
 from pyro_vje import VJE, load_run, score, train
 from pyro_vje.data import ImageError, decode_image
-from pyro_vje.data import images as image_files
-from pyro_vje.encoding import encode
-from pyro_vje.evaluation import evaluate, load_split
-from pyro_vje.memory import BatchTooLarge, InParts
+from pyro_vje.data import decode as image_files
+from pyro_vje.model.encoding import encode
+from pyro_vje.representation.evaluation import evaluate, load_split
 
 
 def run(*arguments):
@@ -289,13 +289,15 @@ def test_a_file_that_vanishes_midway(trained_run, image_folder, tmp_path, monkey
     victim = folder / "stripes" / "05.png"  # the last of the list
     features = VJE.features
     monkeypatch.setattr(VJE, "features", lambda self, x: victim.unlink(missing_ok=True) or features(self, x))
-    monkeypatch.setattr("pyro_vje.encoding.images_at_once", lambda images, batch_size, device: batch_size)
+    monkeypatch.setattr(
+        "pyro_vje.model.encoding.images_at_once", lambda images, batch_size, device: batch_size
+    )
     arguments = {"data": folder, "batch_size": 2, "report": True}
     result = score(trained_run, out=tmp_path / "a.csv", **arguments)
     assert (result.scored, result.failed) == (17, 1)
     assert "No such file or directory" in (tmp_path / "a.csv").read_text()
     monkeypatch.undo()
-    monkeypatch.setattr("pyro_vje.scoring.write_csv", lambda *_: shutil.rmtree(folder))
+    monkeypatch.setattr("pyro_vje.anomaly.table.write_csv", lambda *_: shutil.rmtree(folder))
     result = score(trained_run, out=tmp_path / "b.csv", **arguments)
     assert result.scored == 17
     assert (tmp_path / "pictures" / "b_strangest.png").stat().st_size
@@ -335,7 +337,7 @@ def test_any_error_is_one_line_with_its_code(trained_run, monkeypatch, error, co
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("pyro_vje.evaluation.evaluate", fail)
+    monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", fail)
     result = run("eval", "--ckpt", trained_run)
     assert result.exit_code == code
     assert re.fullmatch(f"Error: {line}\n", result.stderr)
@@ -347,7 +349,7 @@ def test_any_error_is_one_line_with_its_code(trained_run, monkeypatch, error, co
 PROGRAM = """
 import sys, warnings
 from pyro_vje.cli import main
-from pyro_vje import encoders
+from pyro_vje.model import encoders
 sys.path.insert(0, {tests!r})
 from conftest import tiny_encoder
 encoders.ENCODERS["tiny"] = tiny_encoder
@@ -388,7 +390,7 @@ def test_librarys_warnings_are_shown_at_debug_level(trained_run, monkeypatch):
             warnings.warn("old", DeprecationWarning, stacklevel=1)
         raise ValueError("done")
 
-    monkeypatch.setattr("pyro_vje.evaluation.evaluate", warn)
+    monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", warn)
     assert run("eval", "--ckpt", trained_run).stderr == "Error: done\n"
     assert "DeprecationWarning: old\n" in run("--log-level", "debug", "eval", "--ckpt", trained_run).stderr
 

@@ -2,7 +2,7 @@
 
 import matplotlib.pyplot as plt
 
-from pyro_vje.pictures import BLUE, GREY, VERMILION
+from pyro_vje.pages.pictures import BLUE, GREY, VERMILION
 
 __all__ = ["BLUE", "GREEN", "GREY", "VERMILION", "figure"]
 GREEN = "#009e73"

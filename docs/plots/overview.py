@@ -13,11 +13,11 @@ from matplotlib.patches import Ellipse
 from PIL import Image, ImageDraw
 
 from pyro_vje import TrainConfig, load_run, train
-from pyro_vje.calibration import conformal_p_values
+from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, load_dataset, views_for
-from pyro_vje.encoding import encode
-from pyro_vje.runs import CALIBRATION, REFERENCE, load_posteriors
-from pyro_vje.scorer import Scorer
+from pyro_vje.metrics.conformal import conformal_p_values
+from pyro_vje.model.encoding import encode
+from pyro_vje.runs.folder import CALIBRATION, REFERENCE, load_posteriors
 
 OUT = Path(__file__).parents[1] / "images" / "overview.svg"
 plt.rcParams.update({"svg.hashsalt": "overview", "font.size": 9})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pyro_vje.data.images import image_shape, list_images
+from pyro_vje.data.decode import image_shape, list_images
 from pyro_vje.data.imageset import ImageSet, counted, read_images
 
 logger = logging.getLogger("pyro_vje")
@@ -47,7 +47,7 @@ class Dataset:
     mean, std
         Of each channel over the training images, in [0, 1].
     recipe
-        Name of the augmentation in :data:`pyro_vje.data.views.RECIPES`; ``None``: by the image size.
+        Name of the augmentation in :data:`pyro_vje.data.views.two_views.RECIPES`; ``None``: by the image size.
     image_size
         Side in pixels when the user does not say; ``None``: found from the files.
     """

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from pyro_vje.data.images import ImageError, decode_image
+from pyro_vje.data.decode import ImageError, decode_image
 
 logger = logging.getLogger("pyro_vje")
 
@@ -144,6 +146,42 @@ class ImageSet:
             raise ValueError(f"no image of class {which!r} in this split")
         return self.select(mask)
 
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all images in order, for evaluation and scoring.
+
+        At most two batches of decoded images are held. Images that cannot be decoded are left out and noted in
+        ``self.failed``.
+
+        Yields
+        ------
+        tuple[Tensor, Tensor]
+            Indices int64 (B,) into the set, and uint8 images (B, 3, S, S), B at most ``batch_size``.
+
+        Raises
+        ------
+        ValueError
+            If ``batch_size`` is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        parts = torch.arange(len(self)).split(batch_size)
+        if isinstance(self.images, Tensor):
+            for index in parts:
+                yield index, self.images[index[0] : index[-1] + 1]
+            return
+        decoder = Decoded(self.images)
+        with ThreadPoolExecutor(min(32, cpu_count())) as pool:
+            ahead = pool.map(decoder.__getitem__, parts[0].tolist())
+            for i, index in enumerate(parts):
+                now = ahead
+                if i + 1 < len(parts):
+                    ahead = pool.map(decoder.__getitem__, parts[i + 1].tolist())
+                items = list(now)
+                self.add_failed([item for item in items if not isinstance(item, Tensor)])
+                good = [k for k, item in enumerate(items) if isinstance(item, Tensor)]
+                if good:
+                    yield index[good], torch.stack([items[k] for k in good])  # type: ignore[misc]
+
     def add_failed(self, failed: Sequence[tuple[str, str]]) -> None:
         """Note images that could not be decoded, with one warning for each that is new."""
         known = {path for path, _ in self.failed}
@@ -153,6 +191,19 @@ class ImageSet:
         if len(known) < _WARNINGS < len(known) + len(new):
             logger.warning("more images could not be decoded; the rest are left out without a line each")
         self.failed += new
+
+
+class Decoded(Dataset[Any]):
+    """Each image, or (path, reason) where it cannot be decoded."""
+
+    def __init__(self, images: LazyImages) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
+        try:
+            return self.images[index]
+        except ImageError as error:
+            return error.path, error.reason
 
 
 def read_images(
@@ -243,3 +294,8 @@ def free_memory() -> int:
     except (OSError, ValueError, AttributeError, StopIteration):
         pass  # the best answer so far
     return max(free, 0)
+
+
+def cpu_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

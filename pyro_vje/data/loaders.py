@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from pyro_vje.data.images import ImageError
-from pyro_vje.data.imageset import RESIDENCIES, ImageSet, LazyImages, free_memory
+from pyro_vje.data.imageset import RESIDENCIES, Decoded, ImageSet, LazyImages, cpu_count, free_memory
 
 logger = logging.getLogger("pyro_vje")
 
@@ -169,10 +166,10 @@ class StreamingLoader(_EpochLoader):
         super().__init__(len(image_set), batch_size, **arguments)
         if not isinstance(image_set.images, LazyImages):
             raise ValueError("these images are in memory already: take ResidentLoader, or make_loader")
-        workers = min(16, _cpu_count()) if num_workers is None else num_workers
+        workers = min(16, cpu_count()) if num_workers is None else num_workers
         self.image_set = image_set
         self._batches = DataLoader(
-            _Decoded(image_set.images),
+            Decoded(image_set.images),
             batch_sampler=_EpochBatches(self),
             collate_fn=_collate,
             num_workers=workers,
@@ -248,56 +245,6 @@ def make_loader(
     return ResidentLoader(image_set.images, batch_size, device=place, **arguments)
 
 
-def iter_batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all images in order, for evaluation and scoring.
-
-    At most two batches of decoded images are held. Images that cannot be decoded are left out and noted in
-    ``image_set.failed``.
-
-    Yields
-    ------
-    tuple[Tensor, Tensor]
-        Indices int64 (B,) into the set, and uint8 images (B, 3, S, S), B at most ``batch_size``.
-
-    Raises
-    ------
-    ValueError
-        If ``batch_size`` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    parts = torch.arange(len(image_set)).split(batch_size)
-    if isinstance(image_set.images, Tensor):
-        for index in parts:
-            yield index, image_set.images[index[0] : index[-1] + 1]
-        return
-    decoder = _Decoded(image_set.images)
-    with ThreadPoolExecutor(min(32, _cpu_count())) as pool:
-        ahead = pool.map(decoder.__getitem__, parts[0].tolist())
-        for i, index in enumerate(parts):
-            now = ahead
-            if i + 1 < len(parts):
-                ahead = pool.map(decoder.__getitem__, parts[i + 1].tolist())
-            items = list(now)
-            image_set.add_failed([item for item in items if not isinstance(item, Tensor)])
-            good = [k for k, item in enumerate(items) if isinstance(item, Tensor)]
-            if good:
-                yield index[good], torch.stack([items[k] for k in good])  # type: ignore[misc]
-
-
-class _Decoded(Dataset[Any]):
-    """Each image, or (path, reason) where it cannot be decoded."""
-
-    def __init__(self, images: LazyImages) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
-        try:
-            return self.images[index]
-        except ImageError as error:
-            return error.path, error.reason
-
-
 class _EpochBatches:
     """The index lists of the loader's current epoch."""
 
@@ -317,7 +264,3 @@ def _collate(items: list[Tensor | tuple[str, str]]) -> tuple[Tensor | None, list
     failed = [item for item in items if not isinstance(item, Tensor)]
     batch = torch.stack([good[i % len(good)] for i in range(len(items))]) if good else None
     return batch, failed
-
-
-def _cpu_count() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,8 +8,8 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from pyro_vje.distributions._common import as_column
-from pyro_vje.distributions.ambient import DiagonalStudentT
+from pyro_vje.distributions.diagonal import DiagonalStudentT
+from pyro_vje.distributions.numerics import as_column
 
 
 def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:

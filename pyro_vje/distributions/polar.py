@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
-from pyro_vje.distributions._common import (
+from pyro_vje.distributions.numerics import (
     Scalar,
     StudentTDistribution,
     at_least_float32,

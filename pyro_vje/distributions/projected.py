@@ -8,7 +8,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
-from pyro_vje.distributions._common import (
+from pyro_vje.distributions.numerics import (
     Scalar,
     StudentTDistribution,
     capped,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vje.distributions._common import Scalar, student_t_log_density
+from pyro_vje.distributions.numerics import Scalar, student_t_log_density
 
 # Error of log J over D in 2..2048, df in 0.5..1000, kappa in -0.999..0.99999: 4e-10 (80 nodes to 5.0: 2e-9).
 _NUM_NODES = 100

@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Size, Tensor
 
-from pyro_vje.distributions._common import Scalar, VectorDistribution, log_gamma_ratio, row_products, unit
+from pyro_vje.distributions.numerics import Scalar, VectorDistribution, log_gamma_ratio, row_products, unit
 from pyro_vje.distributions.quadrature import exponential_polar_nodes
 
 

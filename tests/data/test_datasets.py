@@ -9,7 +9,7 @@ import torch
 from on_disk import RNG, md5, write_image, write_imagenet, write_stl10
 from torchvision import datasets as torchvision_datasets
 
-from pyro_vje.data import DATASETS, ImageSet, LazyImages, iter_batches, load_dataset
+from pyro_vje.data import DATASETS, ImageSet, LazyImages, load_dataset
 from pyro_vje.data.imageset import free_memory, read_images
 
 
@@ -187,8 +187,8 @@ def test_a_damaged_file_costs_only_itself(tmp_path, caplog, residency):
         (tmp_path / f"{i}.png").write_bytes(b"not an image")
     with caplog.at_level(logging.WARNING, "pyro_vje"):
         images = load_dataset("folder", tmp_path, "all", residency=residency)
-        read = list(iter_batches(images, 4))
-        read = list(iter_batches(images, 4))  # a second reading does not warn again
+        read = list(images.batches(4))
+        read = list(images.batches(4))  # a second reading does not warn again
     assert [path for path, _ in images.failed] == [str(tmp_path / "1.png"), str(tmp_path / "4.png")]
     assert "not an image" in images.failed[0][1]
     assert len(caplog.records) == 2

@@ -12,7 +12,6 @@ from pyro_vje.data import (
     ResidentLoader,
     StreamingLoader,
     derive_seed,
-    iter_batches,
     load_dataset,
     make_loader,
 )
@@ -116,7 +115,7 @@ def test_a_wholly_damaged_batch_is_replaced_and_wholly_damaged_data_are_an_error
             file.write(b"damaged")
     with pytest.raises(ValueError, match="not one image of the first batch"):
         next(iter(StreamingLoader(lazy, 2, num_workers=0)))
-    assert list(iter_batches(lazy, 6)) == []
+    assert list(lazy.batches(6)) == []
 
 
 @pytest.mark.parametrize("kind", ["resident", "stream", "workers"])
@@ -148,7 +147,7 @@ def test_a_pass_goes_on_where_it_was_left(lazy, kind):
 def test_evaluation_order(lazy):
     images = ImageSet(numbered(20), [str(i) for i in range(20)])
     for image_set in (images, lazy):
-        index, batch = zip(*iter_batches(image_set, 6), strict=True)
+        index, batch = zip(*image_set.batches(6), strict=True)
         assert torch.cat(index).tolist() == list(range(20))
         assert torch.equal(torch.cat(batch)[:, 0, 0, 0], torch.arange(20, dtype=torch.uint8))
         assert [len(b) for b in batch] == [6, 6, 6, 2]
@@ -188,7 +187,7 @@ def test_user_errors_name_both_numbers():
     with pytest.raises(ValueError, match="rank 2 is not among 0"):
         ResidentLoader(numbered(20), 8, rank=2, world_size=2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        next(iter_batches(ImageSet(numbered(2), ["0", "1"]), 0))
+        next(ImageSet(numbered(2), ["0", "1"]).batches(0))
 
 
 def test_seeds_are_unrelated_and_reproducible():

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
-from pyro_vje.data import RECIPES, CleanView, Recipe, TwoViews, cpu_views, load_dataset, views_for
-from pyro_vje.data.views import ViewParameters, draw_parameters
+from pyro_vje.data import RECIPES, CleanView, Recipe, TwoViews, load_dataset, views_for
+from pyro_vje.data.views.two_views import ViewParameters, draw_parameters
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

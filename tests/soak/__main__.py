@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from pyro_vje.files import write_json
+from pyro_vje.runs.files import write_json
 
 SUITES = ("kills", "fuzz")
 """Modules here with ``run(quick, seed) -> dict``, which raises AssertionError where a promise is broken."""

@@ -30,14 +30,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pyro_vje import TrainConfig, ablation, comparison, encoders, load_run, protocols, train, training
-from pyro_vje.checkpoints import check_checkpoint
+from pyro_vje import TrainConfig, load_run, train
+from pyro_vje.anomaly.rows import Journal
 from pyro_vje.data import ImageError, decode_image
-from pyro_vje.data.images import FORMATS, image_shape
+from pyro_vje.data.decode import FORMATS, image_shape
 from pyro_vje.data.imageset import ImageSet, LazyImages
-from pyro_vje.files import read_json
-from pyro_vje.journal import Journal
-from pyro_vje.runs import (
+from pyro_vje.data.splits import load_train_set
+from pyro_vje.experiments import ablation, comparison, protocols
+from pyro_vje.model import encoders
+from pyro_vje.runs.files import read_json
+from pyro_vje.runs.folder import (
     CALIBRATION,
     CHECKPOINTS,
     CONFIG,
@@ -47,7 +49,8 @@ from pyro_vje.runs import (
     load_posteriors,
     read_info,
 )
-from pyro_vje.splits import load_train_set
+from pyro_vje.training import run as training
+from pyro_vje.training.checkpoints import check_checkpoint
 
 LIMIT = 30.0
 """Seconds that a case may take; the slowest, an image of the size that is just allowed, takes about two."""

@@ -30,7 +30,11 @@ import torch
 from PIL import Image
 from pyro_vje.cli import main as command
 
-from pyro_vje import ablation, checkpoints, monitoring, protocols, scoring, training
+from pyro_vje.anomaly import table as scoring
+from pyro_vje.experiments import ablation, protocols
+from pyro_vje.training import checkpoints
+from pyro_vje.training import monitor as monitoring
+from pyro_vje.training import run as training
 
 PHASES = ("start-up", "step", "checkpoint", "evaluation", "final writes", "table")
 EVENT = struct.Struct("ii")

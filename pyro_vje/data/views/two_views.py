@@ -1,0 +1,358 @@
+"""Two random views of every image of a batch, drawn and computed at once on the batch's device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vje.data.datasets import DATASETS
+from pyro_vje.data.views import operations as pixels
+
+_PROPOSALS = 10  # crops proposed for a view before the fallback, as in torchvision
+_DRAWS = 2 * _PROPOSALS + 12  # uniform numbers a view
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Distribution of a random view.
+
+    Attributes
+    ----------
+    scale
+        Range of the crop's area, as a fraction of the image's.
+    ratio
+        Range of the crop's width / height (log-uniform).
+    flip, grey
+        Probability of a horizontal flip, of greyscale.
+    jitter
+        Probability of the colour jitter.
+    brightness, contrast, saturation
+        A factor is drawn from [1 - x, 1 + x].
+    hue
+        A shift is drawn from [-x, x], in turns of the colour circle.
+    blur
+        Probability of the Gaussian blur, in the first and the second view.
+    sigma
+        Range of the blur's standard deviation in pixels.
+    solarise
+        Probability of solarisation (inverting what is brighter than half), in the first and second view.
+    """
+
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grey: float = 0.2
+    blur: tuple[float, float] = (0.0, 0.0)
+    sigma: tuple[float, float] = (0.1, 2.0)
+    solarise: tuple[float, float] = (0.0, 0.0)
+
+
+RECIPES: dict[str, Recipe] = {
+    # SimCLR (Chen et al. 2020, appendix B.9) and SimSiam (Chen & He 2021, section 4) on CIFAR: no blur
+    "cifar": Recipe(),
+    # a digit has a fixed orientation and no colour
+    "digits": Recipe(scale=(0.4, 1.0), flip=0.0, saturation=0.0, hue=0.0, grey=0.0),
+    "stl10": Recipe(blur=(0.5, 0.5)),
+    # MoCo v2 and SimSiam on ImageNet
+    "imagenet": Recipe(blur=(0.5, 0.5)),
+    # BYOL (Grill et al. 2020, table 6): the two views differ
+    "byol": Recipe(scale=(0.08, 1.0), saturation=0.2, blur=(1.0, 0.1), solarise=(0.0, 0.2)),
+}
+
+
+class ViewParameters(NamedTuple):
+    """What was drawn for V views of each of B images, or for one view of each: (B,) in what follows.
+
+    Attributes
+    ----------
+    top, left, height, width
+        The crop's box, whole pixels, (B,).
+    flip, grey, blur, solarise
+        Whether it is applied, bool (B,).
+    brightness, contrast, saturation
+        Factors (B,), 1 where the jitter is not applied.
+    hue
+        Shift in turns (B,), 0 where the jitter is not applied.
+    sigma
+        Standard deviation of the blur in pixels, (B,).
+    """
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor
+    solarise: Tensor
+
+
+class CleanView:
+    """Images for evaluation: uint8 to normalised float, without any randomness.
+
+    Parameters
+    ----------
+    image_size
+        Side S of the output; images of another size are resized (bilinear, antialiased).
+    mean, std
+        Of each channel, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If there is no image of this side, or the statistics are not those of three channels.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+    ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean and std need three channels, std positive; got {mean} and {std}")
+        self.image_size = image_size
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise uint8 images (B, 3, H, W) to float32 (B, 3, S, S)."""
+        check_images(images)
+        x = images.float().div_(255)
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
+        return self._normalise_(x)
+
+    def _normalise_(self, x: Tensor) -> Tensor:
+        """Normalise float images (B, 3, S, S) in place."""
+        mean, std = self._statistics(x.device)
+        return x.sub_(mean).div_(std)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, (3, 1, 1), copied to a device once: in every step one would wait for it."""
+        if device not in self._constants:
+            mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
+            self._constants[device] = (mean, std)
+        return self._constants[device]
+
+
+class TwoViews(CleanView):
+    """Two augmented views of each image of a batch.
+
+    Parameters
+    ----------
+    image_size
+        Side S of the views.
+    recipe
+        A :class:`Recipe` or the name of one in :data:`RECIPES`.
+    mean, std
+        Of each channel, in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the recipe is unknown, or as :class:`CleanView`.
+
+    Notes
+    -----
+    The order is fixed: crop and resize, flip, brightness, contrast, saturation, hue, greyscale, blur,
+    solarisation, normalisation. The pixels are those of ``torchvision.transforms.v2.functional`` on float
+    images; torchvision's ``ColorJitter`` shuffles the four colour operations, this does not.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        recipe: str | Recipe = "cifar",
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.25, 0.25, 0.25),
+    ) -> None:
+        super().__init__(image_size, mean, std)
+        if isinstance(recipe, str) and recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+        self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+        # SimCLR's kernel: a tenth of the image, odd
+        self.kernel = max(3, image_size // 10 // 2 * 2 + 1)
+        if any(self.recipe.blur) and image_size < 2:
+            raise ValueError(
+                "one pixel cannot be blurred: take image_size 2 or more, or a recipe without blur"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        same_for_all: bool = False,
+    ) -> Tensor:
+        """Draw two views of each image.
+
+        Parameters
+        ----------
+        images
+            uint8 (B, 3, H, W).
+        generator
+            On the images' device; the views are a function of its state.
+        rank, world_size
+            Of several processes with equally seeded generators, each with its part of one global batch: the
+            views are those that one process would draw for the global batch.
+        same_for_all
+            Draw once, the same for every image, so that an image's views do not depend on the batch it is in.
+
+        Returns
+        -------
+        Tensor
+            float32 (2, B, 3, S, S), normalised.
+        """
+        check_images(images)
+        shape = (world_size, 1 if same_for_all else len(images), 2, _DRAWS)
+        draws = torch.rand(shape, generator=generator, device=images.device)[rank]
+        return self._render(images, draws.expand(len(images), -1, -1))
+
+    @torch.no_grad()
+    def one(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a single view of each image, as the first of two: float32 (B, 3, S, S), normalised."""
+        check_images(images)
+        shape = (len(images), 1, _DRAWS)
+        return self._render(images, torch.rand(shape, generator=generator, device=images.device))[0]
+
+    def _render(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Views (V, B, 3, S, S) of uint8 images from uniform numbers (B, V, 32)."""
+        batch, _, height, width = images.shape
+        drawn = draw_parameters(draws.transpose(0, 1), (height, width), self.recipe)
+        shape = (draws.shape[1], batch, 3, self.image_size, self.image_size)
+        out = torch.empty(shape, device=images.device)
+        with torch.autocast(images.device.type, enabled=False):  # grid_sample and conv2d would lose precision
+            floats = images.float().div_(255)
+            for view, p in zip(out, zip(*drawn, strict=True), strict=True):
+                view.copy_(self._normalise_(self.augment(floats, ViewParameters(*p))))
+        return out
+
+    def augment(self, images: Tensor, p: ViewParameters) -> Tensor:
+        """Apply what was drawn to float images (B, 3, H, W) in [0, 1]; the result is not normalised."""
+        recipe = self.recipe  # what it never does costs nothing
+        x = pixels.crop_resize(images, p.top, p.left, p.height, p.width, p.flip, self.image_size)
+        if recipe.jitter and recipe.brightness:
+            x = pixels.brightness_(x, p.brightness)
+        if recipe.jitter and recipe.contrast:
+            x = pixels.contrast_(x, p.contrast)
+        if recipe.jitter and recipe.saturation:
+            x = pixels.saturation_(x, p.saturation)
+        if recipe.jitter and recipe.hue:
+            x = pixels.hue_(x, p.hue)
+        if recipe.grey:
+            x = pixels.greyscale_(x, p.grey)
+        if any(recipe.blur):
+            x = pixels.blur_(x, p.sigma, p.blur, self.kernel)
+        if any(recipe.solarise):
+            x = pixels.solarise_(x, p.solarise)
+        return x
+
+
+def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recipe) -> ViewParameters:
+    """Turn uniform numbers in [0, 1) into the parameters of V views of each of B images, (V, B).
+
+    A crop follows torchvision's ``RandomResizedCrop``: of ten proposals of an area and a ratio the first that
+    fits into the image, else the largest central box whose ratio is in the range.
+
+    Parameters
+    ----------
+    uniform
+        (V, B, 32), V at most 2: the first and the second view may differ in blur and solarisation.
+    image_shape
+        Height and width of the images.
+    recipe
+        The distribution.
+    """
+    full_height, full_width = image_shape
+    area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=-1)
+    u = rest.unbind(-1)
+    area = _between(area, *recipe.scale) * (full_height * full_width)
+    # Without exp, sqrt, round and floor: of few numbers already they wake torch's threads on a CPU, which then spin for
+    # milliseconds and hold up those that compute the views.
+    root = math.sqrt(recipe.ratio[0]) * torch.pow(math.sqrt(recipe.ratio[1] / recipe.ratio[0]), ratio)
+    side = torch.pow(area, torch.full_like(area, 0.5))
+    widths, heights = _floor(side * root + 0.5), _floor(side / root + 0.5)
+    fits = (widths > 0) & (widths <= full_width) & (heights > 0) & (heights <= full_height)
+    first = fits.int().argmax(-1, keepdim=True)
+    fitted = fits.any(-1)
+    spare_width = min(full_width, round(full_height * recipe.ratio[1]))
+    spare_height = min(full_height, round(full_width / recipe.ratio[0]))
+    width = torch.where(fitted, widths.gather(-1, first).squeeze(-1), spare_width)
+    height = torch.where(fitted, heights.gather(-1, first).squeeze(-1), spare_height)
+    # floor(u (n + 1)) is uniform on 0..n
+    top = torch.where(fitted, _floor(u[0] * (full_height - height + 1)), (full_height - spare_height) // 2)
+    left = torch.where(fitted, _floor(u[1] * (full_width - width + 1)), (full_width - spare_width) // 2)
+    jitter = u[3] < recipe.jitter
+
+    def factor(number: Tensor, strength: float) -> Tensor:
+        return torch.where(jitter, _between(number, max(0.0, 1 - strength), 1 + strength), 1.0)
+
+    def either(number: Tensor, probabilities: tuple[float, float]) -> Tensor:
+        # A tensor of the two numbers would be copied to the device, and waited for.
+        return torch.stack([x < p for x, p in zip(number, probabilities, strict=False)])
+
+    return ViewParameters(
+        top,
+        left,
+        height,
+        width,
+        flip=u[2] < recipe.flip,
+        brightness=factor(u[4], recipe.brightness),
+        contrast=factor(u[5], recipe.contrast),
+        saturation=factor(u[6], recipe.saturation),
+        hue=torch.where(jitter, _between(u[7], -recipe.hue, recipe.hue), 0.0),
+        grey=u[8] < recipe.grey,
+        blur=either(u[9], recipe.blur),
+        sigma=_between(u[10], *recipe.sigma),
+        solarise=either(u[11], recipe.solarise),
+    )
+
+
+def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
+    """Return the training and the evaluation views for a data set's name, with its statistics and recipe.
+
+    Raises ``ValueError`` for an unknown name.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    data = DATASETS[name]
+    recipe = data.recipe or ("cifar" if image_size <= 40 else "stl10" if image_size <= 128 else "imagenet")
+    return TwoViews(image_size, recipe, data.mean, data.std), CleanView(image_size, data.mean, data.std)
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ``ValueError`` unless these are uint8 images (B, 3, H, W)."""
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+
+
+def _between(uniform: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * uniform
+
+
+def _floor(positive: Tensor) -> Tensor:
+    return positive.int().float()

@@ -1,0 +1,16 @@
+"""What one compares: ablations, anomaly benchmarks, baselines."""
+
+from pyro_vje.experiments.ablation import AblationResult, ablate, train_cell
+from pyro_vje.experiments.baselines import DETECTORS
+from pyro_vje.experiments.protocols import ProtocolResult, all_scores, one_class, ood
+
+__all__ = [
+    "DETECTORS",
+    "AblationResult",
+    "ProtocolResult",
+    "ablate",
+    "all_scores",
+    "one_class",
+    "ood",
+    "train_cell",
+]

@@ -1,0 +1,295 @@
+"""A trained model as one file that runs without this package, and a model card beside it.
+
+The file maps uint8 RGB images ``(N, 3, S, S)``, N free, to ``embedding``, ``loc`` and ``scale`` ``(N, D)`` (float32),
+``score`` ``(N,)`` (float64, the score `conditional`, higher for stranger images) and, if the run has held-out images,
+``p_value`` ``(N,)`` (float64). Pixel normalisation, the noise of the particles and the calibration scores are constants
+in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pyro_vje.anomaly.outputs import describe_calibration
+from pyro_vje.anomaly.parts import Scorer
+from pyro_vje.anomaly.table import ScoreSettings, calibration_scores, make_scorer
+from pyro_vje.distributions.numerics import _stirling
+from pyro_vje.metrics.conformal import conformal_p_values
+from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.likelihoods import get_family
+from pyro_vje.representation.evaluation import format_table
+from pyro_vje.runs.files import check_writable, write_atomic
+from pyro_vje.runs.folder import CONFIG, HEADER_KEY, WEIGHTS, LoadedRun, load_run, versions
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
+CARD = "MODEL_CARD.md"
+TOLERANCE = 1e-4
+"""Largest difference from the model, of the largest number of an output: rounding of another order is below it."""
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` wrote: the file, the card, and each output's largest difference from the model's own."""
+
+    path: Path
+    card: Path
+    differences: dict[str, float]
+
+
+class Deployed(nn.Module):
+    """A run and its calibration as one function of uint8 images; see the module's docstring for the outputs."""
+
+    noise: Tensor
+    calibration: Tensor | None
+
+    def __init__(self, run: LoadedRun, scorer: Scorer, calibration: NDArray[np.float64] | None) -> None:
+        super().__init__()
+        self.vje, self.view, self.family = run.vje, run.info.view, scorer.family
+        self.register_buffer("noise", scorer.noise.unsqueeze(1))
+        self.register_buffer("calibration", None if calibration is None else torch.from_numpy(calibration))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Outputs by name."""
+        embedding = self.vje.embed(self.view(images))
+        loc, scale = self.vje.posterior(embedding)
+        z = loc + scale * self.noise  # (particles, N, D): all at once, for a graph without a loop
+        likelihood = self.vje.likelihood(z, scale.expand_as(z), family=self.family)
+        score = -likelihood.log_prob(embedding).double().mean(0)
+        outputs = {"embedding": embedding, "loc": loc, "scale": scale, "score": score}
+        if self.calibration is not None:
+            at_least = (self.calibration >= score.unsqueeze(-1)).sum(-1)
+            outputs["p_value"] = (1 + at_least).double() / (len(self.calibration) + 1)
+        return outputs
+
+
+def export(
+    ckpt: str | Path,
+    *,
+    format: str = "onnx",
+    out: str | Path | None = None,
+    score_likelihood: str | None = None,
+    num_particles: int = 16,
+    seed: int = 0,
+    trust_plugins: bool = False,
+) -> ExportResult:
+    """Write a run as one file, checked against the model on random images, and `MODEL_CARD.md` beside it.
+
+    Parameters
+    ----------
+    ckpt : path
+        Run folder or weights file; p-values need the folder.
+    format : str
+        ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`.
+    out : path, optional
+        The file; by default ``model.onnx`` or ``model.pt2`` in the run folder.
+    score_likelihood, num_particles, seed :
+        As in `pyro_vje.score`, whose numbers the file's are.
+    trust_plugins : bool
+        See `pyro_vje.runs.folder.load_run`.
+
+    Raises
+    ------
+    ValueError
+        If the format is unknown, the extra is missing, the model uses what cannot be exported, or the file would not
+        compute what the model does.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+    if format == "onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"ONNX needs {error.name}: pip install 'pyro-vje[export]'") from None
+    name = f"model{FORMATS[format]}"
+    target = check_writable(Path(out) if out else Path(ckpt) / name if Path(ckpt).is_dir() else Path(name))
+    run = load_run(ckpt, trust_plugins=trust_plugins)
+    run.vje.encoder.to(memory_format=torch.contiguous_format)
+    settings = ScoreSettings(likelihood=score_likelihood, num_particles=num_particles, seed=seed)
+    scorer = make_scorer(run, settings)
+    calibration = calibration_scores(run, scorer, settings)
+    description = {**run.info.to_dict(), "score": asdict(settings)}
+    del description["config"]["data_dir"]  # where the data lay concerns nobody else
+    side = run.info.image_size
+    batches = [torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8) for n in (2, 1, 5)]
+    with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch and onnxscript say of themselves
+        model = Deployed(run, scorer, calibration).eval()
+        names = list(model(batches[0]))  # also: what is computed once and kept must be there before tracing
+        try:
+            shapes = ({0: torch.export.Dim("batch")},)
+            program = torch.export.export(model, (batches[0],), dynamic_shapes=shapes, strict=False)
+            content, compute = _WRITERS[format](program, names, json.dumps(description))
+            found = [compute(images) for images in batches]
+        except Exception as error:  # the user's encoder or likelihood may hold anything
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ValueError(
+                f"encoder {run.info.config.encoder!r} with likelihood {scorer.family.name!r} cannot be exported as "
+                f"{format}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+            ) from error
+    differences = dict.fromkeys(names, 0.0)
+    for images, outputs in zip(batches, found, strict=True):
+        for name, wanted in _expected(run, scorer, calibration, images, outputs["score"]).items():
+            difference = float(np.abs(outputs[name] - wanted).max())
+            differences[name] = max(differences[name], difference)
+            if outputs[name].shape != wanted.shape or not difference <= TOLERANCE * np.abs(wanted).max():
+                raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
+    write_atomic(target, content)
+    card = target.with_name(CARD)
+    write_atomic(card, model_card(run, settings, calibration, target.name, format, differences))
+    return ExportResult(target, card, differences)
+
+
+def _expected(
+    run: LoadedRun,
+    scorer: Scorer,
+    calibration: NDArray[np.float64] | None,
+    images: Tensor,
+    score: NDArray[np.float64],
+) -> Arrays:
+    """What the package computes; p-values for the ``score`` given, as rounding may move it past another one."""
+    with torch.no_grad():
+        embedding = run.vje.embed(run.info.view(images))
+        posteriors = Posteriors(embedding, *run.vje.posterior(embedding))
+    scores = scorer.scores("conditional", posteriors)
+    arrays = dict(zip(("embedding", "loc", "scale", "score"), (*posteriors, scores), strict=True))
+    expected = {name: value.numpy() for name, value in arrays.items()}
+    if calibration is not None:  # a score that is NaN is found by its own comparison, which comes first
+        expected["p_value"] = conformal_p_values(np.nan_to_num(score), calibration)
+    return expected
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+Written = tuple[bytes, Callable[[Tensor], Arrays]]
+"""A file's content, and what it computes once read again."""
+
+
+def _write_torch(program: torch.export.ExportedProgram, names: list[str], description: str) -> Written:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={HEADER_KEY: description})
+    buffer.seek(0)
+    module = torch.export.load(buffer).module()
+    return buffer.getvalue(), lambda images: {k: v.numpy() for k, v in module(images).items()}
+
+
+def _write_onnx(program: torch.export.ExportedProgram, names: list[str], description: str) -> Written:
+    import onnx
+    import onnxruntime
+
+    table = torch.export.default_decompositions()  # PyTorch's own are exact where ONNX's are not: log-sigmoid
+    table.update(_DECOMPOSITIONS)
+    program = program.run_decompositions(table)
+    exported = torch.onnx.export(program, dynamo=True, output_names=names, verbose=False)
+    proto = exported.model_proto  # type: ignore[union-attr]
+    onnx.helper.set_model_props(proto, {HEADER_KEY: description})
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: dict(
+        zip(names, session.run(names, {"images": images.numpy()}), strict=True)
+    )
+
+
+_WRITERS = {"onnx": _write_onnx, "torch": _write_torch}
+
+
+def _lgamma(x: Tensor) -> Tensor:
+    """Stirling's series at x + 16, undone by lgamma(x + 1) = lgamma(x) + log x; for positive x, to 1e-14."""
+    y = x.double() + 16
+    series = (y - 0.5) * y.log() - y + 0.5 * math.log(2 * math.pi) + _stirling(y)
+    return (series - (x.double().unsqueeze(-1) + torch.arange(16)).log().sum(-1)).to(x.dtype)
+
+
+def _atan2(y: Tensor, x: Tensor) -> Tensor:
+    """ONNX Runtime has it in float32 only: a float64 angle is made of that and one Newton step."""
+    if y.dtype != torch.float64:
+        return NotImplemented
+    norm = _hypot(y, x)
+    sin, cos = y / norm, x / norm
+    angle = torch.atan2(sin.float(), cos.float()).double()
+    return angle + sin * angle.cos() - cos * angle.sin()
+
+
+def _log1p(x: Tensor) -> Tensor:
+    """Kahan's: ONNX has log(1 + x), which is zero for the small x that a Student-t near the Gaussian has."""
+    y = 1 + x
+    return torch.where(y == 1, x, y.log() * (x / (y - 1)))
+
+
+def _hypot(x: Tensor, y: Tensor) -> Tensor:
+    return (x.square() + y.square()).sqrt()
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.lgamma.default: _lgamma,
+    torch.ops.aten.log1p.default: _log1p,
+    torch.ops.aten.hypot.default: _hypot,
+    torch.ops.aten.atan2.default: _atan2,
+    torch.ops.aten.asin.default: lambda x: _atan2(x, ((1 - x) * (1 + x)).sqrt()),
+}
+"""What the likelihoods need and ONNX lacks."""
+
+
+# The card -------------------------------------------------------------------------------------------------------------
+
+
+def model_card(
+    run: LoadedRun,
+    settings: ScoreSettings,
+    calibration: NDArray[np.float64] | None,
+    file: str,
+    format: str,
+    differences: dict[str, float],
+) -> str:
+    """A run's card in Markdown: its settings, and what its folder holds of measured numbers, with their protocols."""
+
+    def read(name: str) -> Any:
+        path = None if run.folder is None else run.folder / name
+        return json.loads(path.read_text()) if path is not None and path.is_file() else None
+
+    evaluation, scored = read("eval.json"), read("scores_summary.json")
+    if scored is not None and run.folder is not None:
+        weights = hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
+        scored = scored if scored["weights_sha256"] == weights and scored["metrics"] else None
+    private = ("data_dir", "download", "workers")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    template = environment.from_string(files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8"))
+    return template.render(
+        info=run.info,
+        config=run.info.config,
+        settings={name: value for name, value in run.info.config.to_dict().items() if name not in private},
+        parameters=sum(parameter.numel() for parameter in run.vje.parameters()),
+        family=get_family(settings.likelihood or run.info.config.likelihood),
+        score=settings,
+        calibration=describe_calibration(calibration),
+        evaluation=None if evaluation is None else format_table(evaluation),
+        scored=scored,
+        file=file,
+        format=format,
+        differences={name: f"{value:.1e}" for name, value in differences.items()},
+        trained=(read(CONFIG) or {}).get("versions"),
+        exported=versions(),
+    )

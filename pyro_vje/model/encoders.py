@@ -1,0 +1,152 @@
+"""Encoders: image batch to feature vector, by name or from the user's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock
+
+from pyro_vje.plugins import look_up
+
+SMALL_IMAGE = 64
+"""Images up to this many pixels get the CIFAR stem: the ImageNet one would shrink them fourfold at once."""
+
+
+def torchvision_resnet(name: str, image_size: int) -> nn.Module:
+    """A torchvision ResNet without its classifier, and with the CIFAR stem for small images.
+
+    The CIFAR stem is a 3×3 convolution of stride 1 with no max-pooling (He et al. 2016, section 4.2;
+    used by SimCLR, SimSiam and solo-learn on CIFAR).
+    """
+    network = getattr(models, name)(weights=None)
+    network.fc = nn.Identity()
+    if image_size <= SMALL_IMAGE:
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network
+
+
+class SmallResNet(nn.Module):
+    """A ResNet of one basic block a stage, sized for training on a CPU (1.2 million parameters).
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Channels of each stage; every stage after the first halves the resolution.
+    stem_stride : int
+        Stride of the 3×3 stem.
+
+    Shapes: ``(N, 3, S, S)`` → ``(N, widths[-1])``.
+    """
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), stem_stride: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, stride=stem_stride, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        )
+        stages: list[nn.Module] = []
+        inputs = widths[0]
+        for stage, width in enumerate(widths):
+            stride = 1 if stage == 0 else 2
+            shortcut = None
+            if stride != 1 or inputs != width:
+                shortcut = nn.Sequential(
+                    nn.Conv2d(inputs, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+                )
+            stages.append(BasicBlock(inputs, width, stride, shortcut))
+            inputs = width
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map normalised images ``(N, 3, S, S)`` to pooled features ``(N, widths[-1])``."""
+        return self.stages(self.stem(images)).mean(dim=(-2, -1))
+
+
+def small_resnet(image_size: int) -> nn.Module:
+    """`SmallResNet`, with a stem of stride 2 from 32 pixels up: a quarter of the cost on a CPU."""
+    return SmallResNet(stem_stride=2 if image_size >= 32 else 1)
+
+
+ENCODERS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet-small": small_resnet,
+    "resnet18": lambda image_size: torchvision_resnet("resnet18", image_size),
+    "resnet34": lambda image_size: torchvision_resnet("resnet34", image_size),
+    "resnet50": lambda image_size: torchvision_resnet("resnet50", image_size),
+}
+
+
+def describe_stem(name: str, image_size: int) -> str:
+    """Say in words which stem `build_encoder` gives to a built-in encoder at this image size."""
+    if name == "resnet-small":
+        return f"3×3 stem of stride {2 if image_size >= 32 else 1}"
+    if name in ENCODERS:
+        small = image_size <= SMALL_IMAGE
+        return (
+            "CIFAR stem (3×3, stride 1, no max-pooling)"
+            if small
+            else "ImageNet stem (7×7, stride 2, max-pooling)"
+        )
+    return "its own stem"
+
+
+def build_encoder(name: str, image_size: int) -> nn.Module:
+    """Build an encoder by name, or by ``module:factory`` with ``factory(image_size) -> nn.Module``.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown, or the factory fails or does not give an ``nn.Module``.
+    """
+    factory = look_up(name, ENCODERS, what="encoder", group="pyro_vje.model.encoders")
+    if not callable(factory):
+        raise ValueError(f"encoder {name!r} is no function from an image size to an nn.Module")
+    try:
+        encoder = factory(image_size)
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"encoder {name!r} failed when called with the image size {image_size} ({type(error).__name__}: "
+            f"{error}): it must take an image size alone and return an nn.Module"
+        ) from error
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(
+            f"encoder {name!r} gave a {type(encoder).__name__}: it must return an nn.Module, from images "
+            "(N, 3, S, S) to features (N, F)"
+        )
+    return encoder
+
+
+@torch.no_grad()
+def feature_dim(encoder: nn.Module, image_size: int) -> int:
+    """Width F of the features ``(N, F)`` that ``encoder`` gives for ``(N, 3, S, S)`` images.
+
+    Raises
+    ------
+    ValueError
+        If the encoder fails, or its output is not of shape ``(N, F)``.
+    """
+    was_training = encoder.training
+    parameter = next(encoder.parameters(), None)
+    images = torch.zeros(2, 3, image_size, image_size, device=None if parameter is None else parameter.device)
+    try:
+        features = encoder.eval()(images)
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"the encoder ({type(encoder).__name__}) fails on images of shape {tuple(images.shape)}: {error}"
+        ) from error
+    encoder.train(was_training)
+    if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2:
+        shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"the encoder must map images (N, 3, {image_size}, {image_size}) to features (N, F), but gave {shape} "
+            "for N = 2: pool and flatten its output"
+        )
+    return features.shape[1]

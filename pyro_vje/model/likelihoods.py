@@ -1,0 +1,297 @@
+"""Likelihood families: a posterior sample and a scale become a Pyro distribution over target embeddings.
+
+A family is a function ``(loc, scale, settings) -> Distribution`` over R^D and one registry line. A user's own
+family is such a function in a file of theirs, named as ``module:function``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+from torch.nn import functional
+
+from pyro_vje.distributions import (
+    DiagonalStudentT,
+    PolarProduct,
+    PolarStudentT,
+    PowerSpherical,
+    SphericalCauchy,
+)
+from pyro_vje.plugins import look_up
+
+RadialFactor = Literal["student-t", "log-student-t"]
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """What a family may use beside loc and scale.
+
+    Attributes
+    ----------
+    df : float
+        Degrees of freedom of the heavy-tailed families; ``inf`` is the Gaussian limit.
+    unit_radius : float
+        Radius of the sphere on which directions are measured, in the units of the latent and its scale.
+    radius : str or None
+        The radial factor of the polar families: ``student-t``, ``log-student-t``, or ``None`` to drop it.
+    radius_scale : Tensor or None
+        Scale of the radial factor, a number that is learned; ``None`` takes it from the scale of the features.
+    """
+
+    df: float = 5.0
+    unit_radius: float = 1.0
+    radius: RadialFactor | None = "student-t"
+    radius_scale: Tensor | None = None
+
+
+FamilyFunction = Callable[[Tensor, Tensor, LikelihoodSettings], TorchDistribution]
+
+
+SETTINGS = tuple(field.name for field in fields(LikelihoodSettings))
+
+
+@dataclass(frozen=True)
+class LikelihoodFamily:
+    """A named family.
+
+    Attributes
+    ----------
+    function : callable
+        The family itself.
+    is_normalized : bool or None
+        Whether its density integrates to one over R^D; ``None`` where nobody has said.
+    description : str
+        A line for people.
+    uses : tuple of str
+        The fields of `LikelihoodSettings` that it looks at: an ablation does not vary the others.
+    """
+
+    name: str
+    function: FamilyFunction
+    is_normalized: bool | None
+    description: str
+    uses: tuple[str, ...] = SETTINGS
+
+    def __call__(self, loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+        """Make the distribution over R^D with batch shape ``loc.shape[:-1]`` and event shape ``(D,)``."""
+        return self.function(loc, scale, settings)
+
+    def check(self, dim: int, settings: LikelihoodSettings) -> None:
+        """Try the family on a small batch, so that an unfit one is known before anything depends on it.
+
+        Raises
+        ------
+        ValueError
+            If it gives no distribution with batch shape ``loc.shape[:-1]`` and event shape ``(dim,)``.
+        """
+        found = self.function(torch.ones(2, 3, dim), torch.ones(2, 3, dim), settings)
+        if not isinstance(found, TorchDistributionMixin):  # Pyro's Normal, Independent, ... share only this
+            raise ValueError(
+                f"likelihood {self.name!r} must give a Pyro distribution, but gave {type(found).__name__}"
+            )
+        if (found.batch_shape, found.event_shape) != ((2, 3), (dim,)):
+            raise ValueError(
+                f"likelihood {self.name!r} must have batch shape (2, 3) and event shape ({dim},) for loc of shape "
+                f"(2, 3, {dim}), but has {tuple(found.batch_shape)} and {tuple(found.event_shape)}: "
+                "is a .to_event(1) missing?"
+            )
+
+
+FAMILIES: dict[str, LikelihoodFamily] = {}
+
+
+def register(
+    name: str, description: str, *, is_normalized: bool, uses: tuple[str, ...] = SETTINGS
+) -> Callable[[FamilyFunction], FamilyFunction]:
+    """Enter a family function in the registry under ``name``; the rest as in `LikelihoodFamily`."""
+
+    def enter(function: FamilyFunction) -> FamilyFunction:
+        FAMILIES[name] = LikelihoodFamily(name, function, is_normalized, description, uses)
+        return function
+
+    return enter
+
+
+def get_family(name: str) -> LikelihoodFamily:
+    """Look a family up by registered name, ``module:function``, or entry point in ``pyro_vje.model.likelihoods``.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown; the message lists the known ones.
+    """
+    found = look_up(name, FAMILIES, what="likelihood family", group="pyro_vje.model.likelihoods")
+    if isinstance(found, LikelihoodFamily):
+        return found
+    if not callable(found):
+        raise ValueError(f"likelihood {name!r} is no function (loc, scale, settings) -> Distribution")
+    return LikelihoodFamily(name, found, None, "user-defined")
+
+
+@register(
+    "polar-student-t", "direction and radius apart, restricted Student-t (the paper's)", is_normalized=False
+)
+def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
+    return PolarStudentT(
+        settings.df,
+        loc,
+        scale,
+        unit_radius=settings.unit_radius,
+        radius=settings.radius,
+        radius_scale=settings.radius_scale,
+    )
+
+
+@register(
+    "polar-student-t-exact",
+    "projected Student-t times log-radius Student-t",
+    is_normalized=True,
+    uses=("df", "unit_radius", "radius_scale"),
+)
+def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
+    return PolarStudentT(
+        settings.df,
+        loc,
+        scale,
+        unit_radius=settings.unit_radius,
+        direction="projected",
+        radius="log-student-t",
+        radius_scale=settings.radius_scale,
+    )
+
+
+@register(
+    "polar-normal",
+    "the Gaussian limit of polar-student-t",
+    is_normalized=False,
+    uses=("unit_radius", "radius", "radius_scale"),
+)
+def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
+    return polar_student_t(loc, scale, replace(settings, df=math.inf))
+
+
+@register(
+    "student-t",
+    "multivariate Student-t with diagonal scale, no polar split",
+    is_normalized=True,
+    uses=("df",),
+)
+def student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """One heavy tail for all features together."""
+    return DiagonalStudentT(settings.df, loc, scale)
+
+
+@register(
+    "student-t-independent", "a univariate Student-t for each feature", is_normalized=True, uses=("df",)
+)
+def student_t_independent(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """A product of univariate Student-t."""
+    if math.isinf(settings.df):
+        return normal(loc, scale, settings)
+    return dist.StudentT(settings.df, loc, scale).to_event(1)
+
+
+@register("normal", "diagonal Gaussian, no polar split", is_normalized=True, uses=())
+def normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Independent Normal for each feature."""
+    return dist.Normal(loc, scale).to_event(1)
+
+
+@register("laplace", "a Laplace for each feature, no polar split", is_normalized=True, uses=())
+def laplace(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Independent Laplace for each feature."""
+    return dist.Laplace(loc, scale).to_event(1)
+
+
+@register(
+    "power-spherical",
+    "power spherical direction times log-radius Student-t",
+    is_normalized=True,
+    uses=("df", "unit_radius", "radius_scale"),
+)
+def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Isotropic: the concentration κ is 2/σ² for the mean variance σ² of the unit direction.
+
+    Near its mode the density falls as exp(-κθ²/4), a tangent variance of 2/κ.
+    """
+    direction = PowerSpherical(functional.normalize(loc, dim=-1), 2 / _direction_variance(scale, settings))
+    return PolarProduct(direction, _log_radius(loc, scale, settings))
+
+
+@register(
+    "spherical-cauchy",
+    "spherical Cauchy direction times log-radius Student-t",
+    is_normalized=True,
+    uses=("df", "unit_radius", "radius_scale"),
+)
+def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Isotropic: the concentration ρ solves (1-ρ)²/ρ = (D-1) σ² for the mean variance σ² of the unit direction.
+
+    Near its mode the density falls as (1 + θ²ρ/(1-ρ)²)^-(D-1), a Student-t of scale σ.
+    """
+    a = (loc.shape[-1] - 1) * _direction_variance(scale, settings)
+    rho = 1 / (1 + a / 2 + (a + a.square() / 4).sqrt())  # the root below one, without cancellation
+    # Rounding must not put a tiny scale's ρ on the excluded end of [0, 1).
+    rho = rho.clamp(max=1 - torch.finfo(rho.dtype).eps)
+    return PolarProduct(
+        SphericalCauchy(functional.normalize(loc, dim=-1), rho), _log_radius(loc, scale, settings)
+    )
+
+
+def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:
+    return scale.square().mean(-1) / settings.unit_radius**2
+
+
+def _log_radius(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Student-t in log-radius around log ‖loc‖, its scale that of ``PolarStudentT(radius="log-student-t")``."""
+    norm = torch.linalg.vector_norm(loc, dim=-1)
+    if settings.radius_scale is not None:
+        log_scale = settings.radius_scale / norm
+    else:
+        log_scale = torch.linalg.vector_norm(loc * scale, dim=-1) / norm.square()
+    infinite = math.isinf(settings.df)
+    base = (
+        dist.Normal(norm.log(), log_scale) if infinite else dist.StudentT(settings.df, norm.log(), log_scale)
+    )
+    return dist.TransformedDistribution(base, [dist.transforms.ExpTransform()])
+
+
+def resolve_unit_radius(setting: str, dim: int) -> float:
+    """Turn ``"1"`` or ``"sqrt-d"`` (the typical norm of z ~ Normal(0, I_D)) into a radius.
+
+    Raises
+    ------
+    ValueError
+        If the setting is neither of these.
+    """
+    if setting == "1":
+        return 1.0
+    if setting == "sqrt-d":
+        return math.sqrt(dim)
+    raise ValueError(f"unit_radius must be '1' or 'sqrt-d', not {setting!r}")
+
+
+def resolve_radius(setting: str | None) -> RadialFactor | None:
+    """Check the name of a radial factor.
+
+    Raises
+    ------
+    ValueError
+        If there is no such factor.
+    """
+    if setting is not None and setting not in get_args(RadialFactor):
+        raise ValueError(
+            f"radius must be one of {', '.join(get_args(RadialFactor))} or None, not {setting!r}"
+        )
+    return setting  # type: ignore[return-value]

@@ -1,0 +1,300 @@
+"""The VJE model: encoder, projector and posterior network, and the Pyro ``model``/``guide`` pair over them.
+
+Oji & Fieguth, "Joint Embedding Variational Bayes", arXiv 2602.05639 (TMLR 2026).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor, nn
+from torch.nn import functional
+
+# A direction normalised in bfloat16 is off the sphere by more than float32 forgives, so the model leaves autocast.
+from pyro_vje.distributions.numerics import at_least_float32
+from pyro_vje.model.likelihoods import (
+    LikelihoodFamily,
+    LikelihoodSettings,
+    get_family,
+    resolve_radius,
+    resolve_unit_radius,
+)
+
+MIN_SCALE = 1e-3
+"""Floor of the posterior's standard deviation: the restricted likelihood's mass grows without bound below it."""
+
+
+PROJECTORS = ("none", "linear", "mlp")
+RADIUS_SCALES = ("learned", "shared")
+DEFAULT_DIM = 128
+"""Embedding dimension behind a projector; without one it is the encoder's width."""
+
+
+class ViewPair(NamedTuple):
+    """Both directions of a batch of view pairs, each tensor of shape ``(2, B, D)``.
+
+    Row ``[i]`` holds the posterior given view ``i`` and, as its target, the embedding of the other view with its
+    gradient stopped.
+    """
+
+    loc: Tensor
+    scale: Tensor
+    target: Tensor
+
+
+def stack_views(views: Tensor | Sequence[Tensor]) -> Tensor:
+    """Bring two views ``(B, C, H, W)`` each, or a stacked tensor ``(2, B, C, H, W)``, to the stacked form.
+
+    Raises
+    ------
+    ValueError
+        If there are not exactly two views, or their shapes differ.
+    """
+    if not isinstance(views, Tensor):
+        shapes = [tuple(view.shape) for view in views]
+        if len(shapes) != 2 or shapes[0] != shapes[1]:
+            raise ValueError(f"views must be two tensors of one shape (B, C, H, W), not {shapes}")
+        views = torch.stack(tuple(views))
+    if views.dim() < 3 or views.shape[0] != 2:
+        raise ValueError(f"stacked views must have shape (2, B, C, H, W), not {tuple(views.shape)}")
+    return views
+
+
+class PosteriorNetwork(nn.Module):
+    """Amortised diagonal Gaussian posterior q(z | context): one trunk, two linear outputs.
+
+    It stands where SimSiam has its predictor. Shapes: ``(N, D)`` → loc ``(N, D)``, scale ``(N, D)``.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)
+        )
+        self.loc = nn.Linear(hidden_dim, dim)
+        self.raw_scale = nn.Linear(hidden_dim, dim)
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Map embeddings to the posterior's loc and scale, both outside any lower precision of autocast."""
+        hidden = self.trunk(embeddings)
+        scale = functional.softplus(at_least_float32(self.raw_scale(hidden))) + MIN_SCALE
+        return at_least_float32(self.loc(hidden)), scale
+
+
+def build_projector(kind: str, feature_dim: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
+    """What makes the embedding of the encoder's features: nothing but a batch norm, a linear map, or an MLP.
+
+    Each closes with a batch norm without parameters, which puts every embedding feature at unit variance, hence the
+    embedding's radius near √D: the unit of the prior z ~ Normal(0, I).
+    """
+    if kind not in PROJECTORS:
+        raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, not {kind!r}")
+    if kind == "none" and embedding_dim != feature_dim:
+        raise ValueError(
+            f"without a projector the embedding is the encoder's {feature_dim} features, not {embedding_dim}: leave "
+            "embedding_dim out, or use the projector 'linear' or 'mlp'"
+        )
+    layers: list[nn.Module] = []
+    if kind == "mlp":
+        layers = [
+            nn.Linear(feature_dim, hidden_dim, bias=False),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+        ]
+    if kind != "none":
+        layers.append(nn.Linear(hidden_dim if kind == "mlp" else feature_dim, embedding_dim, bias=False))
+    return nn.Sequential(*layers, nn.BatchNorm1d(embedding_dim, affine=False))
+
+
+class VJE(nn.Module):
+    """Variational Joint Embedding: a latent-variable model of one view's embedding given the other view.
+
+    For a context view c and a target view t, with e = projector(encoder(·)) in R^D::
+
+        posterior    q(z | c) = Normal(loc(e_c), scale(e_c))     diagonal, from the posterior network
+        prior        p(z)     = Normal(0, I_D)
+        likelihood   p(stop_gradient(e_t) | z, scale(e_c))        a family of `pyro_vje.model.likelihoods`
+
+    The likelihood shares the posterior's per-feature scale. `model` and `guide` are Pyro callables on a batch of
+    view pairs, in which each view serves as context for the other: plates ``direction`` (2) and ``image`` (B).
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Maps normalised images ``(N, 3, H, W)`` to features ``(N, feature_dim)``.
+    feature_dim : int
+        Width of the encoder's output (`pyro_vje.model.encoders.feature_dim` measures it).
+    embedding_dim : int, optional
+        D, the dimension of the embedding and of the latent: by default the encoder's width without a projector, 128
+        behind one.
+    hidden_dim : int
+        Width of the hidden layer of the posterior network, and of the projector ``"mlp"``.
+    projector : str or nn.Module
+        Features to embedding: ``"none"``, a batch norm without parameters; ``"linear"`` or ``"mlp"`` before it; or a
+        module of your own from ``(N, feature_dim)`` to ``(N, embedding_dim)``.
+    likelihood : str
+        A family by name or ``module:function``.
+    df : float, optional
+        Degrees of freedom of the heavy-tailed families. By default D - 2, at which the restricted Student-t is a
+        spherical Cauchy up to its mass; small values (5 at D = 128) trained to lower accuracy and rank.
+    unit_radius : str
+        ``"sqrt-d"`` measures directions on the sphere of radius √D, in the unit of the latent; ``"1"`` on the unit
+        sphere.
+    radius : str or None
+        Radial factor of the polar families; ``None`` drops it.
+    radius_scale : str
+        Scale of the radial factor: ``"learned"``, one number; or ``"shared"``, borrowed from the posterior's scale,
+        to which training sacrifices a few features (an ablation).
+    shared_variance : bool
+        If false, the likelihood has one learned scale per feature instead of the posterior's (an ablation).
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of its range or the family is unknown.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        feature_dim: int,
+        *,
+        embedding_dim: int | None = None,
+        hidden_dim: int = 512,
+        projector: str | nn.Module = "none",
+        likelihood: str = "polar-student-t",
+        df: float | None = None,
+        unit_radius: str = "sqrt-d",
+        radius: str | None = "student-t",
+        radius_scale: str = "learned",
+        shared_variance: bool = True,
+    ) -> None:
+        super().__init__()
+        if embedding_dim is None:
+            embedding_dim = DEFAULT_DIM if projector in ("linear", "mlp") else feature_dim
+        if embedding_dim < 2:
+            raise ValueError(
+                f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}"
+            )
+        if df is None:
+            df = float(max(1, embedding_dim - 2))
+        if not df > 0:
+            raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
+        if radius_scale not in RADIUS_SCALES:
+            raise ValueError(f"radius_scale must be one of {', '.join(RADIUS_SCALES)}, not {radius_scale!r}")
+        self.encoder = encoder
+        if isinstance(projector, str):
+            projector = build_projector(projector, feature_dim, hidden_dim, embedding_dim)
+        self.projector = projector
+        self.posterior_network = PosteriorNetwork(embedding_dim, hidden_dim)
+        self.feature_dim = feature_dim
+        self.embedding_dim = embedding_dim
+        self.family = get_family(likelihood)
+        self.settings = LikelihoodSettings(
+            df, resolve_unit_radius(unit_radius, embedding_dim), resolve_radius(radius)
+        )
+        self.likelihood_raw_scale = None if shared_variance else nn.Parameter(torch.zeros(embedding_dim))
+        learned = radius_scale == "learned" and _uses_radius_scale(self.family, self.settings, embedding_dim)
+        self.raw_radius_scale = nn.Parameter(torch.tensor(0.5413)) if learned else None  # softplus gives 1
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encoder features ``(N, feature_dim)`` of normalised images, on which probes are trained."""
+        return at_least_float32(self.encoder(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Embeddings e ``(N, D)`` of normalised images ``(N, 3, H, W)``."""
+        return self.project(self.encoder(images))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Embeddings ``(N, D)`` of encoder features ``(N, feature_dim)``."""
+        return at_least_float32(self.projector(features))
+
+    def posterior(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """Loc and scale ``(N, D)`` of q(z | context) for context embeddings ``(N, D)``."""
+        return self.posterior_network(embeddings)
+
+    def likelihood(
+        self, z: Tensor, scale: Tensor, family: LikelihoodFamily | None = None
+    ) -> dist.TorchDistribution:
+        """p(target | z, scale), a distribution over R^D for latents ``(..., D)`` and posterior scales.
+
+        ``family`` takes the place of the model's own, with the same settings.
+        """
+        if self.likelihood_raw_scale is not None:
+            scale = (functional.softplus(self.likelihood_raw_scale) + MIN_SCALE).expand_as(scale)
+        settings = self.settings
+        if self.raw_radius_scale is not None:
+            radius_scale = functional.softplus(self.raw_radius_scale) + MIN_SCALE
+            settings = dataclasses.replace(settings, radius_scale=radius_scale)
+        return (family or self.family)(z, scale, settings)
+
+    def encode_views(self, views: Tensor | Sequence[Tensor]) -> ViewPair:
+        """Posterior and stopped target of both directions, from one pass over the 2·B images."""
+        stacked = stack_views(views)
+        batch = stacked.shape[1]
+        embeddings = self.embed(stacked.flatten(0, 1))
+        loc, scale = self.posterior(embeddings)
+        shape = (2, batch, self.embedding_dim)
+        return ViewPair(loc.view(shape), scale.view(shape), embeddings.detach().view(shape).flip(0))
+
+    def model(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
+        """Pyro model of both targets given latents.
+
+        ``views`` as in `stack_views`, or what `encode_views` made of them, which costs one pass of the encoder for
+        model and guide together.
+        """
+        self._register_for_svi()
+        pair = views if isinstance(views, ViewPair) else self.encode_views(views)
+        with self._plates(pair):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1))
+            return pyro.sample("target", self.likelihood(z, pair.scale), obs=pair.target)
+
+    def guide(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
+        """Pyro guide: the amortised posterior of each direction's latent given its context view; ``views`` as above."""
+        self._register_for_svi()
+        pair = views if isinstance(views, ViewPair) else self.encode_views(views)
+        with self._plates(pair):
+            return pyro.sample("z", dist.Normal(pair.loc, pair.scale).to_event(1))
+
+    @contextmanager
+    def _plates(self, pair: ViewPair) -> Iterator[None]:
+        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
+            yield
+
+    def _register_for_svi(self) -> None:
+        # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and
+        # pyro.module would silently tie two models of one process through the global store.
+        if not any(
+            isinstance(h, poutine.trace_messenger.TraceMessenger) and h.param_only for h in _PYRO_STACK
+        ):
+            return
+        store = pyro.get_param_store()
+        for name, parameter in self.named_parameters():
+            full_name = f"vje$$${name}"
+            if full_name in store and store[full_name] is not parameter:
+                raise ValueError(
+                    "another VJE's parameters are in Pyro's parameter store: call pyro.clear_param_store() before "
+                    "training this one with SVI"
+                )
+        pyro.module("vje", self)
+
+
+def _uses_radius_scale(family: LikelihoodFamily, settings: LikelihoodSettings, dim: int) -> bool:
+    """Whether the density depends on `LikelihoodSettings.radius_scale`; a parameter without gradient stops DDP."""
+    # What is wrong with a family `check` says. On the CPU, also where a model is built without memory.
+    with contextlib.suppress(Exception), torch.enable_grad(), torch.device("cpu"):
+        scale = torch.ones((), requires_grad=True)
+        likelihood = family(
+            torch.ones(1, dim), torch.ones(1, dim), dataclasses.replace(settings, radius_scale=scale)
+        )
+        return bool(likelihood.log_prob(torch.ones(1, dim)).requires_grad)
+    return False

@@ -1,0 +1,123 @@
+"""What makes several processes compute what one would: latent noise and batch statistics of the global batch.
+
+Both take the processes' shares of a batch to be equal, as the loaders of `pyro_vje.data` make them; so does
+averaging gradients.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.layer_sync import LayerSync
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from torch import Tensor, distributed
+from torch.distributions import Normal
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_vje.distributions.numerics import at_least_float32
+
+
+class GlobalNoise(Messenger):
+    """Pyro handler in which a normal latent of a plate gets this process's part of the global batch's noise.
+
+    A latent that is not normal is drawn as it would be without the handler: correct, but dependent on how many
+    processes there are.
+
+    Parameters
+    ----------
+    generator : torch.Generator
+        On the latents' device, in the same state in every process.
+    rank, world_size : int
+        This process draws for ``world_size`` times its share of the plate and keeps the ``rank``-th part.
+    plate : str
+        The plate of the batch.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, rank: int, world_size: int, *, plate: str = "image"
+    ) -> None:
+        super().__init__()
+        self.generator, self.rank, self.world_size, self.plate = generator, rank, world_size, plate
+
+    def _pyro_sample(self, msg: Message) -> None:
+        fn: Any = msg["fn"]
+        normal = getattr(fn, "base_dist", fn)
+        frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == self.plate), None)
+        given = msg["done"] or msg["is_observed"] or msg["value"] is not None
+        if given or frame is None or frame.dim is None or not isinstance(normal, Normal):
+            return
+        loc, axis = normal.loc, frame.dim - fn.event_dim
+        share, shape = loc.shape[axis], list(loc.shape)
+        shape[axis] = share * self.world_size
+        noise = torch.empty(shape, dtype=loc.dtype, device=loc.device).normal_(generator=self.generator)
+        msg["value"] = loc + noise.narrow(axis, self.rank * share, share) * normal.scale
+        msg["done"] = True
+
+
+class CPUSyncBatchNorm(LayerSync):
+    """Batch norm over the global batch on CPUs, for which `torch.nn.SyncBatchNorm` is not made.
+
+    The modules stay what they are; only their ``forward`` is another while the plugin is applied, so parameters,
+    buffers and their names do not change.
+    """
+
+    def apply(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Synchronise all batch norms of the model."""
+        for module in model.modules():
+            # Another forward is another computation: a user's, or one that synchronises already.
+            if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
+                module.forward = partial(_global_batch_norm, module)  # type: ignore[method-assign]
+        return model
+
+    def revert(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Give the batch norms back the forward of their class."""
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                vars(module).pop("forward", None)
+        return model
+
+
+def _global_batch_norm(module: _BatchNorm, images: Tensor) -> Tensor:
+    if not module.training:
+        return type(module).forward(module, images)
+    x = at_least_float32(images)
+    axes, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    count = x.numel() // x.shape[1] * distributed.get_world_size()
+    # The variance from centred values, in a second reduction: a difference of large sums would lose digits.
+    mean = _Sum.apply(x.sum(axes)) / count
+    centred = x - mean.view(shape)
+    variance = _Sum.apply(centred.square().sum(axes)) / count
+    if module.track_running_stats:
+        assert module.num_batches_tracked is not None
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        with torch.no_grad():
+            module.num_batches_tracked.add_(1)
+            momentum = module.momentum
+            factor = 1 / float(module.num_batches_tracked) if momentum is None else momentum
+            module.running_mean.lerp_(mean, factor)
+            module.running_var.lerp_(variance * (count / (count - 1)), factor)
+    scale = (variance + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight
+    out = centred * scale.view(shape)
+    if module.bias is not None:
+        out = out + module.bias.view(shape)
+    return out.to(images.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all processes; as each one's loss depends on it, so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _Sum.apply(gradient)

@@ -1,0 +1,192 @@
+"""The Lightning module of a pretraining run: a step of the objective, its random draws, the means of an epoch."""
+
+from __future__ import annotations
+
+import math
+import random
+from contextlib import nullcontext
+from typing import Any, cast
+
+import lightning
+import numpy as np
+import pyro
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pyro.distributions import Independent
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_vje.config import TrainConfig
+from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, derive_seed, make_loader, views_for
+from pyro_vje.model.objective import SymmetricELBO, own_objective
+from pyro_vje.model.vje import VJE
+from pyro_vje.training.distributed import GlobalNoise
+
+PART_EVERY = 5
+"""Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
+
+
+class Pretraining(lightning.LightningModule):
+    """VJE pretraining as a Lightning module: views, symmetric ELBO, SGD with a cosine schedule.
+
+    All random draws of a step (views, latents) are functions of (seed, step), so a resumed run draws what an
+    uninterrupted one would, and several processes draw what one would for their global batch.
+
+    Parameters
+    ----------
+    vje : VJE
+        The model to train.
+    config : TrainConfig
+        Resolved settings.
+    train_set : ImageSet
+        The images.
+    """
+
+    def __init__(self, vje: VJE, config: TrainConfig, train_set: ImageSet) -> None:
+        super().__init__()
+        self.objective = SymmetricELBO(
+            config.num_particles,
+            kl_weight=config.kl_weight,
+            analytic_kl=config.analytic_kl,
+            vectorize_particles=config.num_particles > 1,
+        )
+        self.elbo = self.objective(vje.model, vje.guide)
+        self.own_objective = own_objective(config.objective)
+        self.config = config
+        self.train_set = train_set
+        self.views, _ = views_for(config.dataset, train_set.image_size)
+        self.batch_size = config.batch_size or 0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.begun = False
+        self.first_loss = torch.tensor(math.inf)
+        self._generator: torch.Generator | None = None
+        self._validated = False
+
+    @property
+    def vje(self) -> VJE:
+        """The model being trained, which the ELBO module owns."""
+        return self.elbo.vje  # type: ignore[return-value]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with momentum; decay on matrices and kernels only; linear warm-up, then cosine to zero."""
+        parameters = [p for p in self.vje.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        lr = self.config.lr * self.batch_size / 256
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+        steps_per_epoch = len(self.train_set) // self.batch_size
+        warmup = round((self.config.warmup_epochs or 0) * steps_per_epoch)
+        total = (self.config.epochs or 1) * steps_per_epoch
+
+        def schedule(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> ResidentLoader | StreamingLoader:
+        """This process's share of every global batch, in the order of (seed, epoch)."""
+        return make_loader(
+            self.train_set,
+            self.batch_size,
+            device=self.device,
+            residency=self.config.residency if self.train_set.in_memory else "auto",
+            num_workers=self.config.workers,
+            seed=self.config.seed,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """Choose the epoch's order, also after resuming."""
+        self.begun = True
+        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Loss of a uint8 image batch ``(B, 3, H, W)``, in nats an image."""
+        rank, world_size = self.global_rank, self.trainer.world_size
+        generator = self._seeded_generator(batch.device)
+        views = self.views(batch, generator, rank=rank, world_size=world_size)
+        noise: GlobalNoise | nullcontext[None] = nullcontext()
+        if world_size > 1:  # from the seed of the only process's latents, see below
+            generator.manual_seed(derive_seed("latents", self.config.seed, self.global_step, 0))
+            noise = GlobalNoise(generator, rank, world_size)
+        self.objective.monitor = self._record_parts if batch_idx % PART_EVERY == 0 else None
+        # Validation reads back from the device at every site; the shapes it checks do not change after step one.
+        with pyro.validation_enabled(not self._validated), noise:
+            loss = self.elbo(views) if self.own_objective is None else self.own_objective(self.vje, views)
+        self._validated = True
+        self._add("loss", loss.detach())
+        if self.global_step == 0:
+            self.first_loss = loss.detach()
+        if batch_idx % PART_EVERY == 0 and self.trainer.progress_bar_callback is not None:
+            for name in ("loss", "log_direction", "log_radius", "kl"):
+                if name in self.sums:
+                    self.log(
+                        name.removeprefix("log_"),
+                        self.sums[name] / self.counts[name],
+                        prog_bar=True,
+                        logger=False,
+                    )
+        # Nats a dimension keep one learning rate right for every D: the likelihood's gradient grows with D.
+        return loss / self.vje.embedding_dim
+
+    def _seeded_generator(self, device: torch.device) -> torch.Generator:
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device)
+        step = (self.config.seed, self.global_step)
+        # Only the device's own generator: torch.manual_seed visits every backend, a millisecond a step.
+        latents = (
+            torch.cuda.default_generators[device.index or 0]
+            if device.type == "cuda"
+            else torch.default_generator
+        )
+        latents.manual_seed(derive_seed("latents", *step, self.global_rank))
+        # An encoder of the user's own may draw from these.
+        random.seed(derive_seed("python", *step, self.global_rank))
+        np.random.seed(derive_seed("numpy", *step, self.global_rank) % 2**32)  # noqa: NPY002
+        # Equal on every rank: the views of a global batch do not depend on how many processes share it.
+        return self._generator.manual_seed(derive_seed("views", *step))
+
+    def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
+        posterior = cast(Independent, guide_trace.nodes["z"]["fn"]).base_dist
+        target, likelihood = (
+            model_trace.nodes["target"]["value"],
+            cast(Any, model_trace.nodes["target"]["fn"]),
+        )
+        kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
+        self._add("kl", kl.mean())
+        self._add("log_likelihood", likelihood.log_prob(target).mean())
+        if hasattr(likelihood, "log_prob_direction"):
+            self._add("log_direction", likelihood.log_prob_direction(target).mean())
+            radius = torch.linalg.vector_norm(target, dim=-1)
+            self._add("log_radius", likelihood.log_prob_radius(radius).mean())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the sums of the epoch that is under way, a row for each process."""
+        if self.sums:
+            rows = cast(Tensor, self.all_gather(torch.stack(list(self.sums.values()))))
+            checkpoint["sums"] = (list(self.sums), rows.reshape(-1, len(self.sums)).cpu(), self.counts)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take this process's sums; with another number of processes, the mean."""
+        names, rows, self.counts = checkpoint.get("sums", ([], torch.empty(1, 0), {}))
+        mine = rows[self.global_rank] if len(rows) == self.trainer.world_size else rows.mean(0)
+        self.sums = dict(zip(names, mine, strict=True))
+
+    def epoch_means(self) -> dict[str, float]:
+        """Means over all processes since the last call: the one place that reads back from the device."""
+        means = torch.stack([value / self.counts[name] for name, value in self.sums.items()])
+        names = list(self.sums)
+        self.sums, self.counts = {}, {}
+        # Equal shares of every batch: the mean over the processes is that over all images.
+        return dict(zip(names, self.trainer.strategy.reduce(means).tolist(), strict=True))

@@ -1,0 +1,225 @@
+"""What is watched during training: a row of ``metrics.csv`` an epoch, k-NN accuracy, signs of collapse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+
+from pyro_vje import metrics
+from pyro_vje.config import TrainConfig
+from pyro_vje.data import CleanView, ImageSet
+from pyro_vje.data.splits import evenly_spread
+from pyro_vje.model.encoding import encode
+from pyro_vje.model.vje import VJE
+from pyro_vje.pages import pictures
+from pyro_vje.runs.files import write_atomic
+from pyro_vje.runs.folder import METRICS, PICTURES
+
+log = logging.getLogger("pyro_vje")
+
+HEALTH_IMAGES = 2048
+"""Training images on which effective rank, spread and signal-to-noise are measured."""
+MAX_RISE = 10.0
+"""Nats a dimension above the best epoch at which the loss counts as exploding; healthy runs stay within 3 of it."""
+FEW_IMAGES = 8
+"""In a batch below this the mean of a feature is off by a third of its deviation (1/√8) or more."""
+CHECK_EVERY = 100
+"""Steps between looks at whether the loss is finite: each waits for the device."""
+
+COLUMNS = (
+    "epoch",
+    "loss",
+    "log_likelihood",
+    "log_direction",
+    "log_radius",
+    "kl",
+    "knn_accuracy",
+    "effective_rank",
+    "spread",
+    "posterior_snr",
+    "lr",
+    "images_per_second",
+    "seconds",
+)
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+class EpochReport(lightning.pytorch.Callback):
+    """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite."""
+
+    def __init__(
+        self, folder: Path, train_set: ImageSet, knn_sets: tuple[ImageSet, ImageSet] | None, view: CleanView
+    ) -> None:
+        self.path = folder / METRICS
+        self.view = view
+        self.health_set = train_set.select(evenly_spread(len(train_set), HEALTH_IMAGES))
+        self.knn_sets = knn_sets
+        self.rows: list[dict[str, Any]] = []
+        self.started = 0.0
+        self.warned: set[str] = set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows so far, so that a resumed run's file holds each epoch once, what was said, the epoch's seconds."""
+        seconds = time.perf_counter() - self.started
+        return {"rows": self.rows, "warned": sorted(self.warned), "seconds": seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the rows of the run that is resumed."""
+        self.rows = state_dict["rows"]
+        self.warned = set(state_dict.get("warned", ()))
+        # The start of the epoch for a run that goes on inside one; another epoch sets it anew.
+        self.started = time.perf_counter() - state_dict.get("seconds", 0.0)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say so where the images look like the one-class protocol and all classes are trained on."""
+        config: TrainConfig = cast(Any, pl_module).config
+        if trainer.is_global_zero and (config.batch_size or 0) < FEW_IMAGES:
+            log.warning(
+                "batch norm has %d images for its statistics: raise batch_size to %d or more",
+                *(config.batch_size, FEW_IMAGES),
+            )
+        labels, classes = self.health_set.labels, self.health_set.classes or ()
+        if not trainer.is_global_zero or config.normal_class is not None or labels is None:
+            return
+        trained = {classes[label] for label in labels.unique().tolist() if label >= 0}
+        if len(trained) > 1 and "normal" in trained:
+            log.info("training on all %d classes; --normal-class normal trains on one alone", len(trained))
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *arguments: Any) -> None:
+        """Stop long before the end of an epoch of many steps.
+
+        Raises
+        ------
+        TrainingDiverged
+            If the loss is no longer finite.
+        """
+        if trainer.global_step % CHECK_EVERY == 0 and not math.isfinite(pl_module.sums["loss"].item()):
+            raise TrainingDiverged(
+                f"the loss became not finite by step {trainer.global_step}: {_gentler(pl_module.config)}"
+            )
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the row, print a line where there is no progress bar, and check the run's health.
+
+        Raises
+        ------
+        TrainingDiverged
+            If the loss is no longer finite.
+        """
+        module: Any = pl_module  # a `pyro_vje.training.module.Pretraining`
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **module.epoch_means()}
+        seconds = time.perf_counter() - self.started
+        row["seconds"] = round(seconds, 3)
+        row["images_per_second"] = round(trainer.num_training_batches * module.batch_size / seconds, 1)
+        row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
+        if not math.isfinite(row["loss"]):
+            raise TrainingDiverged(
+                f"the loss became {row['loss']} in epoch {row['epoch']}: {_gentler(module.config)}"
+            )
+        best = min((earlier["loss"] for earlier in self.rows), default=module.first_loss.item())
+        rise = (row["loss"] - best) / module.vje.embedding_dim
+        if trainer.is_global_zero and rise > MAX_RISE and "loss" not in self.warned:
+            self.warned.add("loss")
+            log.warning(
+                "epoch %d: the loss explodes, %.0f nats a dimension above its best (more than %g): %s",
+                *(row["epoch"], rise, MAX_RISE, _gentler(module.config)),
+            )
+        every = module.config.knn_every or 0
+        last = row["epoch"] == trainer.max_epochs
+        if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
+            row.update(self._measure(module.vje, module.config))
+            # A young posterior is noise in every run; what matters is whether it stays so.
+            young = max(module.config.warmup_epochs or 0, (trainer.max_epochs or 0) / 2)
+            if last or row["epoch"] > young:
+                self._warn(row, module.vje.feature_dim, module.own_objective is None)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            self._write()
+            if trainer.logger is not None:  # TensorBoard, where it is installed
+                trainer.logger.log_metrics(
+                    {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
+                )
+            if not sys.stderr.isatty():
+                log.info(_line(row, trainer.max_epochs or 0))
+
+    def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
+        """Draw the curves and the embedding of held-out (else training) images into the run folder."""
+        folder = self.path.parent / PICTURES
+        folder.mkdir(exist_ok=True)
+        history = {name: [row.get(name, math.nan) for row in self.rows] for name in COLUMNS}
+        pictures.plot_training(history, folder / "training.png")
+        shown = self.knn_sets[1] if self.knn_sets else self.health_set
+        encoded = encode(vje, shown, self.view, device=next(vje.parameters()).device)
+        labels = None if shown.labels is None else shown.labels[encoded.indices]
+        pictures.plot_embedding(encoded.embeddings, labels, classes, folder / "embedding.png")
+
+    def _measure(self, vje: VJE, config: TrainConfig) -> dict[str, float]:
+        device = next(vje.parameters()).device
+        encoded = encode(vje, self.health_set, self.view, device=device)
+        if not all(tensor.isfinite().all() for tensor in encoded):
+            raise TrainingDiverged(
+                f"the embeddings are not finite after an epoch whose loss was: {_gentler(config)}"
+            )
+        row = {
+            "effective_rank": metrics.effective_rank(encoded.features),
+            "spread": metrics.embedding_spread(encoded.embeddings),
+            "posterior_snr": metrics.posterior_snr(encoded.loc, encoded.scale),
+        }
+        if self.knn_sets is not None:
+            train, test = (encode(vje, images, self.view, device=device) for images in self.knn_sets)
+            labels = [
+                images.labels_at(part.indices)
+                for images, part in zip(self.knn_sets, (train, test), strict=True)
+            ]
+            knn = metrics.knn_accuracy(train.features, labels[0], test.features, labels[1])
+            row["knn_accuracy"] = knn["accuracy"]
+        return row
+
+    def _warn(self, row: dict[str, Any], dim: int, elbo: bool) -> None:
+        signs = ("effective_rank", "spread", "posterior_snr")
+        for sign in signs[: 3 if elbo else 2]:  # without the ELBO the posterior's scale has no meaning
+            # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
+            rank, spread, snr = (row[name] if name == sign else math.inf for name in signs)
+            message = metrics.collapse_warning(rank, spread, snr, dim)
+            if message is None:
+                self.warned.discard(sign)
+            elif sign not in self.warned:
+                self.warned.add(sign)
+                log.warning("epoch %d: %s", row["epoch"], message)
+
+    def _write(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.path, text.getvalue())
+
+
+def _gentler(config: TrainConfig) -> str:
+    return f"lower lr (now {config.lr:g}), raise warmup_epochs (now {config.warmup_epochs:g}), or use precision 32"
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.2f}"]
+    for name in ("log_direction", "log_radius", "kl"):
+        if name in row:
+            parts.append(f"{name.removeprefix('log_')} {row[name]:.2f}")
+    if "knn_accuracy" in row:
+        parts.append(f"k-NN {row['knn_accuracy']:.3f}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    return "  ".join(parts)

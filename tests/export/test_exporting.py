@@ -1,0 +1,210 @@
+"""Exported files: they compute what the package computes, without the package; the card says what was measured."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from pyro_vje.cli import main
+from torch import nn
+
+from pyro_vje import embed, evaluate, export, load_run, score
+from pyro_vje.anomaly.table import ScoreSettings
+from pyro_vje.data import load_dataset
+from pyro_vje.export import deploy as exporting
+from pyro_vje.model import encoders
+
+OUTPUTS = ["embedding", "loc", "scale", "score", "p_value"]
+
+
+@pytest.fixture(scope="module")
+def images(image_folder):
+    """The 18 test images, in the order in which `score` writes them."""
+    return load_dataset("folder", image_folder, "test", image_size=16).images
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path):
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def columns(path):
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name]) for row in rows]) for name in ("anomaly_score", "p_value")}
+
+
+def run_alone(code, *arguments):
+    """Run code in a process that cannot import this package, Pyro, or what else is named last."""
+    *arguments, absent = arguments
+    block = f"import sys; sys.modules.update(dict.fromkeys({['pyro_vje', 'pyro', *absent]}))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + code, *map(str, arguments)], capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+RUN_ONNX = """
+import numpy, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+images = numpy.load(sys.argv[2])
+names = [output.name for output in session.get_outputs()]
+numpy.savez(sys.argv[3], **dict(zip(names, session.run(None, {"images": images}))))
+"""
+RUN_TORCH = """
+import numpy, torch
+program = torch.export.load(sys.argv[1])
+outputs = program.module()(torch.from_numpy(numpy.load(sys.argv[2])))
+numpy.savez(sys.argv[3], **{name: value.numpy() for name, value in outputs.items()})
+"""
+
+
+@pytest.mark.parametrize(("format", "name"), [("onnx", "model.onnx"), ("torch", "model.pt2")])
+def test_without_the_package_a_file_computes_what_score_and_embed_write(
+    run_copy, image_folder, images, tmp_path, format, name
+):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+    result = export(run_copy, format=format, num_particles=6, seed=3)
+    assert result.path == run_copy / name
+    np.save(tmp_path / "images.npy", images.numpy())
+    code, absent = (RUN_ONNX, ["torch"]) if format == "onnx" else (RUN_TORCH, ["onnxruntime", "torchvision"])
+    run_alone(code, result.path, tmp_path / "images.npy", tmp_path / "found.npz", absent)
+    found = dict(np.load(tmp_path / "found.npz"))
+    assert list(found) == OUTPUTS
+
+    wanted = columns(score(run_copy, num_particles=6, seed=3, draw=False).csv)
+    np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["p_value"], wanted["p_value"], atol=1e-6)  # of six digits in the CSV
+    assert len(set(found["p_value"])) > 1
+    embed(run_copy, image_folder / "test", tmp_path / "embedded.npz")
+    embedded = np.load(tmp_path / "embedded.npz")
+    for ours, theirs in (("embedding", "embeddings"), ("loc", "loc"), ("scale", "scale")):
+        np.testing.assert_allclose(found[ours], embedded[theirs], rtol=1e-4, atol=1e-5)
+
+
+# Operations that ONNX lacks or computes too coarsely are in the first three; the other families are arithmetic alone.
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        ("polar-student-t-exact", "onnx"),
+        ("polar-normal", "onnx"),
+        ("student-t-independent", "onnx"),
+        ("power-spherical", "torch"),
+        ("spherical-cauchy", "torch"),
+    ],
+)
+def test_other_families_than_the_one_trained_with_export(trained_run, images, tmp_path, family, format):
+    path = tmp_path / "model"
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        onnxruntime = pytest.importorskip("onnxruntime")
+    export(trained_run, format=format, out=path, score_likelihood=family)
+    wanted = columns(score(trained_run, score_likelihood=family, out=tmp_path / "s.csv", draw=False).csv)
+    for part in (slice(1), slice(None)):
+        if format == "onnx":
+            session = onnxruntime.InferenceSession(path)
+            found = session.run(["score"], {"images": images[part].numpy()})[0]
+        else:
+            with open(path, "rb") as file:
+                found = torch.export.load(file).module()(images[part])["score"].numpy()
+        np.testing.assert_allclose(found, wanted["anomaly_score"][part], rtol=1e-5, atol=1e-4)
+
+
+def test_what_onnx_lacks_is_made_to_rounding():
+    x = torch.cat([torch.logspace(-6, 6, 200, dtype=torch.float64), torch.tensor([1.0, 2.0]).double()])
+    torch.testing.assert_close(exporting._lgamma(x), torch.lgamma(x), rtol=1e-13, atol=1e-13)
+    for sign in (1, -1):
+        small = sign * torch.logspace(-30, -0.01, 500, dtype=torch.float32)
+        torch.testing.assert_close(exporting._log1p(small), small.log1p(), rtol=1e-6, atol=0)
+    assert exporting._lgamma(x.float()).dtype == torch.float32
+    angle = torch.linspace(-3.14159265, 3.14159265, 1001, dtype=torch.float64)
+    for radius in (1e-30, 1.0, 1e30):
+        found = exporting._atan2(radius * angle.sin(), radius * angle.cos())
+        torch.testing.assert_close(found, angle, rtol=1e-14, atol=1e-14)
+    sine = torch.linspace(-0.999999, 0.999999, 1001, dtype=torch.float64)
+    asin = exporting._DECOMPOSITIONS[torch.ops.aten.asin.default]
+    torch.testing.assert_close(asin(sine), sine.asin(), rtol=1e-14, atol=1e-14)
+
+
+def test_a_weights_file_exports_without_p_values(trained_run, tmp_path):
+    result = export(trained_run / "weights.safetensors", format="torch", out=tmp_path / "model.pt2")
+    assert list(result.differences) == OUTPUTS[:-1]
+    card = result.card.read_text()
+    assert "no p-values" in card
+    assert "output `p_value`" not in card
+
+
+@pytest.mark.parametrize(("output", "factor"), [("scale", 1.001), ("score", float("nan"))])
+def test_a_file_that_would_compute_something_else_is_not_written(run_copy, monkeypatch, output, factor):
+    write = exporting._WRITERS["torch"]
+
+    def wrong(*arguments):
+        content, compute = write(*arguments)
+        return content, lambda images: {**compute(images), output: factor * compute(images)[output]}
+
+    monkeypatch.setitem(exporting._WRITERS, "torch", wrong)
+    with pytest.raises(ValueError, match=rf"model\.pt2 is not written: its {output} would differ by"):
+        export(run_copy, format="torch")
+    assert not list(run_copy.glob("model*"))
+    assert not (run_copy / "MODEL_CARD.md").exists()
+
+
+class Branching(nn.Sequential):
+    def forward(self, images):
+        features = super().forward(images)
+        return features if features.sum() > 0 else -features
+
+
+def test_what_cannot_be_exported_is_said(run_copy, monkeypatch, tmp_path):
+    tiny = encoders.ENCODERS["tiny"]
+    monkeypatch.setitem(encoders.ENCODERS, "tiny", lambda size: Branching(*tiny(size)))
+    with pytest.raises(
+        ValueError, match=r"encoder 'tiny' .*'polar-student-t' cannot be exported as torch: \w+"
+    ):
+        export(run_copy, format="torch")
+    with pytest.raises(ValueError, match="format must be one of onnx, torch, not 'tflite'"):
+        export(run_copy, format="tflite")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        export(run_copy, format="torch", out=tmp_path / "no" / "model.pt2")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"ONNX needs onnxruntime: pip install 'pyro-vje\[export\]'"):
+        export(run_copy)
+
+
+def test_the_card_tells_what_was_measured_and_what_was_not(run_copy, image_folder):
+    arguments = ["export", "--ckpt", str(run_copy), "--format", "torch"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == str(run_copy / "model.pt2")
+    card = (run_copy / "MODEL_CARD.md").read_text()
+    assert card.count("**not measured**") == 2
+    assert "**subdensity**" in card
+    assert "46 images of 16×16 pixels" in card
+    assert str(image_folder) not in card
+    extra = {"pyro_vje": ""}
+    torch.export.load(run_copy / "model.pt2", extra_files=extra)
+    assert json.loads(extra["pyro_vje"])["score"]["num_particles"] == 16
+    assert str(image_folder) not in extra["pyro_vje"]
+
+    found = evaluate(run_copy, k=5)
+    auroc = score(run_copy, draw=False).auroc
+    export(run_copy, format="torch", score_likelihood="polar-student-t-exact")
+    card = (run_copy / "MODEL_CARD.md").read_text()
+    assert f"{found['rows'][0]['knn']:.4f}" in card
+    assert "k 5, temperature 0.1" in card
+    assert f"- auroc: {auroc}\n" in card
+    assert "6 normal images and 12 anomalies" in card
+    assert "**not measured**" not in card
+    assert "**subdensity**" not in card
+    # what was scored with other weights is not this model's
+    summary = json.loads((run_copy / "scores_summary.json").read_text())
+    (run_copy / "scores_summary.json").write_text(json.dumps({**summary, "weights_sha256": "0"}))
+    card = exporting.model_card(load_run(run_copy), ScoreSettings(), None, "model", "onnx", {})
+    assert 'onnxruntime.InferenceSession("model")' in card
+    assert "Detection of anomalies: **not measured**" in card

@@ -1,0 +1,230 @@
+"""The symmetric ELBO against Pyro's own Trace_ELBO, SVI, and the formula written out by hand."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.optim import PyroOptim
+from torch import nn
+
+from pyro_vje import VJE, SymmetricELBO
+from pyro_vje.model.vje import stack_views
+
+FEATURES, DIM, BATCH = 12, 6, 5
+
+
+class CountingEncoder(nn.Module):
+    """A linear encoder of feature vectors that counts its forward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        return self.linear(x)
+
+
+def make_vje(dtype=torch.float64, **settings):
+    torch.manual_seed(1)
+    settings = {"embedding_dim": DIM, "hidden_dim": 16, **settings}
+    return VJE(CountingEncoder(), FEATURES, **settings).to(dtype)
+
+
+def make_views(dtype=torch.float64, seed=2):
+    return torch.randn(2, BATCH, FEATURES, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+class RecordGradients(torch.optim.SGD):
+    """An optimiser that keeps each parameter's gradient instead of moving it."""
+
+    seen: dict = {}  # noqa: RUF012 (PyroOptim makes one optimiser a parameter; they share this)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.seen[id(parameter)] = parameter.grad.clone()
+
+
+def hand_written_loss(vje, views, z, *, df, unit_radius, kl_weight):
+    """½[ELBO(1→2) + ELBO(2→1)] in plain torch for latents z (2, B, D); see DESIGN of the polar density."""
+    e = [vje.projector(vje.encoder(torch.cat(list(views))))[i * BATCH : (i + 1) * BATCH] for i in (0, 1)]
+    loc, scale = vje.posterior_network(torch.cat(e))
+    loc, scale = loc.view(2, BATCH, DIM), scale.view(2, BATCH, DIM)
+    total = 0.0
+    for i, target in ((0, e[1].detach()), (1, e[0].detach())):
+        log_q = dist.Normal(loc[i], scale[i]).log_prob(z[i]).sum(-1)
+        log_p = dist.Normal(0.0, 1.0).log_prob(z[i]).sum(-1)
+        radius = target.norm(dim=-1)
+        norm = z[i].norm(dim=-1)
+        u, m = target / radius[:, None], z[i] / norm[:, None]
+        v = (scale[i] / unit_radius) ** 2
+        n = (df + DIM) / 2
+        direction = (
+            math.lgamma(n)
+            - math.lgamma(df / 2)
+            - DIM / 2 * math.log(df * math.pi)
+            - 0.5 * v.log().sum(-1)
+            - n * torch.log(1 + ((u - m) ** 2 / v).sum(-1) / df)
+        )
+        radial_scale = (m**2 * scale[i] ** 2).sum(-1).sqrt()
+        radial = torch.distributions.StudentT(df, norm, radial_scale).log_prob(radius)
+        log_likelihood = direction + radial - (DIM - 1) * radius.log()
+        total = total + (log_likelihood - kl_weight * (log_q - log_p)).sum()
+    return -total / (2 * BATCH)
+
+
+@pytest.mark.parametrize(("unit_radius", "value"), [("1", 1.0), ("sqrt-d", math.sqrt(DIM))])
+@pytest.mark.parametrize("kl_weight", [1.0, 0.1])
+def test_equals_the_hand_written_formula_and_its_gradients(unit_radius, value, kl_weight):
+    vje = make_vje(df=3.0, unit_radius=unit_radius, kl_weight=kl_weight)
+    views = make_views()
+    traces = []
+    loss = SymmetricELBO(monitor=lambda model, guide: traces.append(guide))(vje.model, vje.guide)(views)
+    noise = (
+        (traces[0].nodes["z"]["value"] - traces[0].nodes["z"]["fn"].mean) / traces[0].nodes["z"]["fn"].stddev
+    ).detach()
+    gradients = torch.autograd.grad(loss, list(vje.parameters()))
+
+    e = vje.projector(vje.encoder(torch.cat(list(views))))
+    loc, scale = (x.view(2, BATCH, DIM) for x in vje.posterior_network(e))
+    expected = hand_written_loss(
+        vje, views, loc + scale * noise, df=3.0, unit_radius=value, kl_weight=kl_weight
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, list(vje.parameters())), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("likelihood", ["polar-student-t", "normal"])
+def test_torch_path_svi_and_trace_elbo_agree(likelihood):
+    vje = make_vje(torch.float32, likelihood=likelihood)
+    views = make_views(torch.float32)
+    elbo = SymmetricELBO()
+
+    torch.manual_seed(3)
+    loss = elbo(vje.model, vje.guide)(views)
+    gradients = torch.autograd.grad(loss, list(vje.parameters()))
+
+    torch.manual_seed(3)
+    reference = Trace_ELBO(max_plate_nesting=2).differentiable_loss(vje.model, vje.guide, views) / (2 * BATCH)
+    torch.testing.assert_close(loss, reference)
+
+    RecordGradients.seen = {}
+    svi = SVI(vje.model, vje.guide, PyroOptim(RecordGradients, {"lr": 0.1}), elbo)
+    torch.manual_seed(3)
+    assert svi.step(views) == pytest.approx(loss.item(), rel=1e-6)
+    for parameter, gradient in zip(vje.parameters(), gradients, strict=True):
+        torch.testing.assert_close(RecordGradients.seen[id(parameter)], gradient)
+
+
+def test_svi_trains():
+    vje = make_vje(torch.float32)
+    svi = SVI(vje.model, vje.guide, pyro.optim.Adam({"lr": 1e-2}), SymmetricELBO())
+    views = make_views(torch.float32)
+    losses = [svi.step(views) for _ in range(60)]
+    assert sum(losses[-10:]) / 10 < sum(losses[:10]) / 10 - 1.0
+    assert svi.evaluate_loss(views) < losses[0]
+
+
+def test_exchanging_the_views_exchanges_the_directions(monkeypatch):
+    vje, views = make_vje(), make_views()
+    noise = torch.randn(2, BATCH, DIM, dtype=torch.float64)
+    elbo = SymmetricELBO()(vje.model, vje.guide)
+    losses = []
+    for x, eps in ((views, noise), (views.flip(0), noise.flip(0))):
+        monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda *a, eps=eps, **k: eps)
+        losses.append(elbo(x))
+    torch.testing.assert_close(*losses)
+    monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda *a, **k: noise)
+    assert abs(elbo(views.flip(0)) - losses[0]) > 1e-6  # the noise does matter
+
+
+def test_particles_average_and_vectorise():
+    vje, views = make_vje(kl_weight=1.0), make_views()
+    with torch.no_grad():
+        one = torch.stack([SymmetricELBO()(vje.model, vje.guide)(views) for _ in range(400)])
+        many = [
+            SymmetricELBO(400, vectorize_particles=vectorise)(vje.model, vje.guide)(views)
+            for vectorise in (False, True)
+        ]
+    error = one.std() / math.sqrt(400)
+    for estimate in many:
+        assert abs(estimate - one.mean()) < 5 * math.sqrt(2) * error
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+def test_each_image_is_encoded_once(particles):
+    vje, views = make_vje(), make_views()
+    SymmetricELBO(particles)(vje.model, vje.guide)(views)
+    assert vje.encoder.passes == 1
+    SymmetricELBO(particles)(vje.model, vje.guide)(views)
+    assert vje.encoder.passes == 2, "an encoding must not outlive the evaluation that made it"
+
+
+def test_nothing_is_read_back_from_the_device(monkeypatch):
+    vje, views = make_vje(), make_views()
+    elbo = SymmetricELBO()(vje.model, vje.guide)
+    calls = []
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, _name=name, _original=original, **kwargs):
+            calls.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    with pyro.validation_enabled(False):
+        elbo(views).backward()
+    assert calls == []
+    with pyro.validation_enabled(True):
+        elbo(views)
+    assert calls, "the spies must see what validation reads"
+
+
+def test_elbo_module_owns_the_parameters():
+    vje = make_vje()
+    elbo = SymmetricELBO()(vje.model, vje.guide)
+    assert set(elbo.parameters()) == set(vje.parameters())
+
+
+def test_guide_without_rsample_is_refused():
+    def model(views):
+        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", BATCH, dim=-1):
+            pyro.sample("z", dist.Bernoulli(0.5))
+
+    with pytest.raises(ValueError, match="'z' is not reparameterised"):
+        SymmetricELBO()(model, model)(make_views())
+
+
+def test_second_model_in_the_parameter_store_is_refused():
+    first, second = make_vje(torch.float32), make_vje(torch.float32)
+    views = make_views(torch.float32)
+    SVI(first.model, first.guide, pyro.optim.Adam({}), SymmetricELBO()).step(views)
+    svi = SVI(second.model, second.guide, pyro.optim.Adam({}), SymmetricELBO())
+    with pytest.raises(ValueError, match="clear_param_store"):
+        svi.step(views)
+    pyro.clear_param_store()
+    assert math.isfinite(svi.step(views))
+
+
+@pytest.mark.parametrize(
+    "views",
+    [torch.zeros(3, 4, 5), [torch.zeros(4, 5)], (torch.zeros(4, 5), torch.zeros(3, 5)), torch.zeros(2, 4)],
+)
+def test_views_of_a_wrong_shape_are_named(views):
+    with pytest.raises(ValueError, match="views must"):
+        stack_views(views)
+
+
+def test_pair_of_views_equals_the_stacked_tensor():
+    vje, views = make_vje(), make_views()
+    elbo = SymmetricELBO()(vje.model, vje.guide)
+    torch.manual_seed(5)
+    stacked = elbo(views)
+    torch.manual_seed(5)
+    torch.testing.assert_close(elbo((views[0], views[1])), stacked)

@@ -1,0 +1,201 @@
+"""Run folders and weights files: what is read back, and what is refused."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pyro_vje import TrainConfig, load_run
+from pyro_vje.runs.folder import (
+    CALIBRATION,
+    MIGRATIONS,
+    SCHEMA_VERSION,
+    RunInfo,
+    build_model,
+    load_posteriors,
+    migrate,
+    read_info,
+)
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path):
+    return shutil.copytree(trained_run, tmp_path / "copy")
+
+
+def rewrite(path, change_state=None, change_header=None):
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["pyro_vje"])
+    state = load_file(path)
+    if change_state:
+        change_state(state)
+    if change_header:
+        change_header(header)
+    save_file(state, path, {"pyro_vje": json.dumps(header)})
+
+
+def test_folder_and_weights_file_give_the_same_model(trained_run):
+    folder, file = load_run(trained_run), load_run(trained_run / "weights.safetensors")
+    assert folder.info == file.info == read_info(trained_run)
+    assert folder.folder == trained_run
+    assert file.folder is None
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(folder.vje.embed(images), file.vje.embed(images), rtol=0, atol=0)
+    assert not folder.vje.training
+
+
+def test_untrained_twin_is_the_initialisation_of_training(tiny_config):
+    one, two = build_model(tiny_config, 16), build_model(tiny_config, 16)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_building_a_model_leaves_the_random_state_alone(tiny_config):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    build_model(tiny_config, 16)
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:1000]), "no readable safetensors file"),
+        (lambda p: p.write_bytes(b""), "no readable safetensors file"),
+        (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "no readable safetensors file"),
+        (lambda p: save_file({"a": torch.zeros(1)}, p), "not written by pyro-vje"),
+        (
+            lambda p: rewrite(p, lambda s: s.pop("projector.0.weight")),
+            "missing or too many: projector.0.weight",
+        ),
+        (lambda p: rewrite(p, lambda s: s.update({"x": torch.zeros(1)})), "missing or too many: x"),
+        (
+            lambda p: rewrite(p, lambda s: s.update({"projector.0.weight": torch.zeros(2, 2)})),
+            r"projector.0.weight is torch.float32 \(2, 2\)",
+        ),
+        (
+            lambda p: rewrite(p, lambda s: s["projector.0.weight"].fill_(float("nan"))),
+            "holds non-finite values",
+        ),
+        (lambda p: rewrite(p, None, lambda h: h.update(schema_version=99)), "schema version 99"),
+        (lambda p: rewrite(p, None, lambda h: h.pop("image_size")), "image_size is missing"),
+        (lambda p: rewrite(p, None, lambda h: h["config"].update(epochs="many")), "setting epochs must be"),
+        (
+            lambda p: rewrite(p, None, lambda h: h["config"].update(encoder="os:getcwd")),
+            "code outside this package",
+        ),
+    ],
+)
+def test_damaged_weights_are_refused(run_copy, damage, message):
+    path = run_copy / "weights.safetensors"
+    damage(path)
+    for ckpt in (run_copy, path):
+        with pytest.raises(ValueError, match=message):
+            load_run(ckpt)
+
+
+def test_what_is_not_a_run_is_said(tmp_path, run_copy):
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"not a run folder: it holds no config\.json"):
+        load_run(tmp_path / "empty")
+    (run_copy / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_run(run_copy)
+
+
+def test_user_code_is_imported_only_when_trusted(run_copy, tmp_path, monkeypatch):
+    (tmp_path / "my_encoders.py").write_text(
+        "import pathlib\npathlib.Path('imported').touch()\nfrom tests_tiny import tiny_encoder as mine\n"
+    )
+    (tmp_path / "tests_tiny.py").write_text(
+        "from torch import nn\n"
+        "def tiny_encoder(image_size):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),\n"
+        "        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    rewrite(run_copy / "weights.safetensors", None, lambda h: h["config"].update(encoder="my_encoders:mine"))
+    with pytest.raises(ValueError, match="--trust-plugins"):
+        load_run(run_copy)
+    assert not (tmp_path / "imported").exists()
+    assert load_run(run_copy, trust_plugins=True).vje.feature_dim == 16
+    assert (tmp_path / "imported").exists()
+
+
+def test_infinite_df_survives_the_weights_header(tiny_config):
+    config = TrainConfig.from_dict({**tiny_config.to_dict(), "df": "inf"})
+    assert config.df == float("inf")
+
+
+# config.json as the first version of this package wrote it: it had no holdout, other defaults, and held nothing out.
+VERSION_1 = """
+{"schema_version": 1,
+ "config": {"dataset": "digits", "data_dir": null, "download": true, "normal_class": null, "image_size": null,
+  "encoder": "tiny", "embedding_dim": 8, "hidden_dim": 16, "likelihood": "polar-student-t", "df": 5.0,
+  "unit_radius": "sqrt-d", "radius": "student-t", "kl_weight": 0.1, "shared_variance": true, "epochs": 30,
+  "batch_size": 128, "lr": 0.06, "weight_decay": 0.0005, "warmup_epochs": 3.0, "num_particles": 1, "devices": 1,
+  "precision": "auto", "compile": false, "residency": "auto", "workers": 2, "knn_every": 5, "seed": 0},
+ "image_size": 16, "mean": [0.305, 0.305, 0.305], "std": [0.319, 0.319, 0.319],
+ "classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "train_images": 1442, "stem": "its own stem",
+ "versions": {"python": "3.11.7", "pyro-vje": "0.1.0"}}
+"""
+
+
+def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
+    """Also its files: weights with the same header, posteriors without any."""
+    info = RunInfo.from_dict(json.loads(VERSION_1))
+    assert (info.config.holdout, info.config.kl_weight, info.config.df) == (0.0, 0.1, 5.0)
+    assert info.to_dict()["schema_version"] == SCHEMA_VERSION
+    assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
+    (run_copy / "config.json").write_text(VERSION_1)
+    weights = run_copy / "weights.safetensors"
+    save_file(load_file(weights), weights, {"pyro_vje": VERSION_1})
+    run = load_run(run_copy)
+    assert run.info == read_info(run_copy) == info
+    now = load_posteriors(run, CALIBRATION)
+    save_file(load_file(run_copy / CALIBRATION), run_copy / CALIBRATION)
+    assert all(torch.equal(a, b) for a, b in zip(now, load_posteriors(run, CALIBRATION), strict=True))
+
+
+def test_every_older_version_has_a_way_to_this_one(monkeypatch):
+    assert list(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
+    monkeypatch.setattr("pyro_vje.runs.folder.SCHEMA_VERSION", 4)
+    monkeypatch.setitem(MIGRATIONS, 2, lambda values: {**values, "way": [2]})
+    monkeypatch.setitem(MIGRATIONS, 3, lambda values: {**values, "way": [*values["way"], 3]})
+    assert migrate({"schema_version": 1}) == {"schema_version": 4, "way": [2, 3]}
+    for version in (0, 5, -1, True, "1", [], None):
+        with pytest.raises(ValueError, match=r"schema.version"):
+            migrate({"schema_version": version})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 10**9}, "image_size must lie between 1 and 8192"),
+        ({"std": [0.3, 0.3, 0.0]}, "std must be positive"),
+        ({"mean": [0.3, float("nan"), 0.3]}, "mean must be three numbers between 0 and 1"),
+        ({"std": [10**400] * 3}, "std must be three numbers"),
+        (
+            {"config": {**json.loads(VERSION_1)["config"], "embedding_dim": 10**9}},
+            "embedding_dim must be at least 2",
+        ),
+        ({"config": {**json.loads(VERSION_1)["config"], "lr": float("nan")}}, "lr must be at least 0"),
+    ],
+)
+def test_descriptions_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        RunInfo.from_dict({**json.loads(VERSION_1), **changes})
+
+
+def test_a_model_is_built_only_when_its_size_fits_the_weights(run_copy):
+    """A header that asks for a head of 12 TB is refused without an attempt to make it."""
+    path = run_copy / "weights.safetensors"
+    rewrite(path, None, lambda h: h["config"].update(hidden_dim=2**20, embedding_dim=2**20 - 1))
+    with pytest.raises(ValueError, match=r"but the configuration asks for torch.float32 \(10485"):
+        load_run(path)
