@@ -2,10 +2,8 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import json
-import logging
 import os
 import pickle
 import re
@@ -21,14 +19,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from pyro_vje.cli import _log_warning, main
-from pyro_vje.training.memory import BatchTooLarge, InParts
 from soak import fuzz
 
 from pyro_vje import VJE, load_run, score, train
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data import decode as image_files
 from pyro_vje.model.encoding import encode
-from pyro_vje.representation.evaluation import evaluate, load_split
+from pyro_vje.representation.evaluation import load_split
 
 
 def run(*arguments):
@@ -144,83 +141,16 @@ def test_the_fuzzer_sees_what_it_is_there_for(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def memory_of(images, monkeypatch, error=torch.OutOfMemoryError):
-    """A device on which the encoder takes at most so many images at once: a GPU, for a CPU's passes are small."""
-    encode_all, sizes = VJE.embed, []
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_training_without_memory_names_the_batch_size(tiny_config, tmp_path, monkeypatch, error):
+    def fails(*arguments):
+        raise error
 
-    def limited(function):
-        def call(self, batch):
-            sizes.append(len(batch))
-            if len(batch) > images:
-                raise error(
-                    "out of memory" if error is torch.OutOfMemoryError else "DefaultCPUAllocator: not enough"
-                )
-            return function(self, batch)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(VJE, "embed", limited(encode_all))
-        patch.setattr(VJE, "features", limited(VJE.features))
-        for module in ("encoding", "scorer"):
-            patch.setattr(f"pyro_vje.{module}.in_equal_parts", lambda f, *x, rows=None: list(f(*x)))
-        for module in ("encoding", "scoring"):
-            patch.setattr(f"pyro_vje.{module}.images_at_once", lambda images, batch_size, device: batch_size)
-        yield sizes
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_training_says_which_batch_size_fits(tiny_config, tmp_path, monkeypatch, error):
-    with (
-        memory_of(11, monkeypatch, error) as sizes,
-        pytest.raises(BatchTooLarge, match="batch_size 16 does not fit") as caught,
-    ):
+    monkeypatch.setattr(VJE, "embed", fails)
+    with pytest.raises(MemoryError, match=r"batch_size 16 does not fit .*--batch-size"):
         train(tiny_config, tmp_path / "run")
-    assert sizes == [32, 16, 8]  # two views of 16, 8 and 4 images
-    assert "4 does (--batch-size 4)" in str(caught.value)
-    with memory_of(11, monkeypatch):
-        train(dataclasses.replace(tiny_config, batch_size=4, epochs=1, knn_every=0), tmp_path / "fits")
-    with (
-        memory_of(0, monkeypatch),
-        pytest.raises(BatchTooLarge, match="nor does any smaller one: lower image_size"),
-    ):
-        train(tiny_config, tmp_path / "none")
-
-
-@pytest.mark.parametrize("pairs", [0, 1])
-def test_scoring_goes_on_in_parts_with_the_same_scores(trained_run, tmp_path, monkeypatch, caplog, pairs):
-    outs = [tmp_path / "whole.csv", tmp_path / "parts.csv"]
-    with memory_of(256, monkeypatch):
-        score(trained_run, out=outs[0], draw=False, num_pairs=pairs, batch_size=4)
-    with memory_of(5 + 5 * pairs, monkeypatch), caplog.at_level(logging.WARNING, logger="pyro_vje"):
-        score(trained_run, out=outs[1], draw=False, num_pairs=pairs)
-    said = [record.message for record in caplog.records if "do not fit" in record.message]
-    assert said[-1].endswith("going on with 4 at once (--batch-size)")
-    assert outs[0].read_bytes() == outs[1].read_bytes()
-    with memory_of(0, monkeypatch):
-        result = run("score", "--ckpt", trained_run, "--out", outs[1])
-    assert (result.exit_code, result.stderr.splitlines()[-1][:26]) == (4, "Error: not even one image ")
-
-
-def test_evaluation_goes_on_in_parts_with_the_same_numbers(trained_run, tmp_path, monkeypatch):
-    arguments = {"linear": ["logistic", "sgd"], "probe_epochs": 2, "k": 5}
-    whole = evaluate(trained_run, out=tmp_path / "a.json", **arguments)
-    with memory_of(7, monkeypatch):
-        parts = evaluate(trained_run, out=tmp_path / "b.json", **arguments)
-    for one, other in zip(whole["rows"], parts["rows"], strict=True):
-        for name in ("knn", "linear", "linear_sgd", "effective_rank", "alignment"):
-            assert one[name] is other[name] is None or one[name] == pytest.approx(other[name], rel=1e-4), name
-
-
-def test_parts_are_in_order_and_another_error_is_not_swallowed():
-    in_parts = InParts(lambda batch: batch * 2)
-    assert torch.equal(torch.cat(in_parts(torch.arange(5))), torch.arange(0, 10, 2))
-
-    def fails(batch):
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        InParts(fails)(torch.arange(5))
 
 
 # What is found in folders ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_vje import metrics
+from pyro_vje.anomaly import outputs
 from pyro_vje.anomaly.outputs import PARTS, Scored, describe_calibration, write_csv, write_parquet
 from pyro_vje.anomaly.parts import Scorer, augmented_pairs
 from pyro_vje.anomaly.rows import Journal

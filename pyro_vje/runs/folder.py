@@ -33,9 +33,9 @@ from pyro_vje.config import TrainConfig
 from pyro_vje.data import DATASETS, CleanView, ImageSet
 from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
 from pyro_vje.model.encoding import Posteriors
-from pyro_vje.runs.files import check_form, parse_json, read_json, write_atomic, write_json
 from pyro_vje.model.vje import VJE
 from pyro_vje.plugins import is_reference
+from pyro_vje.runs.files import check_form, parse_json, read_json, write_atomic, write_json
 
 SCHEMA_VERSION = 3
 MAX_IMAGE_SIZE = 8192
@@ -341,7 +341,9 @@ def load_run(
             )
     # All but the encoder first, and without memory: a damaged configuration may ask for more than there is.
     trunk = state.get("posterior_network.trunk.0.weight", torch.empty(1, 1))
-    projector = state.get("projector.0.weight", trunk)  # without one, features are what the posterior network takes
+    projector = state.get(
+        "projector.0.weight", trunk
+    )  # without one, features are what the posterior network takes
     features = projector.shape[-1] if projector.dim() == 2 else 1
     with torch.device("meta"):
         head = _model(info.config, nn.Identity(), features).state_dict()

@@ -122,41 +122,6 @@ def test_ranks_draw_the_views_of_the_global_batch():
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, Recipe(scale=(0.01, 1.0), hue=0.5, blur=(1.0, 1.0))], ids=str)
-@pytest.mark.parametrize(
-    ("shape", "size"), [((32, 32), 32), ((96, 96), 64), ((24, 80), 40), ((5, 7), 3), ((4, 2), 2)]
-)
-def test_views_on_a_cpu_are_those_of_every_other_device(recipe, shape, size):
-    """The compiled loops against the batched operations, which are compared with torchvision each."""
-    images = torch.randint(0, 256, (20, 3, *shape), dtype=torch.uint8, generator=seeded(0))
-    two = TwoViews(size, recipe, MEAN, STD)
-    views = two(images, seeded(1))
-    for view, p in zip(views, zip(*drawn_from(seeded(1), images, two.recipe), strict=True), strict=True):
-        p = ViewParameters(*p)
-        expected = two._normalise_(two.augment(images.float() / 255, p))
-        same = (view - expected).abs() < 2e-4
-        # a pixel within rounding of the threshold may fall on either side
-        assert same[~p.solarise].all()
-        assert same[p.solarise].float().mean() > 0.99 or not p.solarise.any()
-
-
-def test_views_on_a_cpu_do_not_depend_on_the_batch_or_the_threads():
-    two, images = TwoViews(32, "stl10"), batch(100, 32)
-    whole = two(images, seeded(1))
-    drawn = drawn_from(seeded(1), images, two.recipe)
-    part = torch.empty(2, 3, 3, 32, 32)
-    last = ViewParameters(*(parameter[:, -3:] for parameter in drawn))
-    cpu_views.render(images[-3:], last, part, two.kernel, *two._statistics(images.device))
-    assert torch.equal(whole[:, -3:], part)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            assert torch.equal(two(images, seeded(1)), whole)
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_autocast_does_not_touch_the_pixels():
     two, images = TwoViews(16, "stl10"), batch(4, 24)
     with torch.autocast("cpu", torch.bfloat16):
