@@ -21,11 +21,9 @@ from PIL import Image
 from pyro_vje.cli import _log_warning, main
 from soak import fuzz
 
-from pyro_vje import VJE, load_run, score, train
+from pyro_vje import VJE, score, train
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data import decode as image_files
-from pyro_vje.model.encoding import encode
-from pyro_vje.representation.evaluation import load_split
 
 
 def run(*arguments):
@@ -323,13 +321,3 @@ def test_librarys_warnings_are_shown_at_debug_level(trained_run, monkeypatch):
     monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", warn)
     assert run("eval", "--ckpt", trained_run).stderr == "Error: done\n"
     assert "DeprecationWarning: old\n" in run("--log-level", "debug", "eval", "--ckpt", trained_run).stderr
-
-
-def test_encoded_batches_keep_their_places(trained_run, monkeypatch):
-    trained = load_run(trained_run)
-    images = load_split(trained, "test", None, None)
-    whole = encode(trained.vje, images, trained.info.view)
-    with memory_of(5, monkeypatch):
-        parts = encode(trained.vje, images, trained.info.view)
-    assert torch.equal(whole.indices, parts.indices)
-    torch.testing.assert_close(whole.embeddings, parts.embeddings)
