@@ -291,7 +291,7 @@ def test_embed_writes_posteriors(trained_run, image_folder, tmp_path):
     path, written, failed = embed(trained_run, image_folder / "test", tmp_path / "emb.npz")
     assert (written, failed) == (18, 0)
     with np.load(path) as arrays:
-        assert arrays["features"].shape == (18, 16)
+        assert arrays["features"].shape == (18, 8)
         for name in ("embeddings", "loc", "scale"):
             assert arrays[name].shape == (18, 8)
             assert arrays[name].dtype == np.float32

@@ -26,7 +26,7 @@ def test_table_of_three_representations(trained_run, tmp_path):
         "untrained encoder",
         "raw pixels",
     ]
-    assert [row["dim"] for row in result["rows"]] == [16, 16, 3 * 16 * 16]
+    assert [row["dim"] for row in result["rows"]] == [8, 8, 3 * 16 * 16]
     for row in result["rows"]:
         assert 0 <= row["knn"] <= 1
         assert 0 <= row["linear"] <= 1
