@@ -10,14 +10,14 @@ import warnings
 from typing import Any
 
 import click
+
+from pyro_vje import __version__
 from pyro_vje.cli.ablate import ablate_command
 from pyro_vje.cli.benchmark import benchmark_command
 from pyro_vje.cli.evaluate import eval_command
 from pyro_vje.cli.export import export_command
 from pyro_vje.cli.score import embed_command, score_command
 from pyro_vje.cli.train import train_command
-
-from pyro_vje import __version__
 from pyro_vje.runs.stopping import EXIT_SIGNAL, handle, raise_interrupted, restored_handlers
 
 EXIT_USAGE, EXIT_DIVERGED, EXIT_MEMORY, EXIT_BUG = 2, 3, 4, 70

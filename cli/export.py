@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from pyro_vje.cli import options
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pyro_vje.cli import options
 
 from pyro_vje.anomaly.scores import SCORES
+from pyro_vje.cli import options
 
 LEVEL = click.FloatRange(0, 1, min_open=True, max_open=True)
 

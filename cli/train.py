@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+
 from pyro_vje.cli import options
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 from click.testing import CliRunner
+
 from pyro_vje.cli import main
 
 FENCE = re.compile(r"(<!-- parsed -->\n)?^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -18,10 +18,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from pyro_vje.cli import _log_warning, main
 from soak import fuzz
 
 from pyro_vje import VJE, score, train
+from pyro_vje.cli import _log_warning, main
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data import decode as image_files
 

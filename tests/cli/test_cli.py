@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+
 from pyro_vje.cli import main
 
 SMALL = "--encoder tiny --embedding-dim 8 --hidden-dim 16 --batch-size 16 --precision 32 --image-size 16"

@@ -9,10 +9,10 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from pyro_vje.cli import main
 from safetensors.torch import load_file
 
 from pyro_vje import TrainConfig, ablate, train
+from pyro_vje.cli import main
 from pyro_vje.experiments import ablation
 from pyro_vje.experiments.ablation import grid
 from pyro_vje.training import run as training

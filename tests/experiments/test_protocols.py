@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from pyro_vje.cli import main
 from sklearn.metrics import roc_auc_score
 
 from pyro_vje import load_run, score
+from pyro_vje.cli import main
 from pyro_vje.data import load_dataset
 from pyro_vje.data.splits import reference_images
 from pyro_vje.experiments import protocols

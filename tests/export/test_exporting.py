@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from pyro_vje.cli import main
 from torch import nn
 
 from pyro_vje import embed, evaluate, export, load_run, score
 from pyro_vje.anomaly.table import ScoreSettings
+from pyro_vje.cli import main
 from pyro_vje.data import load_dataset
 from pyro_vje.export import deploy as exporting
 from pyro_vje.model import encoders

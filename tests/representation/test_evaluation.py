@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from pyro_vje.cli import main
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from pyro_vje import evaluate, load_run, metrics
+from pyro_vje.cli import main
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, load_dataset, views_for
 from pyro_vje.model.encoding import encode
 from pyro_vje.representation.evaluation import _uncertainty, format_table

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pyro_vje.cli import main as command
 
 from pyro_vje.anomaly import table as scoring
+from pyro_vje.cli import main as command
 from pyro_vje.experiments import ablation, protocols
 from pyro_vje.training import checkpoints
 from pyro_vje.training import monitor as monitoring

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from pyro_vje.cli import main
 from safetensors.torch import load_file
 
 from pyro_vje import TrainConfig, train
+from pyro_vje.cli import main
 from pyro_vje.runs import files
 from pyro_vje.runs.files import is_begun, locked, write_atomic
 from pyro_vje.runs.stopping import GOES_ON, Interrupted, StopRequest, restored_handlers

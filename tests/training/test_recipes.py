@@ -6,9 +6,9 @@ import json
 import pytest
 from click.testing import CliRunner
 from on_disk import write_imagenet, write_stl10
-from pyro_vje.cli import main
 
 from pyro_vje import TrainConfig, load_recipe
+from pyro_vje.cli import main
 from pyro_vje.config import RECIPES
 from pyro_vje.runs.folder import read_info
 
