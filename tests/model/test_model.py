@@ -12,7 +12,7 @@ from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
 
 
 def make(**settings):
-    return VJE(nn.Linear(6, 6), 6, **{"embedding_dim": 4, "hidden_dim": 8, **settings})
+    return VJE(nn.Linear(6, 4), 4, **{"hidden_dim": 8, **settings})
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,14 @@ def test_separate_variance_is_one_learned_scale_per_feature():
 def test_kl_weight_weighs_the_kl_alone(monkeypatch):
     noise = torch.randn(2, 9, 4)
     monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda *a, **k: noise)
-    views, losses = torch.randn(2, 9, 6), {}
-    for weight in (0.0, 0.5, 1.0):
-        torch.manual_seed(0)
-        vje = make(kl_weight=weight)
-        losses[weight] = SymmetricELBO()(vje.model, vje.guide)(views)
-    assert losses[1.0] > losses[0.0]  # the divergence is positive
-    torch.testing.assert_close(losses[0.5], (losses[0.0] + losses[1.0]) / 2)
+    vje, views = make(), torch.randn(2, 9, 6)
+    none, half, whole = (
+        SymmetricELBO(kl_weight=weight)(vje.model, vje.guide)(views) for weight in (0.0, 0.5, 1.0)
+    )
+    assert whole > none  # the divergence is positive
+    torch.testing.assert_close(half, (none + whole) / 2)
+    with pytest.raises(ValueError, match="kl_weight must be finite and at least 0"):
+        SymmetricELBO(kl_weight=-0.1)
 
 
 def test_heavy_tails_bound_the_pull_of_an_outlier():
@@ -100,14 +101,50 @@ def test_heavy_tails_bound_the_pull_of_an_outlier():
     assert gradients[math.inf] > 1000
 
 
+def test_projectors_close_with_a_batch_norm_and_name_what_they_cannot_do():
+    images = torch.randn(64, 6)
+    own = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, affine=False))
+    for settings, dim, count in (
+        ({}, 4, 0),
+        ({"projector": "linear", "embedding_dim": 5}, 5, 1),
+        ({"projector": "mlp"}, 128, 4),  # the hidden batch norm has two
+        ({"projector": own, "embedding_dim": 3}, 3, 1),
+    ):
+        vje = make(**settings)
+        embeddings = vje.embed(images)
+        assert (embeddings.shape, vje.embedding_dim) == ((64, dim), dim)
+        assert len(list(vje.projector.parameters())) == count
+        torch.testing.assert_close(embeddings.var(0, unbiased=False), torch.ones(dim), rtol=1e-3, atol=0)
+    with pytest.raises(
+        ValueError, match="the embedding is the encoder's 4 features, not 5: leave embedding_dim"
+    ):
+        make(embedding_dim=5)
+
+
+def test_the_radius_has_a_scale_of_its_own_where_its_density_has_one():
+    learned, shared = make(), make(radius_scale="shared")
+    assert learned.raw_radius_scale is not None
+    assert shared.raw_radius_scale is None
+    assert make(likelihood="normal").raw_radius_scale is None
+    loc, scale, target = torch.randn(9, 4), torch.rand(9, 4) + 0.1, torch.randn(9, 4)
+    radii = {}
+    for name, vje in (("learned", learned), ("shared", shared)):
+        radii[name] = [
+            vje.likelihood(loc, s).log_prob_radius(target.norm(dim=-1)) for s in (scale, 2 * scale)
+        ]
+    torch.testing.assert_close(*radii["learned"])
+    assert (radii["shared"][0] != radii["shared"][1]).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"embedding_dim": 1}, "embedding_dim must be at least 2"),
         ({"df": 0}, "df must be positive"),
-        ({"kl_weight": -0.1}, "kl_weight must be finite and at least 0"),
         ({"unit_radius": "D"}, "unit_radius must be"),
         ({"radius": "gamma"}, "radius must be one of"),
+        ({"radius_scale": "own"}, "radius_scale must be one of learned, shared, not 'own'"),
+        ({"projector": "deep"}, "projector must be one of none, linear, mlp, not 'deep'"),
         ({"likelihood": "gauss"}, "unknown likelihood family 'gauss'"),
     ],
 )
