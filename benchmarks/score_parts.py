@@ -21,7 +21,7 @@ from benchmarks.harness import Settings
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.anomaly.table import anomaly_labels
 from pyro_vje.data import ImageSet, load_dataset
-from pyro_vje.metrics.metrics import auroc
+from pyro_vje.metrics import auroc
 from pyro_vje.model.encoding import encode
 from pyro_vje.representation.evaluation import load_split
 from pyro_vje.runs.files import write_json

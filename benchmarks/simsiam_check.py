@@ -76,7 +76,7 @@ def cell(data_dir: str, encoder_name: str, epochs: int, seed: int) -> dict[str, 
             schedule.step()
     seconds = time.perf_counter() - start
     splits = (load_dataset("folder", data_dir, split, image_size=SIZE) for split in ("train", "test"))
-    found, _ = probe(features_of(VJE(encoder, dim).to(device), clean), *splits, seed=seed)
+    found, _ = probe(features_of(VJE(encoder, dim).to(device), clean), *splits)
     measures = {"loss": loss.item(), "knn": found["knn"], "linear": found["linear"], "seconds": seconds}
     settings = {
         "encoder": encoder_name,

@@ -14,8 +14,7 @@ import torch
 from pyro_vje import TrainConfig, load_run, train
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import load_dataset
-from pyro_vje.metrics.conformal import conformal_p_values
-from pyro_vje.metrics.metrics import knn_predict, r_auroc, rejection_curve
+from pyro_vje.metrics import conformal_p_values, knn_predict, r_auroc, rejection_curve
 from pyro_vje.model.encoding import encode
 from pyro_vje.runs.folder import CALIBRATION, load_posteriors
 

@@ -238,7 +238,7 @@ def score(
         )
     known = None if is_anomaly is None else is_anomaly[table.positions].numpy()
     both = known is not None and 0 < known.sum() < len(known)
-    found = metrics.detection_metrics(table.scores, known, seed=seed) if known is not None and both else None
+    found = metrics.detection_metrics(table.scores, known) if known is not None and both else None
     flagged = None if decisions is None else int(decisions.sum())
     scored = Scored(images, table, calibration, p_values, decisions, known)
     write_csv(target, scored)

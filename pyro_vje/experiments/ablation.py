@@ -220,7 +220,7 @@ def _measure(config: TrainConfig, folder: Path) -> tuple[dict[str, float], dict[
     train_set = load_split(run, "train", None, None, download=config.download)
     if train_set.labels is not None and len(train_set.labels[train_set.labels >= 0].unique()) > 1:
         sets = train_set.labelled(), load_split(run, "test", None, None, download=config.download).labelled()
-        accuracy, found = probe(features_of(run.vje, run.info.view), *sets, seed=config.seed)
+        accuracy, found = probe(features_of(run.vje, run.info.view), *sets)
         found["linear"].pop("seed")  # the cell's
         measures |= {name: accuracy[name] for name in found}
         protocols |= found

@@ -309,7 +309,7 @@ def _judge(scores: Scores, is_anomaly: NDArray[np.bool_]) -> list[dict[str, Any]
     counts = {"normal_images": int((~is_anomaly).sum()), "anomalies": int(is_anomaly.sum())}
     return [
         {"score": name, "on": on, "forward_passes": 0 if on == BY_PIXELS else 1, **counts}
-        | metrics.detection_metrics(values, is_anomaly, resamples=200)
+        | metrics.detection_metrics(values, is_anomaly)
         for (name, on), values in sorted(scores.items(), key=lambda item: _order(*item[0]))
     ]
 
@@ -400,7 +400,7 @@ def rows_of(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """AUROC (anomalies positive) of each score: a column for each normal class, and their mean, best in bold.
 
-    A column is the mean over seeds. The interval of the mean is 95 %, from the bootstrap over test images, as if each
+    A column is the mean over seeds. The interval of the mean is 95 %, by DeLong from the test images, as if each
     cell had test images of its own.
     """
     columns = list(dict.fromkeys(str(row["normal"]) for row in rows))

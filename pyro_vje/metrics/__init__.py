@@ -1,47 +1,29 @@
-"""Numbers from arrays: NumPy or torch in, floats and NumPy out."""
+"""Numbers from arrays: functions that know no model, data or run; NumPy or torch in, floats and NumPy out."""
 
+from pyro_vje.metrics.arrays import Array, as_numpy, as_vector
 from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
-from pyro_vje.metrics.metrics import (
-    BLOCK_ENTRIES,
+from pyro_vje.metrics.detection import aupr, auroc, auroc_interval, detection_metrics, fpr_at_tpr
+from pyro_vje.metrics.representation import (
     MIN_POSTERIOR_SNR,
-    MIN_RANK_SHARE,
     MIN_SPREAD,
-    Array,
-    KnnResult,
-    Positive,
-    ProbeResult,
-    RejectionCurve,
     alignment,
-    as_numpy,
-    as_vector,
-    aupr,
-    auroc,
-    auroc_interval,
     check_knn,
     collapse_warning,
-    detection_metrics,
     effective_rank,
     embedding_spread,
-    fpr_at_tpr,
     knn_accuracy,
     knn_predict,
     knn_sweep,
     linear_probe,
     posterior_snr,
-    r_auroc,
-    rejection_curve,
     uniformity,
 )
+from pyro_vje.metrics.uncertainty import RejectionCurve, r_auroc, rejection_curve
 
 __all__ = [
-    "BLOCK_ENTRIES",
     "MIN_POSTERIOR_SNR",
-    "MIN_RANK_SHARE",
     "MIN_SPREAD",
     "Array",
-    "KnnResult",
-    "Positive",
-    "ProbeResult",
     "RejectionCurve",
     "alignment",
     "as_numpy",

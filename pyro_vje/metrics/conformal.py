@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_vje.metrics.metrics import Array, as_vector
+from pyro_vje.metrics.arrays import Array, as_vector
 
 
 def conformal_p_values(scores: Array, calibration_scores: Array) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from pyro_vje.metrics.metrics import MIN_POSTERIOR_SNR, MIN_SPREAD, Array, as_numpy, auroc
+from pyro_vje.metrics import MIN_POSTERIOR_SNR, MIN_SPREAD, Array, as_numpy, auroc
 from pyro_vje.runs.files import write_atomic
 
 # Okabe & Ito's palette, told apart with any colour vision; classes beyond its seven take another marker as well.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pyro_vje import metrics
@@ -78,7 +79,6 @@ def probe(
     *,
     k: int = 200,
     temperature: float = 0.1,
-    seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weighted k-NN and logistic regression on one representation of labelled images.
 
@@ -91,7 +91,7 @@ def probe(
     train_index, train = extract(train_set)
     test_index, test = extract(test_set)
     data = train, train_set.labels_at(train_index), test, test_set.labels_at(test_index)
-    return _merge(_knn(data, [k], [temperature]), _logistic(data, seed))
+    return _merge(_knn(data, [k], [temperature]), _logistic(data))
 
 
 def _merge(*found: Found) -> Found:
@@ -111,15 +111,15 @@ def _knn(data: Data, ks: Sequence[int], temperatures: Sequence[float]) -> Found:
     protocols = {"knn": _protocol(results[0])}
     if len(results) > 1:
         names = ("k", "temperature", "accuracy")
-        row["knn_sweep"] = [{name: result[name] for name in names} for result in results]  # type: ignore[literal-required]
+        row["knn_sweep"] = [{name: result[name] for name in names} for result in results]
         protocols["knn_sweep"] = {**protocols["knn"], "k": list(ks), "temperature": list(temperatures)}
     return row, protocols
 
 
-def _logistic(data: Data, seed: int) -> Found:
+def _logistic(data: Data) -> Found:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the linear probe stopped")  # said in the row instead
-        result = metrics.linear_probe(*data, seed=seed)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said in the row instead
+        result = metrics.linear_probe(*data)
     row = {"linear": result["accuracy"], "linear_converged": result["converged"]}
     return row, {"linear": _protocol(result)}
 
@@ -269,7 +269,7 @@ def evaluate(
         data = train, train_set.labels_at(train_index), test, test_set.labels_at(test_index)
         found = [_knn(data, ks, temperatures)]
         if "logistic" in probes:
-            found.append(_logistic(data, config.seed))
+            found.append(_logistic(data))
         if vje is None or encoded is None:
             return _merge(*found), None
         if "sgd" in probes:

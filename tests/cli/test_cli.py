@@ -179,7 +179,7 @@ def test_repeatable_flag_shows_and_takes_its_names():
 
 def test_warnings_of_health_wait_for_the_warm_up_and_are_not_repeated(image_folder, tmp_path, monkeypatch):
     ratios = iter([0.1] * 6 + [0.2, 9.0, 0.3, 0.4])  # of epochs 1 to 10: healthy in epoch 8 alone
-    monkeypatch.setattr("pyro_vje.metrics.metrics.posterior_snr", lambda *_: next(ratios))
+    monkeypatch.setattr("pyro_vje.metrics.posterior_snr", lambda *_: next(ratios))
     where = ["--dataset", "folder", "--data-dir", image_folder, "--out", tmp_path / "run"]
     how = ["--epochs", 10, "--warmup-epochs", 6, "--knn-every", 1, *SMALL.split()]
     result = run("train", *where, *how)
