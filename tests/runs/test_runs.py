@@ -21,6 +21,8 @@ from pyro_vje.runs.folder import (
     read_info,
 )
 
+WEIGHT = "posterior_network.loc.weight"
+
 
 @pytest.fixture
 def run_copy(trained_run, tmp_path):
@@ -68,19 +70,13 @@ def test_building_a_model_leaves_the_random_state_alone(tiny_config):
         (lambda p: p.write_bytes(b""), "no readable safetensors file"),
         (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "no readable safetensors file"),
         (lambda p: save_file({"a": torch.zeros(1)}, p), "not written by pyro-vje"),
-        (
-            lambda p: rewrite(p, lambda s: s.pop("projector.0.weight")),
-            "missing or too many: projector.0.weight",
-        ),
+        (lambda p: rewrite(p, lambda s: s.pop(WEIGHT)), f"missing or too many: {WEIGHT}"),
         (lambda p: rewrite(p, lambda s: s.update({"x": torch.zeros(1)})), "missing or too many: x"),
         (
-            lambda p: rewrite(p, lambda s: s.update({"projector.0.weight": torch.zeros(2, 2)})),
-            r"projector.0.weight is torch.float32 \(2, 2\)",
+            lambda p: rewrite(p, lambda s: s.update({WEIGHT: torch.zeros(2, 2)})),
+            rf"{WEIGHT} is torch.float32 \(2, 2\)",
         ),
-        (
-            lambda p: rewrite(p, lambda s: s["projector.0.weight"].fill_(float("nan"))),
-            "holds non-finite values",
-        ),
+        (lambda p: rewrite(p, lambda s: s[WEIGHT].fill_(float("nan"))), "holds non-finite values"),
         (lambda p: rewrite(p, None, lambda h: h.update(schema_version=99)), "schema version 99"),
         (lambda p: rewrite(p, None, lambda h: h.pop("image_size")), "image_size is missing"),
         (lambda p: rewrite(p, None, lambda h: h["config"].update(epochs="many")), "setting epochs must be"),
@@ -117,14 +113,14 @@ def test_user_code_is_imported_only_when_trusted(run_copy, tmp_path, monkeypatch
         "from torch import nn\n"
         "def tiny_encoder(image_size):\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),\n"
-        "        nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+        "        nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
     monkeypatch.chdir(tmp_path)
     rewrite(run_copy / "weights.safetensors", None, lambda h: h["config"].update(encoder="my_encoders:mine"))
     with pytest.raises(ValueError, match="--trust-plugins"):
         load_run(run_copy)
     assert not (tmp_path / "imported").exists()
-    assert load_run(run_copy, trust_plugins=True).vje.feature_dim == 16
+    assert load_run(run_copy, trust_plugins=True).vje.feature_dim == 8
     assert (tmp_path / "imported").exists()
 
 
@@ -151,11 +147,12 @@ def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
     """Also its files: weights with the same header, posteriors without any."""
     info = RunInfo.from_dict(json.loads(VERSION_1))
     assert (info.config.holdout, info.config.kl_weight, info.config.df) == (0.0, 0.1, 5.0)
+    assert (info.config.projector, info.config.radius_scale) == ("mlp", "shared")
     assert info.to_dict()["schema_version"] == SCHEMA_VERSION
     assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
     (run_copy / "config.json").write_text(VERSION_1)
-    weights = run_copy / "weights.safetensors"
-    save_file(load_file(weights), weights, {"pyro_vje": VERSION_1})
+    state = {name: t.contiguous() for name, t in build_model(info.config, 16).state_dict().items()}
+    save_file(state, run_copy / "weights.safetensors", {"pyro_vje": VERSION_1})
     run = load_run(run_copy)
     assert run.info == read_info(run_copy) == info
     now = load_posteriors(run, CALIBRATION)
@@ -165,11 +162,12 @@ def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
 
 def test_every_older_version_has_a_way_to_this_one(monkeypatch):
     assert list(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
-    monkeypatch.setattr("pyro_vje.runs.folder.SCHEMA_VERSION", 4)
-    monkeypatch.setitem(MIGRATIONS, 2, lambda values: {**values, "way": [2]})
-    monkeypatch.setitem(MIGRATIONS, 3, lambda values: {**values, "way": [*values["way"], 3]})
-    assert migrate({"schema_version": 1}) == {"schema_version": 4, "way": [2, 3]}
-    for version in (0, 5, -1, True, "1", [], None):
+    now = SCHEMA_VERSION
+    monkeypatch.setattr("pyro_vje.runs.folder.SCHEMA_VERSION", now + 2)
+    monkeypatch.setitem(MIGRATIONS, now, lambda values: {**values, "way": [1]})
+    monkeypatch.setitem(MIGRATIONS, now + 1, lambda values: {**values, "way": [*values["way"], 2]})
+    assert migrate({"schema_version": 1}) == {"schema_version": now + 2, "way": [1, 2]}
+    for version in (0, now + 3, -1, True, "1", [], None):
         with pytest.raises(ValueError, match=r"schema.version"):
             migrate({"schema_version": version})
 
@@ -196,6 +194,13 @@ def test_descriptions_out_of_range_are_refused(changes, message):
 def test_a_model_is_built_only_when_its_size_fits_the_weights(run_copy):
     """A header that asks for a head of 12 TB is refused without an attempt to make it."""
     path = run_copy / "weights.safetensors"
-    rewrite(path, None, lambda h: h["config"].update(hidden_dim=2**20, embedding_dim=2**20 - 1))
+    huge = {"projector": "linear", "hidden_dim": 2**20, "embedding_dim": 2**20 - 1}
+
+    def with_projector(state):
+        for name in [name for name in state if name.startswith("projector.0.")]:
+            state[name.replace("0", "1", 1)] = state.pop(name)
+        state["projector.0.weight"] = torch.zeros(8, 8)
+
+    rewrite(path, with_projector, lambda h: h["config"].update(huge))
     with pytest.raises(ValueError, match=r"but the configuration asks for torch.float32 \(10485"):
         load_run(path)

@@ -1,4 +1,4 @@
-"""An encoder of a few thousand parameters that draws from every random generator there is."""
+"""An encoder of eight features that draws from every random generator there is."""
 
 import random
 
@@ -21,7 +21,7 @@ def tiny(image_size: int) -> nn.Module:
         nn.ReLU(),
         nn.Dropout(0.1),
         Noise(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),

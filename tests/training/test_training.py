@@ -47,7 +47,7 @@ def test_run_folder_is_complete(trained_run, tiny_config):
         assert all(math.isfinite(float(row[name])) for name in COLUMNS)
         # the parts and the Jacobian make up the likelihood; loss = kl_weight · kl - log_likelihood up to noise
         assert 0 <= float(row["knn_accuracy"]) <= 1
-        assert 1 <= float(row["effective_rank"]) <= 16
+        assert 1 <= float(row["effective_rank"]) <= 8
 
 
 def test_training_improves_the_objective(tiny_config, tmp_path):
@@ -63,7 +63,7 @@ def test_same_seed_same_weights_and_another_seed_others(trained_run, tiny_config
     other = load_file(
         train(dataclasses.replace(tiny_config, seed=1), tmp_path / "other") / "weights.safetensors"
     )
-    assert not torch.equal(first["projector.0.weight"], other["projector.0.weight"])
+    assert not torch.equal(first["posterior_network.loc.weight"], other["posterior_network.loc.weight"])
 
 
 def test_resumed_run_equals_an_uninterrupted_one(trained_run, tiny_config, tmp_path, monkeypatch):
