@@ -22,29 +22,27 @@ class VectorDistribution(TorchDistribution):
     arg_constraints: ClassVar[dict[str, constraints.Constraint]]
 
     def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
-        """Upcast, broadcast and store the parameters, and initialise the distribution.
-
-        A leading underscore marks an optional parameter, whose public name is a property with a default.
-        """
+        """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
         for name, p in parameters.items():
             if not isinstance(p, Tensor | Real):
                 raise TypeError(f"{name.lstrip('_')} must be a tensor or a number, not a {type(p).__name__}")
-        # Sums of D squares and (df + D)/2 times a logarithm do not survive half precision.
-        tensors = {name: at_least_float32(p) for name, p in parameters.items() if isinstance(p, Tensor)}
+        tensors = [p for p in parameters.values() if isinstance(p, Tensor)]
         if not tensors:
             raise TypeError(
                 f"of the parameters {', '.join(parameters)} at least one must be a tensor (..., D)"
             )
-        like = next(iter(tensors.values()))
-        # new_full copies nothing from the host, so that a number costs no device synchronisation.
-        numbers = {name: p for name, p in parameters.items() if not isinstance(p, Tensor)}
-        tensors |= {name: like.new_full((), number) for name, number in numbers.items()}
-        shapes = {name.lstrip("_"): p.shape for name, p in tensors.items()}
+        # Sums of D squares do not survive half precision; new_full copies nothing from the host.
+        like = at_least_float32(tensors[0])
+        stored = {
+            name: at_least_float32(p) if isinstance(p, Tensor) else like.new_full((), p)
+            for name, p in parameters.items()
+        }
+        shapes = {name.lstrip("_"): p.shape for name, p in stored.items()}
         batch_shape, event_shape = self.infer_shapes(**shapes)
         if len(event_shape) != 1 or event_shape[0] < 2:
             raise ValueError(f"parameters must be vectors (..., D) with D of 2 or more; got shapes {shapes}")
-        self._parameter_names = tuple(tensors)
-        for name, p in tensors.items():
+        self._parameter_names = tuple(stored)
+        for name, p in stored.items():
             setattr(self, name, p.expand(batch_shape + event_shape[: self._parameter_dim(name)]))
         super().__init__(batch_shape, event_shape, validate_args=validate_args)
 
@@ -88,7 +86,6 @@ class VectorDistribution(TorchDistribution):
         raise NotImplementedError
 
     def _checked(self, value: Tensor) -> Tensor:
-        """Validate a sample where validation is on, and upcast half precision."""
         if self._validate_args:
             self._validate_sample(value)
         return at_least_float32(value)
@@ -117,13 +114,7 @@ class StudentTDistribution(VectorDistribution):
 
 
 def as_column(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Shape values (M, D) as (M, 1, ..., 1, D), to broadcast against the whole batch shape.
-
-    Raises
-    ------
-    ValueError
-        If value is no such tensor.
-    """
+    """Shape values (M, D) as (M, 1, ..., 1, D), to broadcast against the whole batch shape."""
     if not isinstance(value, Tensor) or value.shape[1:] != distribution.event_shape or value.dim() != 2:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         dim = tuple(distribution.event_shape)
@@ -160,8 +151,7 @@ def at_least_float32(value: Tensor) -> Tensor:
 def unit_and_norm(value: Tensor) -> tuple[Tensor, Tensor]:
     """Split vectors (..., D) into direction (..., D) and norm (..., 1).
 
-    Norms are clamped below at sqrt(finfo.tiny), where squares underflow and no norm can be computed: the zero
-    vector has direction zero and finite gradients instead of NaN.
+    Norms are clamped at sqrt(finfo.tiny), where squares underflow: the zero vector has direction zero, not NaN.
     """
     norm = torch.linalg.vector_norm(value, dim=-1, keepdim=True)
     norm = norm.clamp_min(math.sqrt(torch.finfo(value.dtype).tiny))
@@ -192,10 +182,7 @@ def _stirling(x: Tensor) -> Tensor:
 
 
 def student_t_log_normalizer(df: Scalar, dim: int) -> Scalar:
-    """Log density at the origin of the standard ``dim``-variate Student-t.
-
-    A number gives a number, for which no kernel is launched; a tensor gives a float64 tensor of its shape.
-    """
+    """Log density at the origin of the standard ``dim``-variate Student-t: a number for one, else float64."""
     if isinstance(df, Tensor):
         return log_gamma_ratio(0.5 * df, 0.5 * dim) - 0.5 * dim * (math.pi * df.double()).log()
     return _cached_log_normalizer(df, dim)

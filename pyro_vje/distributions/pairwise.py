@@ -16,25 +16,17 @@ def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:
     """Log density of every value under every element of a batch: ``log_prob`` of the outer product.
 
     The distributions of this package and the diagonal normal, ``Normal(loc, scale).to_event(1)``, are evaluated
-    by matrix products of values with parameters; any other goes through its ``log_prob``, a few values at a
-    time, so that no tensor is larger than value or the parameters.
-
-    The products are in float64, where float32 would lose all digits for values next to a location of small
-    scale: float32 arguments give the accuracy of ``log_prob`` for scales down to 1e-5 of the length of ``loc``
-    (0.002 nats at 1e-6, D = 128). Memory without gradients is 20 to 35 bytes for each pair, 150 with a projected
-    factor: it is the caller who takes the values in chunks.
+    by matrix products of values with parameters, in float64: accurate as ``log_prob`` for scales down to 1e-5 of
+    the length of ``loc`` (0.002 nats at 1e-6, D = 128). Any other goes through its ``log_prob``, a few values at a
+    time. Memory without gradients is 20 to 35 bytes for each pair, 150 with a projected factor: it is the caller
+    who takes the values in chunks.
 
     Parameters
     ----------
     distribution : TorchDistribution
-        With event shape ``(D,)``, of any batch shape (N distributions have ``(N,)``).
+        With event shape ``(D,)``, of any batch shape.
     value : Tensor
-        Values in the support, shape ``(M, D)``.
-
-    Returns
-    -------
-    Tensor
-        Log densities, shape ``batch_shape + (M,)``; differentiable.
+        Values in the support, shape ``(M, D)``; the result has shape ``batch_shape + (M,)``.
 
     Raises
     ------

@@ -15,19 +15,19 @@ from pyro_vje.distributions.numerics import (
     StudentTDistribution,
     at_least_float32,
     inverse_mixing_scale,
-    squared_distance,
     student_t_log_density,
     unit,
     unit_and_norm,
 )
-from pyro_vje.distributions.projected import projected_student_t_log_prob, sample_direction
-from pyro_vje.distributions.quadrature import log_restricted_mass
+from pyro_vje.distributions.polar_product import PolarDensity
+from pyro_vje.distributions.projected import ProjectedStudentT
+from pyro_vje.distributions.restricted import RestrictedStudentT
 
 Direction = Literal["restricted", "projected"]
 Radius = Literal["student-t", "log-student-t"]
 
 
-class PolarStudentT(StudentTDistribution):
+class PolarStudentT(PolarDensity, StudentTDistribution):
     """Heavy-tailed density over R^D, factorised into direction u = t/‖t‖ and radius r = ‖t‖.
 
     ::
@@ -35,38 +35,28 @@ class PolarStudentT(StudentTDistribution):
         log p(t) = log p_direction(u) + log p_radius(r) - (D - 1) log r
 
     The last term is the Jacobian of t -> (r, u). Source: Oji & Fieguth, "Joint Embedding Variational Bayes"
-    (arXiv 2602.05639), whose likelihood is the default; the other factors are ours.
+    (arXiv 2602.05639), whose likelihood is the default; the other factors are ours. Half-precision arguments are
+    upcast to float32; a zero vector gives a finite value and gradient, not NaN.
 
     Parameters
     ----------
-    df : float or Tensor
-        Degrees of freedom, shape ``batch_shape``; ``inf`` gives the Gaussian limit.
-    loc : Tensor
-        Location, shape ``batch_shape + (D,)``.
-    scale : Tensor
-        Scale of each feature, shape ``batch_shape + (D,)``.
+    df, loc, scale
+        As in :class:`DiagonalStudentT`.
     unit_radius : float
         Radius of the sphere on which directions are measured, in units of ``loc`` and ``scale``: the
-        directional factor has location loc/‖loc‖ and scale ``scale / unit_radius`` on the unit sphere. Its
-        density is with respect to the surface measure of the *unit* sphere.
+        directional factor has location loc/‖loc‖ and scale ``scale / unit_radius``, with respect to the surface
+        measure of the *unit* sphere.
     radius_scale : Tensor, optional
         Scale of the radius, shape ``batch_shape``. By default ``sqrt(sum((loc/‖loc‖)² scale²))``:
         diag(scale²) projected onto the direction of ``loc`` (the mean scale where ``loc`` is zero).
     direction : {"restricted", "projected"}
-        ``restricted`` evaluates the ambient Student-t on the sphere (the paper's "spherical subdensity"): it
-        does not integrate to one, and its mass depends on ``scale`` (:attr:`log_direction_mass`).
-        ``projected`` is the exact law of x/‖x‖ for Student-t x, see :class:`ProjectedStudentT`.
+        ``restricted`` is the ambient Student-t at the points of the sphere (the paper's "spherical subdensity"):
+        it does not integrate to one, and its mass depends on ``scale`` (:attr:`log_direction_mass`).
+        ``projected`` is the law of x/‖x‖ for Student-t x, :class:`ProjectedStudentT`.
     radius : {"student-t", "log-student-t"} or None
-        ``student-t`` is the paper's: univariate Student-t with location ‖loc‖ at r. It is *not* truncated to
-        r > 0, so it leaves the mass below zero out. ``log-student-t`` is Student-t in log r with location
-        log ‖loc‖ and scale radius_scale/‖loc‖, with its Jacobian 1/r: it integrates to one. ``None`` drops
-        the factor; what is left is improper.
-
-    Notes
-    -----
-    No mean is offered: the log-radius factor has no moments, and the direction's mean has no closed form.
-    Half-precision arguments are upcast to float32. Norms are clamped below at sqrt(finfo.tiny): a zero vector
-    gives a finite value and finite gradients, not NaN.
+        ``student-t``, the paper's, has location ‖loc‖ and is *not* truncated to r > 0: the mass below zero is left
+        out. ``log-student-t`` is Student-t in log r with location log ‖loc‖ and scale radius_scale/‖loc‖, and
+        integrates to one. ``None`` drops the factor; what is left is improper.
 
     Raises
     ------
@@ -78,7 +68,6 @@ class PolarStudentT(StudentTDistribution):
         **StudentTDistribution.arg_constraints,
         "radius_scale": constraints.positive,
     }
-    support = constraints.real_vector
 
     def __init__(
         self,
@@ -109,7 +98,11 @@ class PolarStudentT(StudentTDistribution):
     @property
     def radius_scale(self) -> Tensor:
         """Scale of the radius, shape ``batch_shape``."""
-        return self._get_radius_scale(unit(self.loc))
+        if self._radius_scale is not None:
+            return self._radius_scale
+        # A zero loc has no direction to project on: any scale will do, as long as it and its gradient are finite.
+        projected = torch.linalg.vector_norm(unit(self.loc) * self.scale, dim=-1)
+        return torch.where(projected > 0, projected, self.scale.mean(-1))
 
     @property
     def is_normalized(self) -> bool:
@@ -122,46 +115,40 @@ class PolarStudentT(StudentTDistribution):
         return self.is_normalized
 
     @property
+    def _direction(self) -> ProjectedStudentT | RestrictedStudentT:
+        family = ProjectedStudentT if self.direction == "projected" else RestrictedStudentT
+        return family(self._df, unit(self.loc), self.scale / self.unit_radius, validate_args=False)
+
+    @property
     def log_direction_mass(self) -> Tensor:
         """Log of the directional factor's integral over the sphere, shape ``batch_shape``, in float64.
 
-        Zero for the projected factor. The restricted factor's mass is computed where ``scale`` is the same for
-        all features; it shows how far the factor is from a density.
+        Zero for the projected factor. For the restricted factor it shows how far that is from a density.
 
         Raises
         ------
         ValueError
             If the direction is restricted and ``scale`` differs between features.
         """
-        if self.direction == "projected":
-            return torch.zeros_like(self.df, dtype=torch.float64)
-        if not torch.equal(self.scale, self.scale[..., :1].expand_as(self.scale)):
-            raise ValueError(
-                "log_direction_mass is known only for a scale equal in all features; pass such a scale, or use "
-                "direction='projected', whose mass is one for any"
-            )
-        return log_restricted_mass(self.df, self.scale[..., 0] / self.unit_radius, self.event_shape[0])
+        factor = self._direction
+        if isinstance(factor, RestrictedStudentT):
+            return factor.log_mass.expand(self.batch_shape)
+        return torch.zeros_like(self.df, dtype=torch.float64)
 
-    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        u, r = unit_and_norm(value)
-        m, loc_norm = unit_and_norm(self.loc)
-        r = r.squeeze(-1)
-        log_prob = self._log_prob_direction(u, m, matrix) - (self.event_shape[0] - 1) * r.log()
-        if self.radius is None:
-            return log_prob
-        return log_prob + self._log_prob_radius(r, loc_norm.squeeze(-1), m)
-
-    def log_prob_direction(self, value: Tensor) -> Tensor:
-        """Log of the directional factor at value/‖value‖; value (..., D) need not be a unit vector."""
-        return self._log_prob_direction(unit(at_least_float32(value)), unit(self.loc))
+    def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
+        return self._direction._log_prob(u, matrix)
 
     def log_prob_radius(self, radius: Tensor) -> Tensor:
         """Log of the radial factor at radius (...) > 0; zero where the factor is dropped."""
-        radius = at_least_float32(radius)
+        r = at_least_float32(radius)
         if self.radius is None:
-            return torch.zeros_like(radius).expand(torch.broadcast_shapes(radius.shape, self.batch_shape))
-        m, loc_norm = unit_and_norm(self.loc)
-        return self._log_prob_radius(radius, loc_norm.squeeze(-1), m)
+            return torch.zeros_like(r).expand(torch.broadcast_shapes(r.shape, self.batch_shape))
+        loc, scale = unit_and_norm(self.loc)[1].squeeze(-1), self.radius_scale
+        if self.radius == "student-t":
+            return student_t_log_density(self._df, 1, ((r - loc) / scale).square()) - scale.log()
+        scale, log_r = scale / loc, r.log()
+        squared = ((log_r - loc.log()) / scale).square()
+        return student_t_log_density(self._df, 1, squared) - scale.log() - log_r
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised; log radii are clamped to what the dtype can hold.
@@ -178,12 +165,11 @@ class PolarStudentT(StudentTDistribution):
                 "direction='projected' with radius='log-student-t' has sample() and rsample(), with "
                 "radius='student-t' it has sample()"
             )
-        m, loc_norm = unit_and_norm(self.loc)
-        loc_norm = loc_norm.squeeze(-1)
-        z = self._radial_noise(sample_shape) * self._get_radius_scale(m) / loc_norm
+        loc = unit_and_norm(self.loc)[1].squeeze(-1)
+        z = self._radial_noise(sample_shape) * self.radius_scale / loc
         limit = 0.49 * math.log(torch.finfo(z.dtype).max)  # leaves room for the square of the norm
-        r = (loc_norm.log() + z).clamp(-limit, limit).exp()
-        return r.unsqueeze(-1) * self._sample_direction(m, sample_shape)
+        r = (loc.log() + z).clamp(-limit, limit).exp()
+        return r.unsqueeze(-1) * self._direction.expand(self.batch_shape).rsample(Size(sample_shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
@@ -195,42 +181,13 @@ class PolarStudentT(StudentTDistribution):
             If ``direction="restricted"`` or ``radius=None``.
         """
         if self.direction != "projected" or self.radius != "student-t":
-            return self.rsample(sample_shape)
-        m, loc_norm = unit_and_norm(self.loc)
-        loc_norm, scale = loc_norm.squeeze(-1), self._get_radius_scale(m)
-        r = loc_norm + scale * self._radial_noise(sample_shape)
+            return self.rsample(Size(sample_shape))
+        loc, scale = unit_and_norm(self.loc)[1].squeeze(-1), self.radius_scale
+        r = loc + scale * self._radial_noise(sample_shape)
         while (r <= 0).any():  # at most half of the draws are redone
-            r = torch.where(r <= 0, loc_norm + scale * self._radial_noise(sample_shape), r)
-        return r.unsqueeze(-1) * self._sample_direction(m, sample_shape)
+            r = torch.where(r <= 0, loc + scale * self._radial_noise(sample_shape), r)
+        return r.unsqueeze(-1) * self._direction.expand(self.batch_shape).rsample(Size(sample_shape))
 
     def _radial_noise(self, sample_shape: Sequence[int]) -> Tensor:
         mixing = inverse_mixing_scale(self.df, sample_shape)
         return torch.randn_like(mixing) / mixing.clamp_min(torch.finfo(mixing.dtype).tiny)
-
-    def _sample_direction(self, m: Tensor, sample_shape: Sequence[int]) -> Tensor:
-        noise = self._standard_normal(sample_shape, m)
-        return sample_direction(self.df, m, self.scale / self.unit_radius, noise, sample_shape)
-
-    def _log_prob_direction(self, u: Tensor, m: Tensor, matrix: bool = False) -> Tensor:
-        if self.direction == "projected":
-            return projected_student_t_log_prob(self._df, m, self.scale / self.unit_radius, u, matrix)
-        dim = self.event_shape[0]
-        squared = squared_distance(u, m, self.scale, matrix) * self.unit_radius**2
-        log_scale = self.scale.log().sum(-1) - dim * math.log(self.unit_radius)
-        return student_t_log_density(self._df, dim, squared) - log_scale
-
-    def _log_prob_radius(self, r: Tensor, loc_norm: Tensor, m: Tensor) -> Tensor:
-        scale = self._get_radius_scale(m)
-        if self.radius == "student-t":
-            return student_t_log_density(self._df, 1, ((r - loc_norm) / scale).square()) - scale.log()
-        scale = scale / loc_norm
-        log_r = r.log()
-        squared = ((log_r - loc_norm.log()) / scale).square()
-        return student_t_log_density(self._df, 1, squared) - scale.log() - log_r
-
-    def _get_radius_scale(self, m: Tensor) -> Tensor:
-        if self._radius_scale is not None:
-            return self._radius_scale
-        # A zero loc has no direction to project on: any scale will do, as long as it and its gradient are finite.
-        projected = torch.linalg.vector_norm(m * self.scale, dim=-1)
-        return torch.where(projected > 0, projected, self.scale.mean(-1))

@@ -1,8 +1,8 @@
-"""The law of a vector whose direction and radius are independent."""
+"""Densities of a direction and a radius, and the law of a vector whose direction and radius are independent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,34 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
 
-from pyro_vje.distributions.numerics import as_column, at_least_float32, unit, unit_and_norm
+from pyro_vje.distributions.numerics import VectorDistribution, at_least_float32, unit, unit_and_norm
 from pyro_vje.distributions.pairwise import pairwise_log_prob
 
 
-class PolarProduct(TorchDistribution):
+class PolarDensity(VectorDistribution):
+    """Base of densities over R^D made of a directional and a radial factor (ours)."""
+
+    support = constraints.real_vector
+
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        u, r = unit_and_norm(value)
+        r = r.squeeze(-1)
+        jacobian = (self.event_shape[0] - 1) * r.log()
+        return self._log_prob_direction(u, matrix) + self.log_prob_radius(r) - jacobian
+
+    def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def log_prob_direction(self, value: Tensor) -> Tensor:
+        """Log of the directional factor at value/‖value‖; value (..., D) need not be a unit vector."""
+        return self._log_prob_direction(unit(at_least_float32(value)))
+
+    def log_prob_radius(self, radius: Tensor) -> Tensor:
+        """Log of the radial factor at radius (...) > 0."""
+        raise NotImplementedError
+
+
+class PolarProduct(PolarDensity):
     """Density over R^D of t = r·u with independent direction u and radius r.
 
     ::
@@ -37,8 +60,7 @@ class PolarProduct(TorchDistribution):
         If an event shape is another one, or the batch shapes do not broadcast.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (the factors check their own)
-    support = constraints.real_vector
+    arg_constraints = {}  # noqa: RUF012 (the factors check their own)
 
     def __init__(
         self, direction: TorchDistribution, radius: TorchDistribution, *, validate_args: bool | None = None
@@ -49,47 +71,27 @@ class PolarProduct(TorchDistribution):
                 f"not {tuple(direction.event_shape)} and {tuple(radius.event_shape)}"
             )
         batch_shape = Size(broadcast_shape(direction.batch_shape, radius.batch_shape))
-        self.direction = direction.expand(batch_shape)
-        self.radius = radius.expand(batch_shape)
-        super().__init__(batch_shape, direction.event_shape, validate_args=validate_args)
+        self.direction, self.radius = direction.expand(batch_shape), radius.expand(batch_shape)
+        TorchDistribution.__init__(self, batch_shape, direction.event_shape, validate_args=validate_args)
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
         """Whether both factors have ``rsample``."""
         return bool(self.direction.has_rsample and self.radius.has_rsample)
 
-    def expand(self, batch_shape: Sequence[int], _instance: PolarProduct | None = None) -> PolarProduct:
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """Expand the batch shape of both factors."""
         new = self._get_checked_instance(PolarProduct, _instance)
-        new.direction = self.direction.expand(Size(batch_shape))
-        new.radius = self.radius.expand(Size(batch_shape))
-        super(PolarProduct, new).__init__(Size(batch_shape), self.event_shape, validate_args=False)
+        shape = Size(batch_shape)
+        new.direction, new.radius = self.direction.expand(shape), self.radius.expand(shape)
+        TorchDistribution.__init__(new, shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at value (..., D) with respect to Lebesgue measure, shape ``(...)``."""
-        return self._log_prob(value, self.direction.log_prob)
-
-    def pairwise_log_prob(self, value: Tensor) -> Tensor:
-        """Log density of every value (M, D) under every batch element, as in :func:`pairwise_log_prob`."""
-
-        def log_prob_direction(u: Tensor) -> Tensor:
+    def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
+        if matrix:
             return pairwise_log_prob(self.direction, u.flatten(0, -2)).movedim(-1, 0)
-
-        return self._log_prob(as_column(self, value), log_prob_direction).movedim(0, -1)
-
-    def _log_prob(self, value: Tensor, log_prob_direction: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        u, r = unit_and_norm(at_least_float32(value))
-        r = r.squeeze(-1)
-        jacobian = (self.event_shape[0] - 1) * r.log()
-        return log_prob_direction(u) + self.radius.log_prob(r) - jacobian
-
-    def log_prob_direction(self, value: Tensor) -> Tensor:
-        """Log of the directional factor at value/‖value‖."""
-        return self.direction.log_prob(unit(at_least_float32(value)))
+        return self.direction.log_prob(u)
 
     def log_prob_radius(self, radius: Tensor) -> Tensor:
         """Log of the radial factor at radius (...) > 0."""

@@ -30,19 +30,12 @@ class ProjectedStudentT(StudentTDistribution):
     df = 1 is the projected Cauchy, df = inf the projected normal, loc = 0 with equal scales the uniform law;
     multiplying loc and scale by the same number changes nothing.
 
+    Ours; the derivation is at :func:`directional_log_density`. The scalar part is computed in float64.
+
     Parameters
     ----------
-    df : float or Tensor
-        Degrees of freedom, shape ``batch_shape``; ``inf`` is the projected normal.
-    loc : Tensor
-        Location of x, shape ``batch_shape + (D,)``.
-    scale : Tensor
-        Scale of each feature of x, shape ``batch_shape + (D,)``.
-
-    Notes
-    -----
-    Ours; the derivation is at :func:`directional_log_density`. Half-precision arguments are upcast to float32;
-    the scalar part is computed in float64.
+    df, loc, scale
+        Those of x, as in :class:`DiagonalStudentT`.
     """
 
     support = constraints.sphere
@@ -54,17 +47,8 @@ class ProjectedStudentT(StudentTDistribution):
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised in df, loc and scale."""
         noise = self._standard_normal(sample_shape, self.loc)
-        return sample_direction(self.df, self.loc, self.scale, noise, sample_shape)
-
-
-def sample_direction(
-    df: Tensor, loc: Tensor, scale: Tensor, noise: Tensor, sample_shape: Sequence[int]
-) -> Tensor:
-    """Direction of loc + scale * noise / w for w² ~ chi2_df / df, shape ``sample_shape + batch_shape + (D,)``.
-
-    w is multiplied through, as it may vanish.
-    """
-    return unit(loc * inverse_mixing_scale(df, sample_shape).unsqueeze(-1) + scale * noise)
+        # x is multiplied by its mixing variable, which may vanish.
+        return unit(self.loc * inverse_mixing_scale(self.df, sample_shape).unsqueeze(-1) + self.scale * noise)
 
 
 def projected_student_t_log_prob(
@@ -107,14 +91,7 @@ def directional_log_density(
     where log t_df(0) is the log density of the standard D-variate Student-t at the origin and
     I = ∫_0^angle sin(α)^(D-1) sin(angle - α)^(df-1) dα is :func:`log_directional_integral`.
 
-    Parameters
-    ----------
-    df : float or Tensor
-        Degrees of freedom.
-    dim : int
-        Dimension D.
-    a, b, residual, log_scale : Tensor
-        A, B, R (see :func:`projected_student_t_log_prob`) and Σ log scale, broadcastable.
+    df broadcasts with a = A, b = B, residual = R (see :func:`projected_student_t_log_prob`), log_scale = Σ log scale.
     """
     df = capped(df, _LARGEST_DF)
     df = df.double() if isinstance(df, Tensor) else df

@@ -9,7 +9,8 @@ length 1/df) with the same nodes.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ _CHUNK = {"cpu": 1 << 11}  # elements at once: what a CPU's cache holds, and bel
 _CHUNK_ELSEWHERE = 1 << 16
 _TABLE_SIZE = 1 << 12
 _TABULATE_ABOVE = 1 << 16  # elements; the table costs what 2^12 of them do
+
+
+Integrand = Callable[..., tuple[Tensor, ...]]
 
 
 def logit_nodes(mode: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,29 +56,24 @@ def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
     The form in angles is ours. Its integrand has no pole near the path as κ -> 1 (in x it has, at distance
     sin(angle)), and where angle comes from atan2 no 1 - κ² is ever formed by subtraction.
 
-    Parameters
-    ----------
-    angle : Tensor
-        π minus the angle whose cosine is κ, in (0, π), any shape.
-    df : float or Tensor
-        Degrees of freedom, broadcastable with ``angle``.
-    dim : int
-        Dimension, 2 or more.
-
-    Returns
-    -------
-    Tensor
-        float64, broadcast shape. First derivatives in ``angle`` and ``df`` are taken under the integral sign
-        with the value: backward costs nothing and nothing of the size of the nodes is kept. Elements are
-        processed in chunks, so memory is bounded for any number of them. Many elements that need no gradient
-        and share one df (a number, at most 1000) are interpolated to 2e-9 in a table, some 100 times faster.
+    angle in (0, π) and df have shapes that broadcast. First derivatives are taken under the integral sign with
+    the value: backward costs nothing and keeps nothing of the size of the nodes. Elements are processed in
+    chunks, so memory is bounded. Many elements that need no gradient and share one df (a number, at most 1000)
+    are interpolated to 2e-9 in a table, some 100 times faster.
     """
+    angle = angle.double()
+    if isinstance(df, Tensor):
+        arguments = torch.broadcast_tensors(angle, df.double())
+        integrate = partial(_directional, dim=dim)
+    else:
+        arguments, integrate = (angle,), partial(_directional, df=df, dim=dim)
     if torch.compiler.is_exporting():  # a graph for any number of elements: no chunks, no table
-        return _integrate(angle.double(), df.double() if isinstance(df, Tensor) else df, dim, False)[0]
-    no_grad = not (torch.is_grad_enabled() and angle.requires_grad)
-    if no_grad and angle.numel() > _TABULATE_ABOVE and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
-        return _interpolate(angle.double(), float(df), dim)
-    return _LogDirectionalIntegral.apply(angle.double(), df.double() if isinstance(df, Tensor) else df, dim)
+        return integrate(*arguments, derivatives=False)[0]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
+        return _LogIntegral.apply(integrate, *arguments)[0]
+    if angle.numel() > _TABULATE_ABOVE and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
+        return _interpolate(angle, float(df), dim)
+    return _in_chunks(integrate, arguments, False)[0]
 
 
 def log_restricted_mass(df: Tensor, scale: Tensor, dim: int) -> Tensor:
@@ -85,14 +84,7 @@ def log_restricted_mass(df: Tensor, scale: Tensor, dim: int) -> Tensor:
 
         mass = area(S^(dim-2)) 2^(dim-2) ∫ (z (1-z))^((dim-3)/2) t_df(2 sqrt(z) / scale) / scale^dim dz.
 
-    It has a closed form in 2F1, which overflows at large dim. The error is below 1e-7.
-
-    Parameters
-    ----------
-    df, scale : Tensor
-        Degrees of freedom and scale, of shapes that broadcast.
-    dim : int
-        Dimension of the ambient space.
+    It has a closed form in 2F1, which overflows at large dim. Shapes of df and scale broadcast.
     """
     df, scale = torch.broadcast_tensors(df.double(), scale.double())
     df = df.clamp(max=1e12)
@@ -131,41 +123,54 @@ def log_polar_prefactor(dim: int) -> float:
     return math.log(2) + half * math.log(math.pi) - math.lgamma(half) + (dim - 2) * math.log(2)
 
 
-class _LogDirectionalIntegral(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, angle: Tensor, df: Scalar, dim: int) -> Tensor:
-        ctx.dim, ctx.number = dim, None if isinstance(df, Tensor) else df
-        inputs = (angle, df if isinstance(df, Tensor) else None)
-        if isinstance(df, Tensor):
-            angle, df = torch.broadcast_tensors(angle, df)
-        size = _CHUNK.get(angle.device.type, _CHUNK_ELSEWHERE)
-        angles = angle.reshape(-1).split(size)
-        dfs = df.reshape(-1).split(size) if isinstance(df, Tensor) else [df] * len(angles)
-        needs_grad = any(ctx.needs_input_grad)
-        parts = [_integrate(a, d, dim, needs_grad) for a, d in zip(angles, dfs, strict=True)]
-        columns = [torch.cat(column).reshape(angle.shape) for column in zip(*parts, strict=True)]
-        ctx.save_for_backward(*inputs, *columns[1:])
-        return columns[0]
+class _LogIntegral(torch.autograd.Function):
+    """``integrate(*arguments, derivatives)[0]`` of tensors of one shape, whose derivatives come with the value."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        angle, df, by_angle, by_df = ctx.saved_tensors
+    def forward(integrate: Integrand, *arguments: Tensor) -> tuple[Tensor, ...]:
+        return _in_chunks(integrate, arguments, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.integrate = inputs[0]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[1:], *output[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.saved_tensors) // 2
+        arguments, derivatives = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         if torch.is_grad_enabled():  # higher derivatives are wanted: go through the nodes
-            _, by_angle, by_df = _integrate(angle, ctx.number if df is None else df, ctx.dim, True)
-        need_angle, need_df = ctx.needs_input_grad[:2]
-        grad_angle = (grad * by_angle).sum_to_size(angle.shape) if need_angle else None
-        grad_df = (grad * by_df).sum_to_size(df.shape) if need_df else None
-        return grad_angle, grad_df, None
+            derivatives = ctx.integrate(*arguments, derivatives=True)[1:]
+        return None, *(grad * by for by in derivatives)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> tuple[Tensor | None, ...]:
+        derivatives = ctx.integrate(*ctx.saved_tensors, derivatives=True)[1:]
+        tangent = sum(by * t for by, t in zip(derivatives, tangents, strict=True) if t is not None)
+        return tangent, *(None for _ in derivatives)
 
 
-def _integrate(angle: Tensor, df: Scalar, dim: int, needs_grad: bool) -> tuple[Tensor, ...]:
-    """Log integral and, if needed, its derivatives in angle and df."""
-    with torch.no_grad():  # the integral does not depend on where its nodes are
-        # The mode of sin(a)^dim sin(b)^df, b = angle - a, solves dim cot(a) = df cot(b), in closed form.
-        a = 0.5 * (angle + torch.asin((dim - df) / (dim + df) * angle.sin()))
-        b = angle - a
-        curvature = (a * b / angle).square() * (dim / a.sin().square() + df / b.sin().square())
-        log_z, log_1mz, log_weight = logit_nodes((a / b).log(), curvature.rsqrt())
+def _in_chunks(integrate: Integrand, arguments: Sequence[Tensor], derivatives: bool) -> tuple[Tensor, ...]:
+    size = _CHUNK.get(arguments[0].device.type, _CHUNK_ELSEWHERE)
+    chunks = zip(*(x.reshape(-1).split(size) for x in arguments), strict=True)
+    parts = [integrate(*chunk, derivatives=derivatives) for chunk in chunks]
+    return tuple(torch.cat(column).reshape(arguments[0].shape) for column in zip(*parts, strict=True))
+
+
+def _directional(angle: Tensor, df: Scalar, dim: int, derivatives: bool) -> tuple[Tensor, ...]:
+    """Log integral and, if wanted, its derivatives in angle and df, in one pass over the nodes."""
+    # The mode of sin(a)^dim sin(b)^df, b = angle - a, solves dim cot(a) = df cot(b), in closed form. The integral
+    # does not depend on where its nodes are: they are constants.
+    fixed = angle.detach()
+    power = df.detach() if isinstance(df, Tensor) else df
+    a = 0.5 * (fixed + torch.asin((dim - power) / (dim + power) * fixed.sin()))
+    b = fixed - a
+    curvature = (a * b / fixed).square() * (dim / a.sin().square() + power / b.sin().square())
+    log_z, log_1mz, log_weight = logit_nodes((a / b).log(), curvature.rsqrt())
     angle = angle.unsqueeze(-1)
     df = df.unsqueeze(-1) if isinstance(df, Tensor) else df
     log_a, log_b = log_z + angle.log(), log_1mz + angle.log()
@@ -173,12 +178,13 @@ def _integrate(angle: Tensor, df: Scalar, dim: int, needs_grad: bool) -> tuple[T
     log_sin_b = _log_sin(b, log_b)
     log_f = log_weight + (dim - 1) * _log_sin(a, log_a) + log_a + (df - 1) * log_sin_b + log_1mz
     log_integral = log_f.logsumexp(-1)
-    if not needs_grad:
+    if not derivatives:
         return (log_integral,)
     density = (log_f - log_integral.unsqueeze(-1)).exp()
     # With z fixed, a = z * angle and b = (1-z) * angle: d log sin(a) / d angle = a cot(a) / angle.
     slope = 1 + (dim - 1) * a / a.tan() + (df - 1) * b / b.tan()
-    return log_integral, (density * slope / angle).sum(-1), (density * log_sin_b).sum(-1)
+    by_angle = (density * slope / angle).sum(-1)
+    return (log_integral, by_angle, (density * log_sin_b).sum(-1))[: 3 if isinstance(df, Tensor) else 2]
 
 
 def _interpolate(angle: Tensor, df: float, dim: int) -> Tensor:
@@ -198,7 +204,7 @@ def _table(df: float, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     step = math.pi / _TABLE_SIZE
     angle = torch.arange(_TABLE_SIZE + 1, dtype=torch.float64, device=device) * step
     angle[0] = 1e-8  # the smooth part is even: flat at zero
-    value, slope, _ = _integrate(angle, df, dim, True)
+    value, slope = _directional(angle, df, dim, True)
     power = dim + df - 1
     slope = slope - 0.5 * power / (0.5 * angle).tan()
     slope[0] = 0

@@ -14,7 +14,7 @@ from pyro_vje.distributions.quadrature import exponential_polar_nodes
 
 
 class _Symmetric(VectorDistribution):
-    """Base: a unit vector ``loc`` and a concentration around it."""
+    """Base: unit vectors ``loc`` (..., D) and a ``concentration`` (...) around them."""
 
     support = constraints.sphere
 
@@ -55,13 +55,7 @@ class PowerSpherical(_Symmetric):
     """Density proportional to (1 + <loc, x>)^concentration on the unit sphere.
 
     Source: De Cao & Aziz, "The Power Spherical distribution" (arXiv 2006.04437), equations 6 to 9.
-
-    Parameters
-    ----------
-    loc : Tensor
-        Unit vectors, shape ``batch_shape + (D,)``.
-    concentration : float or Tensor
-        Zero (uniform) or more, shape ``batch_shape``.
+    ``loc`` is of unit length, shape ``batch_shape + (D,)``; concentration 0 is the uniform law.
     """
 
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
@@ -98,13 +92,7 @@ class SphericalCauchy(_Symmetric):
     The image of the uniform law under a Möbius map of the ball. The restricted Student-t with df = D - 2 and
     equal scales is this law up to its mass.
     Source: Kato & McCullagh, "Some properties of a Cauchy family on the sphere" (arXiv 1510.07679).
-
-    Parameters
-    ----------
-    loc : Tensor
-        Unit vectors, shape ``batch_shape + (D,)``.
-    concentration : float or Tensor
-        ρ in [0, 1), shape ``batch_shape``; zero is uniform.
+    ``loc`` is of unit length, shape ``batch_shape + (D,)``; the concentration is ρ in [0, 1), and 0 the uniform law.
     """
 
     arg_constraints = {  # noqa: RUF012
@@ -132,13 +120,7 @@ class VonMisesFisher(_Symmetric):
 
     The normaliser is a quadrature in float64 (no Bessel function overflows, at any dimension or
     concentration). Samples are exact, by rejection (Wood, 1994), and so not reparameterised.
-
-    Parameters
-    ----------
-    loc : Tensor
-        Unit vectors, shape ``batch_shape + (D,)``.
-    concentration : float or Tensor
-        Zero (uniform) or more, shape ``batch_shape``.
+    ``loc`` is of unit length, shape ``batch_shape + (D,)``; concentration 0 is the uniform law.
     """
 
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
