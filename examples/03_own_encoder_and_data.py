@@ -14,8 +14,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from pyro_vje import TrainConfig, evaluate, train
-from pyro_vje.data import DATASETS, ImageSet
-from pyro_vje.data.datasets import Dataset
+from pyro_vje.data import DATASETS, Dataset, ImageSet
 
 
 # %%

@@ -1,4 +1,4 @@
-"""The data sets by name. A new one is one function that returns an ImageSet and one entry in DATASETS."""
+"""The data sets by name. A new one is one function from a Request to an ImageSet, and one entry in DATASETS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pyro_vje.data.decode import image_shape, list_images
-from pyro_vje.data.imageset import ImageSet, counted, read_images
+from pyro_vje.data.imageset import ImageSet, LazyImages, counted, read_images
+from pyro_vje.data.views import CleanView, TwoViews
+from pyro_vje.plugins import look_up
 
 logger = logging.getLogger("pyro_vje")
 
@@ -33,7 +35,6 @@ class Request:
     image_size: int | None
     download: bool
     residency: str
-    memory_budget: int | None
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,41 @@ class Dataset:
     load
         Function of a :class:`Request`.
     mean, std
-        Of each channel over the training images, in [0, 1].
+        Of each channel over the training images, in [0, 1]; by default ImageNet's, which are nearly right for any
+        photographs, and the same for every folder, so that a trained encoder reads a second one as it read the first.
     recipe
-        Name of the augmentation in :data:`pyro_vje.data.views.two_views.RECIPES`; ``None``: by the image size.
+        Name of the augmentation in :data:`pyro_vje.data.RECIPES`; ``None``: by the image size.
     image_size
-        Side in pixels when the user does not say; ``None``: found from the files.
+        Side in pixels when the user does not say; ``None``: the function chooses.
     """
 
     load: Callable[[Request], ImageSet]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    recipe: str | None
-    image_size: int | None
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    recipe: str | None = None
+    image_size: int | None = None
+
+
+def find_dataset(name: str) -> Dataset:
+    """Return a data set by name, by ``module:function``, or by an entry point of the group ``pyro_vje.datasets``.
+
+    What is found there is a :class:`Dataset`, or a function of a :class:`Request` alone. Raises ``ValueError`` if
+    nothing has that name.
+    """
+    found = look_up(name, DATASETS, what="data set", group="pyro_vje.datasets")
+    if not isinstance(found, Dataset) and not callable(found):
+        raise ValueError(f"data set {name!r} is no function from a Request to an ImageSet")
+    return found if isinstance(found, Dataset) else Dataset(found)
+
+
+def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
+    """Return the training and the evaluation views for a data set's name, with its statistics and recipe.
+
+    Raises ``ValueError`` for an unknown name.
+    """
+    data = find_dataset(name)
+    recipe = data.recipe or ("cifar" if image_size <= 40 else "stl10" if image_size <= 128 else "imagenet")
+    return TwoViews(image_size, recipe, data.mean, data.std), CleanView(image_size, data.mean, data.std)
 
 
 def load_dataset(
@@ -67,26 +91,25 @@ def load_dataset(
     image_size: int | None = None,
     download: bool = True,
     residency: str = "auto",
-    memory_budget: int | None = None,
 ) -> ImageSet:
     """Load one split of a data set as square RGB images.
 
     Parameters
     ----------
     name
-        A key of :data:`DATASETS`.
+        See :func:`find_dataset`.
     data_dir
         Where the data lie or are downloaded to: for ``folder`` and ``imagenet`` the folder itself, for the
         others the folder that torchvision calls ``root``. By default ``$PYRO_VJE_DATA``, or ``data_sets``.
     split
         ``"pretrain"`` (``train``, and the images without labels where the data set has any), ``"train"``,
-        ``"test"``, or ``"all"`` (every labelled image).
+        ``"test"``, or ``"all"`` (of a folder every image in it, else every labelled one).
     image_size
         Side in pixels; by default the data set's own.
     download
         Fetch what is missing, where that is possible.
-    residency, memory_budget
-        See :func:`pyro_vje.data.imageset.read_images`; for data sets of image files.
+    residency
+        ``"memory"``, ``"stream"`` or ``"auto"``: whether image files are decoded once, or when they are read.
 
     Raises
     ------
@@ -95,16 +118,20 @@ def load_dataset(
     FileNotFoundError
         The data are absent and were not, or could not be, downloaded.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    entry = find_dataset(name)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     root = Path(data_dir if data_dir is not None else os.environ.get("PYRO_VJE_DATA", "data_sets"))
-    entry = DATASETS[name]
-    size = image_size if image_size is not None else entry.image_size
-    images = entry.load(Request(name, root, split, size, download, residency, memory_budget))
+    try:
+        images = entry.load(Request(name, root, split, image_size or entry.image_size, download, residency))
+    except Exception as error:
+        if name in DATASETS or isinstance(error, (ValueError, OSError, MemoryError)):
+            raise
+        raise ValueError(f"data set {name!r} failed ({type(error).__name__}: {error})") from error
+    if not isinstance(images, ImageSet):
+        raise ValueError(f"data set {name!r} gave a {type(images).__name__}: it must return an ImageSet")
     logger.info("%s, split %s: %s of side %d", name, split, counted(len(images)), images.image_size)
     return images
 
@@ -136,11 +163,8 @@ def _cifar(request: Request) -> ImageSet:
 
     def read(split: str) -> Arrays:
         data = _torchvision(kind, request, kind.base_folder, train=split == "train")
-        return (
-            torch.from_numpy(data.data).permute(0, 3, 1, 2),
-            torch.tensor(data.targets),
-            tuple(data.classes),
-        )
+        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+        return pixels, torch.tensor(data.targets), tuple(data.classes)
 
     return _in_memory(request, read)
 
@@ -151,8 +175,7 @@ def _stl10(request: Request) -> ImageSet:
 
     def read(split: str) -> Arrays:
         data = _torchvision(STL10, request, STL10.base_folder, split=split)
-        labels = torch.from_numpy(np.asarray(data.labels)).long()
-        return torch.from_numpy(data.data), labels, tuple(data.classes)
+        return torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), tuple(data.classes)
 
     return _in_memory(request, read, pretrain=("train", "unlabeled"))
 
@@ -167,73 +190,76 @@ def _imagenet(request: Request) -> ImageSet:
             "account: get ILSVRC2012 from image-net.org, extract it to train/<class>/ and val/<class>/, "
             f"and give the folder that holds both as data_dir{_elsewhere(request.root)}"
         )
-    return _folder(request)
+    return _folder(request, ("val",))
 
 
-def _folder(request: Request) -> ImageSet:
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PARTS |= dict.fromkeys(("val", "valid", "validation"), "val")
+"""Names of folders, in any case, that are splits."""
+
+
+def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> ImageSet:
     """Any tree of images.
 
-    With subfolders ``train`` and ``test`` (or ``val``), these are the splits and the folders in them the
+    With subfolders ``train`` and ``test`` (or ``val``; see `PARTS`), these are the splits and the folders in them the
     classes. Otherwise the first-level folders are the classes, and a tenth of the files, chosen by a hash
     of each file's path in the tree, are the test split: a file never changes sides when others come or go.
-    Images beside the class folders are unlabelled (-1). For the split ``all`` every image of the tree is
-    taken.
+    Other images are unlabelled (-1). For the split ``all`` every image of the tree is taken.
     """
     root = request.root
     if not root.exists():
         raise FileNotFoundError(
             f"no such folder: {root.absolute()}: give the right one as data_dir (--data-dir){_elsewhere(root)}"
         )
-    held_out = next((name for name in ("test", "val") if (root / name).is_dir()), None)
-    if held_out is not None and (root / "train").is_dir():
-        folders = {"train": root / "train", "test": root / held_out}
-        names = sorted({name for folder in folders.values() for name in _class_folders(folder)})
-        wanted = (
-            ["train", "test"] if request.split == "all" else ["test" if request.split == "test" else "train"]
+    folders = [entry.name for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
+    parts = {name: PARTS[name.lower()] for name in folders if name.lower() in PARTS}
+    test = next((part for part in held_out if part in parts.values()), None)
+    if parts and (test is None or "train" not in parts.values()):
+        logger.warning(
+            "%s has not both train/ and test/ or val/: %s is read as a class", root, ", ".join(parts)
         )
-        files = [(path, folders[part]) for part in wanted for path in list_images(folders[part])]
-        size = request.image_size or _typical_size(list_images(folders["train"]))
-    else:
-        files = [(path, root) for path in list_images(root)]
-        names = sorted({_class_of(path, root) for path, root in files} - {""})
-        size = request.image_size or _typical_size([path for path, _ in files])
-        if request.split != "all":
-            test = request.split == "test"
-            total = len(files)
-            files = [(path, root) for path, root in files if _is_test(path.relative_to(root)) == test]
-            if not files:
-                raise ValueError(
-                    f"{root} has no image in the split {request.split!r}: about a tenth are test images, by "
-                    "a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
-                )
-            logger.info(
-                "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test; "
-                "%d of %s in the split %s",
-                *(len(files), counted(total), request.split),
-            )
+        parts = {}
+    files = [(str(path), path.relative_to(root).parts) for path in list_images(root)]
+
+    def class_of(place: tuple[str, ...]) -> str:
+        if parts:
+            place = place[1:] if place[0] in parts else ()
+        return place[0] if len(place) > 1 else ""
+
+    def of_part(part: str | None) -> list[tuple[str, tuple[str, ...]]]:
+        return [(path, place) for path, place in files if parts.get(place[0]) == part]
+
+    names = sorted({class_of(place) for _, place in files} - {""})
     index = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([index.get(_class_of(path, base), -1) for path, base in files])
-    return read_images(
-        [str(path) for path, _ in files],
-        labels if bool((labels >= 0).any()) else None,
-        tuple(names) or None,
-        size,
-        residency=request.residency,
-        memory_budget=request.memory_budget,
-    )
+    size = request.image_size or _typical_size(of_part("train") if parts else files)
+    if parts and request.split != "all":
+        files = of_part(test if request.split == "test" else "train")
+    elif request.split != "all":
+        total = len(files)
+        files = [(path, place) for path, place in files if _is_test(place) == (request.split == "test")]
+        logger.info(
+            "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test; "
+            "%d of %s in the split %s",
+            *(len(files), counted(total), request.split),
+        )
+    if not files:
+        raise ValueError(
+            f"{root} has no image in the split {request.split!r}: without train/ and test/ about a tenth are test "
+            "images, by a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
+        )
+    paths = [path for path, _ in files]
+    labels = torch.tensor([index.get(class_of(place), -1) for _, place in files]) if names else None
+    images = ImageSet(LazyImages(paths, size), paths, labels, tuple(names) or None, root=str(root))
+    return read_images(images, request.residency)
 
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# Folders take ImageNet's statistics: nearly right for any photographs, and the same for every folder, so
-# that a trained encoder reads a second folder as it read the first.
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(_digits, (0.305,) * 3, (0.319,) * 3, "digits", 16),
     "cifar10": Dataset(_cifar, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar", 32),
     "cifar100": Dataset(_cifar, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar", 32),
     "stl10": Dataset(_stl10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "stl10", 96),
-    "imagenet": Dataset(_imagenet, _IMAGENET_MEAN, _IMAGENET_STD, "imagenet", 224),
-    "folder": Dataset(_folder, _IMAGENET_MEAN, _IMAGENET_STD, None, None),
+    "imagenet": Dataset(_imagenet, recipe="imagenet", image_size=224),
+    "folder": Dataset(_folder),
 }
 
 
@@ -255,11 +281,8 @@ def _in_memory(
                 block = interpolate(block.contiguous(), (size, size), mode="bilinear", antialias=True)
             out[filled : filled + len(block)] = block
             filled += len(block)
-    paths = [
-        f"{request.name}/{split}/{i:05d}"
-        for split, part in zip(splits, parts, strict=True)
-        for i in range(len(part[0]))
-    ]
+    counts = [(split, len(part[0])) for split, part in zip(splits, parts, strict=True)]
+    paths = [f"{request.name}/{split}/{i:05d}" for split, count in counts for i in range(count)]
     return ImageSet(out, paths, torch.cat([labels for _, labels, _ in parts]), parts[0][2])
 
 
@@ -289,24 +312,15 @@ def _elsewhere(root: Path) -> str:
     return "" if root.is_absolute() else ", or work in the folder from which the run was trained"
 
 
-def _class_folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+def _is_test(place: tuple[str, ...]) -> bool:
+    name = "/".join(place) or "."  # a single file is its own root
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] % 10 == 0
 
 
-def _class_of(path: Path, root: Path) -> str:
-    parts = path.relative_to(root).parts
-    return parts[0] if len(parts) > 1 else ""
-
-
-def _is_test(relative: Path) -> bool:
-    return hashlib.sha256(relative.as_posix().encode()).digest()[0] % 10 == 0
-
-
-def _typical_size(paths: list[Path]) -> int:
+def _typical_size(files: list[tuple[str, tuple[str, ...]]]) -> int:
     """Choose 32, 64, 96 or 224 pixels from the median shorter side of about 32 files."""
-    sample = paths[:: max(1, len(paths) // 32)]
-    sides = [min(shape) for shape in map(image_shape, sample) if shape is not None]
+    sample = [image_shape(path) for path, _ in files[:: max(1, len(files) // 32)]]
+    sides = [min(shape) for shape in sample if shape is not None]
     median = float(np.median(sides)) if sides else 224.0
     size = next((size for limit, size in ((40, 32), (80, 64), (128, 96)) if median <= limit), 224)
     logger.info("images resized to %d x %d: the median shorter side is %g pixels", size, size, median)

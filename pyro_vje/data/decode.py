@@ -3,16 +3,24 @@
 What becomes of files that are found in folders that nobody has looked through (``score`` writes a row for each):
 
 =======================================  ===============================================================
-CMYK, palette, 16-bit, float, 1-bit      converted to 8-bit RGB; transparency lies over white
+8-bit, 1-bit, palette, CMYK              converted to RGB
+16-bit                                   0..65535 to 0..255, whatever the image's own maximum is
+32-bit integers                          as 16-bit; a value outside 0..65535 is an error
+float                                    [0, 1] to 0..255; a value outside, infinite or NaN is an error
+transparency                             over white; what is transparent everywhere is taken as opaque
 EXIF orientation                         applied; a damaged EXIF block is ignored
 animated GIF, WebP, multi-page TIFF      the first frame
 1 × 1, 20,000 × 20                       the centre square, resized
 more than `MAX_PIXELS` pixels            error, "refused as a decompression bomb"; nothing is decoded
 0 bytes, cut off, damaged, another kind  error that says which
+HEIC                                     read where pillow-heif is installed, else an error that says so
+raw camera files, PSD, SVG, DICOM, ...   error, "not an image of a known format"
+any other extension                      left out, with a line in the log that counts them
 gone since it was listed                 error, "No such file or directory"
 a file or folder without permission      error, "Permission denied"; of a folder one row
 link to itself, or to nowhere            error, "Too many levels of symbolic links", "No such file ..."
 linked folder                            read, except where it contains itself
+run folder, pictures/ of scoring         left out with a line in the log: our own pictures are no data
 pipe, socket, device                     error, "not a regular file"; it is never opened
 name with newline, quote, no UTF-8       as any other; the CSV quotes it, and holds the name's own bytes
 =======================================  ===============================================================
@@ -22,8 +30,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import stat
+from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -31,24 +42,27 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# Pillow tries only these decoders, so that a file cannot reach one that nobody meant to use.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm")
+logger = logging.getLogger("pyro_vje")
+
+with contextlib.suppress(ImportError):
+    import_module("pillow_heif").register_heif_opener()
+Image.init()
+_MEANT = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "JPEG2000", "HEIF")
+FORMATS = tuple(name for name in _MEANT if name in Image.OPEN)
+"""Pillow tries only these decoders, so that a file cannot reach one that nobody meant to use."""
+EXTENSIONS = frozenset(name for name, kind in Image.registered_extensions().items() if kind in FORMATS)
+_HEIC = {".heic", ".heif", ".hif"}
+_UNREAD = {
+    f".{name}" for name in ("avif", "jxl", "psd", "tga", "svg", "exr", "dcm", "dng", "cr2", "nef", "arw")
+}
+_LISTED = EXTENSIONS | _HEIC | _UNREAD  # images to whoever put them there: each is decoded, or a failure
 
 MAX_PIXELS = 89_478_485
 """The limit at which Pillow warns (268 MB as RGB); a small file can claim to be any size."""
 
 
 class ImageError(ValueError):
-    """An image that cannot be decoded.
-
-    Attributes
-    ----------
-    path
-        The file, or ``"<bytes>"``.
-    reason
-        Why, in one line.
-    """
+    """An image that cannot be decoded: its ``path`` (or ``"<bytes>"``), and the ``reason`` in one line."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -60,10 +74,7 @@ class ImageError(ValueError):
 
 
 def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None) -> Tensor:
-    """Decode one image file to RGB.
-
-    The EXIF orientation is applied; transparency is composited over white, as a viewer shows it; 16-bit
-    grey is scaled to 8 bits (not clipped); of an animation the first frame is taken.
+    """Decode one image file, a path or its bytes, to RGB, as the table above says.
 
     Parameters
     ----------
@@ -81,8 +92,8 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
     Raises
     ------
     ImageError
-        The file is missing, unreadable, no regular file, empty, truncated, not an image of a known format, or
-        has more than `MAX_PIXELS` pixels.
+        The file is missing, unreadable, no regular file, empty, truncated, not an image of a known format, has
+        more than `MAX_PIXELS` pixels, or values outside the range of its kind.
     """
     path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -97,7 +108,7 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF must not cost a good image
                 ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
+            rgb = _to_rgb(image, path)
             if size is not None and rgb.size != (size, size):
                 # Crop and resize in one step: resizing the whole of a 20000 x 20 image first would need 1000
                 # times the memory of the square that is kept.
@@ -106,6 +117,8 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
                 box = (left, top, left + side, top + side)
                 rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
             return torch.from_numpy(np.asarray(rgb).transpose(2, 0, 1).copy())
+    except ImageError:
+        raise
     except Image.UnidentifiedImageError:
         raise ImageError(path, _not_an_image(source)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -134,11 +147,43 @@ def _open(source: str | os.PathLike[str] | bytes) -> Image.Image:
     return Image.open(source, formats=FORMATS)
 
 
-def list_images(root: str | os.PathLike[str]) -> list[Path]:
-    """List the image files under a folder, sorted by path; hidden files and folders are left out.
+def _to_rgb(image: Image.Image, path: str) -> Image.Image:
+    """Convert any Pillow mode to 8-bit RGB."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bit(np.asarray(image), path)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema() != (0, 0):  # else whoever wrote the file did not mean it
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
-    Linked folders are followed, except a link to a folder that contains it. A folder that cannot be read stands in the
-    list itself, so that it is not passed over in silence. A single file is a list of one.
+
+def _to_8_bit(grey: np.ndarray, path: str) -> np.ndarray:
+    """Scale by the kind of number alone, never by what the image shows, so that images stay comparable."""
+    kind, top, slack = ("float", 1, 1e-3) if grey.dtype.kind == "f" else ("integer", 65535, 0)
+    if not ((grey >= -slack) & (grey <= top + slack)).all():  # nor is it where a value is NaN
+        raise ImageError(
+            path,
+            f"{kind} values from {grey.min():g} to {grey.max():g}, where 0 to {top} can be read: convert all images "
+            "by one rule, to 8 or 16 bits or to floats in [0, 1]",
+        )
+    return (grey.clip(0, top) * (255 / top)).round().astype(np.uint8)
+
+
+def _not_an_image(source: str | os.PathLike[str] | bytes) -> str:
+    if not source if isinstance(source, bytes) else os.path.getsize(source) == 0:
+        return "empty file"
+    if "HEIF" not in FORMATS and not isinstance(source, bytes) and _extension(os.fspath(source)) in _HEIC:
+        return "HEIC can be read where pillow-heif is installed: pip install pillow-heif"
+    return f"not an image of a known format ({', '.join(FORMATS)})"
+
+
+def list_images(root: str | os.PathLike[str]) -> list[Path]:
+    """List the image files under a folder, sorted by path; what is left out is counted in the log.
+
+    Hidden files and folders, run folders and the pictures that scoring draws are left out. Linked folders are followed,
+    except a link to a folder that contains it. A folder that cannot be read stands in the list itself, as files do that
+    are images which nothing here decodes, so that they are not passed over in silence. A single file is a list of one.
 
     Raises
     ------
@@ -152,53 +197,49 @@ def list_images(root: str | os.PathLike[str]) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise FileNotFoundError(f"no such folder: {root}")
-    found = sorted(_walk(str(root), ()))
+    left_out: Counter[str] = Counter()
+    found = sorted(_walk(str(root), (), left_out))
+    said = ", ".join(f"{count} {what}" for what, count in left_out.most_common())
     if not found:
-        raise ValueError(f"no images in {root}: looked for {', '.join(EXTENSIONS)}, in its subfolders too")
+        looked = ", ".join(sorted(EXTENSIONS))
+        raise ValueError(
+            f"no images in {root}: looked for {looked}, in its subfolders too; left out: {said or 'none'}"
+        )
+    if said:
+        logger.info("left out in %s: %s", root, said)
     return [Path(path) for path in found]
 
 
-def _walk(folder: str, parents: tuple[str, ...]) -> list[str]:
+def _walk(folder: str, parents: tuple[str, ...], left_out: Counter[str]) -> list[str]:
     real = os.path.realpath(folder)
     if real in parents:  # a link back to one of its own parents
         return []
-    found: list[str] = []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if os.path.isdir(entry.path):  # entry.is_dir() raises for a link to itself
-                    found += _walk(entry.path, (*parents, real))
-                elif entry.name.lower().endswith(EXTENSIONS):
-                    found.append(entry.path)
+        with os.scandir(folder) as all_entries:
+            entries = [entry for entry in all_entries if not entry.name.startswith(".")]
+        names = {entry.name for entry in entries}
+        if parents and "config.json" in names and names & {"weights.safetensors", "checkpoints"}:
+            with open(os.path.join(folder, "config.json"), "rb") as file:
+                if b'"schema_version"' in file.read(1 << 20):
+                    left_out["run folder"] += 1
+                    return []
     except OSError:
-        found.append(folder)  # what is wrong with it is said where it is decoded
+        return [folder]  # what is wrong with it is said where it is decoded
+    scored = any(name.endswith("_summary.json") for name in names)
+    found: list[str] = []
+    for entry in entries:
+        # entry.is_dir() raises for a link to itself, and os.path.isdir asks the disk for every file
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+            if scored and entry.name == "pictures":
+                left_out["folder of pictures drawn by scoring"] += 1
+            else:
+                found += _walk(entry.path, (*parents, real), left_out)
+        elif _extension(entry.name) in _LISTED:
+            found.append(entry.path)
+        else:
+            left_out[_extension(entry.name) or "without extension"] += 1
     return found
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bit(np.asarray(image), image.mode)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale 16-bit, 32-bit and float grey by the format's range, so that images stay comparable."""
-    grey = np.nan_to_num(values.astype(np.float64))
-    top = grey.max(initial=0.0)
-    if mode == "F":
-        scale = 255.0 if top <= 1 else 1.0  # floats in [0, 1], or already in grey levels
-    else:
-        # Pillow opens some 16-bit files in its 32-bit mode "I", hence the range from the values there.
-        scale = 1 / 257 if mode != "I" or top <= 65535 else 255 / (2**31 - 1)
-    return (grey * scale).round().clip(0, 255).astype(np.uint8)
-
-
-def _not_an_image(source: str | os.PathLike[str] | bytes) -> str:
-    empty = not source if isinstance(source, bytes) else os.path.getsize(source) == 0
-    return "empty file" if empty else f"not an image of a known format ({', '.join(FORMATS)})"
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,7 @@ _WARNINGS = 10  # damaged files named one by one in the log; all of them are in 
 
 
 class LazyImages:
-    """Images that are decoded when indexed.
-
-    Parameters
-    ----------
-    paths
-        Image files.
-    size
-        Side of the decoded square.
-    """
+    """Image files that are decoded to squares of ``size`` pixels when indexed, uint8 (3, size, size)."""
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
         self.paths = list(paths)
@@ -41,7 +34,7 @@ class LazyImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Decode one image, uint8 (3, size, size); raises :class:`ImageError`."""
+        """Decode one image; raises :class:`ImageError`."""
         return decode_image(self.paths[index], self.size)
 
 
@@ -62,6 +55,13 @@ class ImageSet:
     failed
         (path, reason) of every image that could not be decoded. In memory these are no longer among the N;
         a lazy set learns of them when it is read.
+    root
+        The folder that holds all the files, where there is one.
+
+    Raises
+    ------
+    ValueError
+        If the lengths differ, or the images are not uint8 (N, 3, S, S).
     """
 
     images: Tensor | LazyImages
@@ -69,16 +69,22 @@ class ImageSet:
     labels: Tensor | None = None
     classes: tuple[str, ...] | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
+    root: str | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.paths) or (self.labels is not None and len(self.labels) != len(self)):
-            raise ValueError(
-                f"images, paths and labels differ in length: {len(self.images)}, {len(self.paths)}, "
-                f"{None if self.labels is None else len(self.labels)}"
-            )
+        lengths = [len(part) for part in (self.images, self.paths, self.labels) if part is not None]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"images, paths and labels differ in length: {', '.join(map(str, lengths))}")
+        if isinstance(self.images, Tensor):
+            kind, shape = self.images.dtype, tuple(self.images.shape)
+            if kind != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
+                raise ValueError(
+                    f"images must be uint8 (N, 3, S, S), got {kind} {shape}: floats in [0, 1] become it by "
+                    "(255 * images).round().to(torch.uint8), one grey channel by images.expand(-1, 3, -1, -1)"
+                )
 
     @property
     def image_size(self) -> int:
@@ -90,20 +96,47 @@ class ImageSet:
         """Whether ``images`` is a tensor."""
         return isinstance(self.images, Tensor)
 
+    @property
+    def names(self) -> list[str]:
+        """The paths within ``root``, with ``/`` between the folders: the same wherever the folder is moved to."""
+        if self.root is None:
+            return self.paths
+        return [path.removeprefix(os.path.join(self.root, "")).replace(os.sep, "/") for path in self.paths]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the classes, names and file sizes, in any order: what says whether these are the same images."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for name, path in sorted(zip(self.names, self.paths, strict=True)):
+            try:
+                size = os.path.getsize(path) if self.root is not None else 0
+            except OSError:  # gone since it was listed
+                size = -1
+            digest.update(f"\0{name}\0{size}".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
     def select(self, indices: Tensor | Sequence[int]) -> ImageSet:
         """Return the images at ``indices``, a sequence of integers or a boolean mask (N,)."""
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         paths = [self.paths[i] for i in index.tolist()]
-        return ImageSet(
-            LazyImages(paths, self.images.size)
-            if isinstance(self.images, LazyImages)
-            else self.images[index],
-            paths,
-            None if self.labels is None else self.labels[index],
-            self.classes,
-            list(self.failed),
+        lazy = isinstance(self.images, LazyImages)
+        return replace(
+            self,
+            images=LazyImages(paths, self.image_size) if lazy else self.images[index],  # type: ignore[index]
+            paths=paths,
+            labels=None if self.labels is None else self.labels[index],
+            failed=list(self.failed),
         )
+
+    def named(self, names: Sequence[str]) -> ImageSet:
+        """Return the images of these ``names`` in their order; raises ``ValueError`` for one that is not there."""
+        position = {name: i for i, name in enumerate(self.names)}
+        missing = [name for name in names if name not in position]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {counted(len(names))} are not there, for instance {missing[0]!r}"
+            )
+        return self.select([position[name] for name in names])
 
     def labels_at(self, indices: Tensor) -> Tensor:
         """Return the labels of the images at ``indices``; raises ``ValueError`` when there are no labels."""
@@ -133,34 +166,27 @@ class ImageSet:
             return classes.index(which)
         if str(which).isdecimal() and int(which) < len(classes):
             return int(which)
-        known = (
-            ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100])) or "none, they are unlabelled"
+        known = ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100]))
+        raise ValueError(
+            f"no class {which!r} in these images; classes: {known or 'none, they are unlabelled'}"
         )
-        raise ValueError(f"no class {which!r} in these images; classes: {known}")
+
+    def class_name(self, which: str | int) -> str:
+        """Return the name of a class given by name or index: an index means another class in other data."""
+        return (self.classes or ())[self.class_index(which)]
 
     def of_class(self, which: str | int) -> ImageSet:
-        """Return the images of one class (see :meth:`class_index`); raises ``ValueError`` when there are no labels."""
+        """Return the images of one class (see :meth:`class_index`); raises ``ValueError`` where there are none."""
         label = self.class_index(which)
-        mask = torch.zeros(len(self), dtype=torch.bool) if self.labels is None else self.labels == label
-        if not bool(mask.any()):
+        if self.labels is None or not bool((self.labels == label).any()):
             raise ValueError(f"no image of class {which!r} in this split")
-        return self.select(mask)
+        return self.select(self.labels == label)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield all images in order, for evaluation and scoring.
+        """Yield all images in order: indices int64 (B,) into the set, and uint8 images (B, 3, S, S).
 
-        At most two batches of decoded images are held. Images that cannot be decoded are left out and noted in
-        ``self.failed``.
-
-        Yields
-        ------
-        tuple[Tensor, Tensor]
-            Indices int64 (B,) into the set, and uint8 images (B, 3, S, S), B at most ``batch_size``.
-
-        Raises
-        ------
-        ValueError
-            If ``batch_size`` is below 1.
+        B is at most ``batch_size``, and at most two batches of decoded images are held. Images that cannot be decoded
+        are left out and noted in ``self.failed``. Raises ``ValueError`` if ``batch_size`` is below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -169,18 +195,16 @@ class ImageSet:
             for index in parts:
                 yield index, self.images[index[0] : index[-1] + 1]
             return
-        decoder = Decoded(self.images)
-        with ThreadPoolExecutor(min(32, cpu_count())) as pool:
-            ahead = pool.map(decoder.__getitem__, parts[0].tolist())
-            for i, index in enumerate(parts):
-                now = ahead
-                if i + 1 < len(parts):
-                    ahead = pool.map(decoder.__getitem__, parts[i + 1].tolist())
+        decode = Decoded(self.images).__getitem__
+        with ThreadPoolExecutor(min(32, cpu_count())) as pool:  # Pillow decodes outside the GIL
+            ahead = pool.map(decode, parts[0].tolist())
+            for index, following in zip(parts, (*parts[1:], parts[0][:0]), strict=True):
+                now, ahead = ahead, pool.map(decode, following.tolist())
                 items = list(now)
                 self.add_failed([item for item in items if not isinstance(item, Tensor)])
-                good = [k for k, item in enumerate(items) if isinstance(item, Tensor)]
-                if good:
-                    yield index[good], torch.stack([items[k] for k in good])  # type: ignore[misc]
+                good = [isinstance(item, Tensor) for item in items]
+                if any(good):
+                    yield index[good], torch.stack([item for item in items if isinstance(item, Tensor)])
 
     def add_failed(self, failed: Sequence[tuple[str, str]]) -> None:
         """Note images that could not be decoded, with one warning for each that is new."""
@@ -206,28 +230,10 @@ class Decoded(Dataset[Any]):
             return error.path, error.reason
 
 
-def read_images(
-    paths: Sequence[str],
-    labels: Tensor | None,
-    classes: tuple[str, ...] | None,
-    image_size: int,
-    *,
-    residency: str = "auto",
-    memory_budget: int | None = None,
-) -> ImageSet:
-    """Make an :class:`ImageSet` of image files, decoded once into memory where they fit.
+def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
+    """Decode a lazy set into memory, or return it as it is, to be decoded on every read.
 
-    Parameters
-    ----------
-    paths, labels, classes
-        As in :class:`ImageSet`.
-    image_size
-        Side of the decoded square.
-    residency
-        ``"memory"`` or ``"stream"`` (decode on every read); ``"auto"`` takes memory when the decoded images
-        fit in ``memory_budget``.
-    memory_budget
-        Bytes; by default half of the memory that is free now.
+    ``residency`` is ``"memory"``, ``"stream"``, or ``"auto"``: in memory if half of what is free holds the images.
 
     Raises
     ------
@@ -236,43 +242,27 @@ def read_images(
     """
     if residency not in RESIDENCIES:
         raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
-    need = len(paths) * 3 * image_size**2
-    budget = free_memory() // 2 if memory_budget is None else memory_budget
-    in_memory = residency == "memory" or (residency == "auto" and need <= budget)
+    count, side = len(files), files.image_size
+    need, allowed = count * 3 * side**2, free_memory() // 2
+    in_memory = residency == "memory" or (residency == "auto" and need <= allowed)
     logger.info(
         "%s of %d x %d: %.2f GB decoded, %.2f GB allowed: %s (residency %s)",
-        *(counted(len(paths)), image_size, image_size, need / 1e9, budget / 1e9),
+        *(counted(count), side, side, need / 1e9, allowed / 1e9),
         *("decoded into memory" if in_memory else "decoded when read", residency),
     )
     if not in_memory:
-        return ImageSet(LazyImages(paths, image_size), list(paths), labels, classes)
-
-    images = torch.empty((len(paths), 3, image_size, image_size), dtype=torch.uint8)
-
-    def decode(i: int) -> str | None:
-        try:
-            images[i] = decode_image(paths[i], image_size)
-        except ImageError as error:
-            return error.reason
-        return None
-
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:  # Pillow decodes outside the GIL
-        reasons = list(pool.map(decode, range(len(paths))))
-    failed = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason is not None]
-    good = [i for i, reason in enumerate(reasons) if reason is None]
+        return files
+    images = torch.empty((count, 3, side, side), dtype=torch.uint8)
+    good: list[int] = []
+    for index, batch in files.batches(256):
+        images[len(good) : len(good) + len(batch)] = batch
+        good += index.tolist()
     if not good:
         raise ValueError(
-            f"not one of {len(paths)} images could be decoded; the first: {': '.join(failed[0])}"
+            f"not one of {count} images could be decoded; the first: {': '.join(files.failed[0])}"
         )
-    if failed:
-        for to, source in enumerate(good):  # close the gaps in place: a copy would double the peak memory
-            if to != source:
-                images[to] = images[source]
-    result = ImageSet(
-        images[: len(good)], [paths[i] for i in good], None if labels is None else labels[good], classes
-    )
-    result.add_failed(failed)
-    return result
+    labels = None if files.labels is None else files.labels[good]
+    return replace(files, images=images[: len(good)], paths=[files.paths[i] for i in good], labels=labels)
 
 
 def counted(images: int) -> str:

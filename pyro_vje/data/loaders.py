@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyro_vje.data.imageset import RESIDENCIES, Decoded, ImageSet, LazyImages, cpu_count, free_memory
+from pyro_vje.data.imageset import RESIDENCIES, Decoded, ImageSet, LazyImages, free_memory
 
 logger = logging.getLogger("pyro_vje")
 
@@ -27,7 +27,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class _EpochLoader:
-    """Length, order and shard of the batches; shared by both loaders.
+    """Length, order and shard of the batches; a last one that would be short is left out.
 
     Parameters
     ----------
@@ -41,8 +41,11 @@ class _EpochLoader:
         On which the order is drawn; a CPU and a GPU draw different ones.
     rank, world_size
         Each process takes its part, the ``rank``-th of ``world_size`` equal ones, of every global batch.
-    drop_last
-        Leave out the last batch when it is short. Otherwise it is kept, cut to a multiple of ``world_size``.
+
+    Raises
+    ------
+    ValueError
+        The batch is larger than the data, or is not a multiple of ``world_size``.
     """
 
     def __init__(
@@ -54,30 +57,21 @@ class _EpochLoader:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = True,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
                 f"batch_size {batch_size} cannot be shared by world_size {world_size} processes: "
                 f"take a positive multiple of {world_size}"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not among 0..{world_size - 1}")
-        if count < world_size or (drop_last and batch_size > count):
+        if batch_size > count:
             raise ValueError(
                 f"batch_size {batch_size} is larger than the data, {count} images: "
                 f"take a batch_size of at most {count}, or more images"
             )
-        self.count = count
-        self.batch_size = batch_size
-        self.seed = seed
+        self.count, self.batch_size, self.seed = count, batch_size, seed
         self.device = torch.device(device)
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self.epoch = 0
-        self.taken = 0
-        self._start = 0
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.taken = self._start = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next pass."""
@@ -92,38 +86,22 @@ class _EpochLoader:
         self.epoch, self._start = state_dict["epoch"], state_dict["taken"]
 
     def __len__(self) -> int:
-        full, rest = divmod(self.count, self.batch_size)
-        return full + (not self.drop_last and rest >= self.world_size)
+        return self.count // self.batch_size
 
     def _indices(self) -> Iterator[Tensor]:
         generator = torch.Generator(self.device).manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator, device=self.device)
+        share = self.batch_size // self.world_size
         for batch in range(self.taken, len(self)):
-            whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            share = len(whole) // self.world_size
-            yield whole[self.rank * share : (self.rank + 1) * share]
+            start = batch * self.batch_size + self.rank * share
+            yield order[start : start + share]
 
 
 class ResidentLoader(_EpochLoader):
     """Shuffled batches of images that lie on the device.
 
-    Iterating yields uint8 (batch_size / world_size, 3, S, S) on ``device``. The images are copied there once;
-    each batch is read with a permutation drawn there.
-
-    Parameters
-    ----------
-    images
-        uint8 (N, 3, S, S).
-    batch_size
-        Of the global batch, all ranks together.
-    seed, device, rank, world_size, drop_last
-        The order is that of (seed, epoch) and of the kind of device; rank r takes the r-th part of each
-        global batch; a short last batch is left out, or cut to a multiple of ``world_size``.
-
-    Raises
-    ------
-    ValueError
-        The batch is larger than the data, or is not a multiple of ``world_size``.
+    Iterating yields uint8 (batch_size / world_size, 3, S, S) on ``device``. The images, uint8 (N, 3, S, S), are copied
+    there once; each batch is read with a permutation drawn there.
     """
 
     def __init__(self, images: Tensor, batch_size: int, **arguments: Any) -> None:
@@ -138,43 +116,28 @@ class ResidentLoader(_EpochLoader):
 
 
 class StreamingLoader(_EpochLoader):
-    """Shuffled batches of images that worker processes decode ahead of their use.
+    """Shuffled batches of :class:`LazyImages` that ``num_workers`` processes (0: this one) decode ahead of their use.
 
     Iterating yields uint8 (batch_size / world_size, 3, S, S) in host memory, pinned where there is a GPU, for
     ``batch.to(device, non_blocking=True)``. The order is that of a :class:`ResidentLoader` on a CPU. In the
     place of an image that cannot be decoded stands another one of its batch; it is noted in
     ``image_set.failed``.
-
-    Parameters
-    ----------
-    image_set
-        With :class:`LazyImages`.
-    batch_size, seed, rank, world_size, drop_last
-        As for :class:`ResidentLoader`.
-    num_workers
-        Decoding processes; by default one a CPU core, at most 16. With 0 this process decodes.
-
-    Raises
-    ------
-    ValueError
-        As :class:`ResidentLoader`, and if the images are in memory already.
     """
 
     def __init__(
-        self, image_set: ImageSet, batch_size: int, *, num_workers: int | None = None, **arguments: Any
+        self, image_set: ImageSet, batch_size: int, *, num_workers: int = 0, **arguments: Any
     ) -> None:
         super().__init__(len(image_set), batch_size, **arguments)
         if not isinstance(image_set.images, LazyImages):
             raise ValueError("these images are in memory already: take ResidentLoader, or make_loader")
-        workers = min(16, cpu_count()) if num_workers is None else num_workers
         self.image_set = image_set
         self._batches = DataLoader(
             Decoded(image_set.images),
             batch_sampler=_EpochBatches(self),
             collate_fn=_collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=4 if num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -182,7 +145,7 @@ class StreamingLoader(_EpochLoader):
         # After resuming, from one before: it stands in for the next if that is damaged.
         before = self._start > 0
         self.taken, self._start = self._start - before, 0
-        batch: Any = None
+        batch: Tensor | None = None
         for decoded, failed in self._batches:
             self.image_set.add_failed(failed)
             self.taken += 1
@@ -190,10 +153,10 @@ class StreamingLoader(_EpochLoader):
                 batch = decoded
             elif batch is None and not before:
                 raise ValueError(f"not one image of the first batch could be decoded: {failed[0]}")
-            if before:
-                before = False
-                continue
-            yield batch  # the one before, where a whole batch is damaged: every rank makes the same steps
+            if not before:
+                assert batch is not None
+                yield batch  # the one before, where a whole batch is damaged: every rank makes the same steps
+            before = False
 
 
 def make_loader(
@@ -202,7 +165,7 @@ def make_loader(
     *,
     device: torch.device | str = "cpu",
     residency: str = "auto",
-    num_workers: int | None = None,
+    num_workers: int = 0,
     **arguments: Any,
 ) -> ResidentLoader | StreamingLoader:
     """Choose the loader for a set of images and log the choice.
@@ -219,12 +182,12 @@ def make_loader(
     num_workers
         See :class:`StreamingLoader`.
     **arguments
-        ``seed``, ``rank``, ``world_size``, ``drop_last``: see :class:`ResidentLoader`.
+        ``seed`` of the order; ``rank`` and ``world_size``: this process takes the ``rank``-th part of each batch.
 
     Raises
     ------
     ValueError
-        If ``residency`` is none of these, or as the loaders.
+        If ``residency`` is none of these, or the batch is larger than the data or no multiple of ``world_size``.
     """
     if residency not in RESIDENCIES:
         raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
@@ -232,7 +195,7 @@ def make_loader(
     if isinstance(image_set.images, LazyImages):
         if residency == "memory":
             raise ValueError("these images are decoded when read: load them with residency='memory' first")
-        logger.info("%d images: decoded by worker processes when read", len(image_set))
+        logger.info("%d images: decoded by %d worker processes when read", len(image_set), num_workers)
         return StreamingLoader(image_set, batch_size, num_workers=num_workers, **arguments)
     need = image_set.images.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
@@ -250,9 +213,6 @@ class _EpochBatches:
 
     def __init__(self, loader: StreamingLoader) -> None:
         self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
 
     def __iter__(self) -> Iterator[list[int]]:
         return (index.tolist() for index in self.loader._indices())

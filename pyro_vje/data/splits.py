@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from pyro_vje.config import TrainConfig, machines
-from pyro_vje.data import ImageSet, derive_seed, load_dataset
+from pyro_vje.data.datasets import load_dataset
+from pyro_vje.data.imageset import ImageSet, counted
+from pyro_vje.data.loaders import derive_seed
 
 log = logging.getLogger("pyro_vje")
 
@@ -32,6 +34,9 @@ def _load_split(config: TrainConfig, split: str, image_size: int | None) -> Imag
 def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
+    What identifies them is ``train_set.fingerprint()`` and ``held_out.names``. A normal class is named by
+    ``train_set.class_name(config.normal_class)``: its index would be another class in other data.
+
     Raises
     ------
     ValueError, FileNotFoundError
@@ -40,6 +45,7 @@ def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     train_set = _load_split(config, "pretrain", config.image_size)
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
+        log.info("%s of the class %s", counted(len(train_set)), train_set.class_name(config.normal_class))
     train_set, held_out = hold_out(train_set, config)
     if len(train_set) < (config.batch_size or 0):
         raise ValueError(
@@ -86,9 +92,26 @@ def monitor_sets(
     if labelled.labels is None or len(labelled.labels.unique()) < 2:
         return None
     test = _load_split(config, "test", image_size).labelled()
+    warn_if_shared(train_set, test)
     return labelled.select(evenly_spread(len(labelled), MONITOR_TRAIN)), test.select(
         evenly_spread(len(test), MONITOR_TEST)
     )
+
+
+def warn_if_shared(train: ImageSet, test: ImageSet) -> None:
+    """Warn if most of the test images are among those of training, by their pixels, or their files if they are lazy."""
+
+    def keys(images: ImageSet) -> set[int | str]:
+        if isinstance(images.images, Tensor) and train.in_memory and test.in_memory:
+            return {hash(image.numpy().tobytes()) for image in images.images}
+        return set(images.paths)
+
+    known, asked = keys(train), keys(test)
+    if 2 * len(known & asked) > len(asked):
+        log.warning(
+            "%d of %d test images are training images too: numbers on them say nothing about new ones",
+            *(len(known & asked), len(asked)),
+        )
 
 
 def evenly_spread(size: int, most: int) -> Tensor:

@@ -30,7 +30,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import DATASETS, CleanView, ImageSet
+from pyro_vje.data import CleanView, ImageSet, find_dataset
 from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
 from pyro_vje.model.encoding import Posteriors
 from pyro_vje.model.vje import VJE
@@ -216,7 +216,7 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
 
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     """Collect what a new run will be described by."""
-    dataset = DATASETS[config.dataset]
+    dataset = find_dataset(config.dataset)
     size = train_set.image_size
     stem = describe_stem(config.encoder or "", size)
     return RunInfo(config, size, dataset.mean, dataset.std, train_set.classes, len(train_set), stem)
@@ -332,7 +332,7 @@ def load_run(
                 f"{ckpt} holds no {WEIGHTS}: has its training finished? (train --resume goes on)"
             )
     info, state = _read_weights(path)
-    for setting in ("encoder", "likelihood"):
+    for setting in ("dataset", "encoder", "likelihood"):
         name = getattr(info.config, setting)
         if is_reference(name) and not trust_plugins:
             raise ValueError(

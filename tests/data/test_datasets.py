@@ -1,6 +1,7 @@
 """Every data set from small files in its real on-disk format, read by the real code."""
 
 import logging
+import os
 import pickle
 
 import numpy as np
@@ -9,7 +10,16 @@ import torch
 from on_disk import RNG, md5, write_image, write_imagenet, write_stl10
 from torchvision import datasets as torchvision_datasets
 
-from pyro_vje.data import DATASETS, ImageSet, LazyImages, load_dataset
+from pyro_vje.data import (
+    DATASETS,
+    ImageSet,
+    LazyImages,
+    find_dataset,
+    imageset,
+    load_dataset,
+    views_for,
+    warn_if_shared,
+)
 from pyro_vje.data.imageset import free_memory, read_images
 
 
@@ -105,15 +115,84 @@ def tree(root, names):
         write_image(root / name)
 
 
-def test_folder_with_splits(tmp_path):
-    """The layout of MVTec: a class that only the test split has."""
-    tree(tmp_path, ["train/good/0.png", "train/good/1.png", "test/good/0.png", "test/broken/0.png"])
-    train, test = (load_dataset("folder", tmp_path, split) for split in ("train", "test"))
-    assert train.classes == test.classes == ("broken", "good")
-    assert train.labels.tolist() == [1, 1]
-    assert test.labels.tolist() == [0, 1]
-    assert test.paths[0] == str(tmp_path / "test/broken/0.png")
-    assert len(load_dataset("folder", tmp_path, "all")) == 4
+# What was tried: files, and the classes of those in each split; "-" has no class.
+LAYOUTS = {
+    "class folders of MVTec": (
+        ["train/good/0", "train/good/1", "test/good/2", "test/broken/3", "ground_truth/broken/4"],
+        {"train": "good good", "test": "broken good", "all": "- broken good good good"},
+    ),
+    "no classes": (["train/0", "test/1"], {"train": "-", "test": "-", "all": "- -"}),
+    "all three": (
+        ["train/a/0", "val/a/1", "test/a/2", "test/b/3", "more/4", "5"],
+        {"train": "a", "test": "a b", "all": "- - a b a a"},
+    ),
+    "capitals": (["Train/a/0", "TEST/b/1"], {"train": "a", "test": "b", "all": "b a"}),
+    "long names": (["training/a/0", "testing/b/1"], {"train": "a", "test": "b", "all": "b a"}),
+    "valid": (["train/a/0", "valid/b/1"], {"train": "a", "test": "b", "all": "a b"}),
+    "validation": (["train/a/x/0", "Validation/b/1"], {"train": "a", "test": "b", "all": "b a"}),
+    "deep": (["train/a/x/y/0", "test/a/1"], {"train": "a", "test": "a", "all": "a a"}),
+    "not UTF-8": ([b"train/\xe9/\xe9", b"test/\xe9/0"], {"train": "\udce9", "test": "\udce9"}),
+    "train alone": (["train/a/0", "cat/1"], {"all": "cat train"}),
+    "no train": (["val/a/0", "test/a/1"], {"all": "test val"}),
+    "empty train": (["test/a/1", "train/a/notes.txt"], {"test": "a", "all": "a"}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_a_folder(layout, tmp_path, caplog):
+    names, splits = LAYOUTS[layout]
+    for name in map(os.fsdecode, names):
+        path = tmp_path / (name if "." in name else f"{name}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path) if path.suffix == ".png" else path.touch()
+    for split, expected in splits.items():
+        images = load_dataset("folder", tmp_path, split, image_size=8)
+        labels = [-1] * len(images) if images.labels is None else images.labels.tolist()
+        found = ["-" if label < 0 else images.classes[label] for label in labels]
+        assert found == expected.split()
+        assert images.named(images.names).paths == images.paths
+    if layout in ("train alone", "no train"):
+        assert "is read as a class" in caplog.text
+    if layout == "empty train":
+        with pytest.raises(ValueError, match="no image in the split 'train'"):
+            load_dataset("folder", tmp_path, "train")
+
+
+def test_a_fingerprint_says_whether_these_are_the_same_images(tmp_path):
+    tree(tmp_path / "here", ["cat/0.png", "cat/1.png", "dog/0.png"])
+
+    def fingerprint(place):
+        return load_dataset("folder", tmp_path / place, "all", residency="stream").fingerprint()
+
+    first = fingerprint("here")
+    images = load_dataset("folder", tmp_path / "here", "all")
+    assert first == images.fingerprint() == images.select([2, 0, 1]).fingerprint()
+    assert first != images.select([0, 1]).fingerprint()
+    assert images.select([2]).names == ["dog/0.png"]
+    with pytest.raises(ValueError, match=r"1 of 2 images are not there, for instance 'cow/0\.png'"):
+        images.named(["dog/0.png", "cow/0.png"])
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert fingerprint("there") == first
+    with open(tmp_path / "there/cat/0.png", "ab") as file:
+        file.write(b"more")
+    changed = fingerprint("there")
+    (tmp_path / "there/cat/0.png").rename(tmp_path / "there/cat/2.png")
+    assert len({first, changed, fingerprint("there")}) == 3
+    digits = [load_dataset("digits", split=split).fingerprint() for split in ("train", "test", "train")]
+    assert digits[0] == digits[2] != digits[1]
+
+
+def test_test_images_that_are_training_images_are_noticed(tmp_path, caplog):
+    train, test = load_dataset("digits"), load_dataset("digits", split="test")
+    warn_if_shared(train, test)
+    assert not caplog.records
+    warn_if_shared(train, train.select([3, 4]))
+    assert "2 of 2 test images are training images too" in caplog.text
+    caplog.clear()
+    tree(tmp_path, ["0.png", "1.png"])
+    lazy = load_dataset("folder", tmp_path, "all", residency="stream")
+    warn_if_shared(lazy, lazy.select([0]))
+    assert "1 of 1 test images" in caplog.text
 
 
 def test_folder_without_splits_never_moves_a_file(tmp_path):
@@ -209,15 +288,15 @@ def test_many_damaged_files_do_not_flood_the_log(tmp_path, caplog):
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 11
 
 
-def test_residency_follows_the_budget(tmp_path, caplog):
-    tree(tmp_path, ["a.png", "b.png"])
-    need = 2 * 3 * 32 * 32
-    with caplog.at_level(logging.INFO, "pyro_vje"):
-        assert load_dataset("folder", tmp_path, "all", memory_budget=need).in_memory
-        assert not load_dataset("folder", tmp_path, "all", memory_budget=need - 1).in_memory
-    assert "decoded when read" in caplog.text
-    assert load_dataset("folder", tmp_path, "all", memory_budget=0, residency="memory").in_memory
+def test_residency_follows_the_free_memory(tmp_path, caplog, monkeypatch):
     assert free_memory() > 0
+    tree(tmp_path, ["a.png", "b.png"])
+    twice = 2 * 2 * 3 * 32 * 32
+    with caplog.at_level(logging.INFO, "pyro_vje"):
+        for free, residency, in_memory in ((twice, "auto", 1), (twice - 1, "auto", 0), (0, "memory", 1)):
+            monkeypatch.setattr(imageset, "free_memory", lambda free=free: free)
+            assert load_dataset("folder", tmp_path, "all", residency=residency).in_memory == in_memory
+    assert "decoded when read" in caplog.text
 
 
 def test_absent_data(tmp_path, monkeypatch):
@@ -241,7 +320,7 @@ def test_default_data_dir(tmp_path, monkeypatch):
 
 
 def test_user_errors_name_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match="unknown data set 'cifar'; known: digits, cifar10"):
+    with pytest.raises(ValueError, match="unknown data set 'cifar': choose one of digits, cifar10"):
         load_dataset("cifar")
     with pytest.raises(ValueError, match="unknown split 'val'; known: pretrain, train, test"):
         load_dataset("digits", split="val")
@@ -280,8 +359,14 @@ def test_image_set_selects():
         unlabelled.of_class("cat")
     with pytest.raises(ValueError, match="no labels"):
         unlabelled.labelled()
+    assert images.class_name("1") == images.class_name("0") == "0"
+    assert images.class_name(0) == "cat"
     with pytest.raises(ValueError, match="differ in length: 6, 5"):
         ImageSet(pixels, images.paths[:5])
+    with pytest.raises(ValueError, match=r"uint8 .*got torch.float32 \(6, 3, 2, 2\): floats in \[0, 1\]"):
+        ImageSet(pixels / 255, images.paths)
+    with pytest.raises(ValueError, match=r"got torch.uint8 \(6, 1, 2, 2\).*expand"):
+        ImageSet(pixels[:, :1], images.paths)
 
 
 def test_lazy_selection_keeps_paths(tmp_path):
@@ -289,16 +374,39 @@ def test_lazy_selection_keeps_paths(tmp_path):
     images = load_dataset("folder", tmp_path, "all", residency="stream")
     chosen = images.of_class("b")
     assert chosen.images.paths == chosen.paths == [str(tmp_path / "b/0.png")]
-    together = read_images(images.paths, images.labels, images.classes, 32)
-    assert torch.equal(chosen.images[0], together.images[2])
+    assert torch.equal(chosen.images[0], read_images(images, "memory").images[2])
 
 
-def test_a_new_data_set_is_one_entry(monkeypatch):
-    def load(request):
-        count = {"train": 3, "test": 2}.get(request.split, 5)
-        side = request.image_size
-        return ImageSet(torch.zeros(count, 3, side, side, dtype=torch.uint8), ["zero"] * count)
+OWN = """
+import torch
+from pyro_vje.data import Dataset, ImageSet
 
-    entry = type(DATASETS["digits"])(load, (0.5,) * 3, (0.5,) * 3, "cifar", 8)
-    monkeypatch.setitem(DATASETS, "zeros", entry)
-    assert load_dataset("zeros").images.shape == (3, 3, 8, 8)
+def zeros(request):
+    count, side = {"train": 3, "test": 2}.get(request.split, 5), request.image_size or 8
+    return ImageSet(torch.zeros(count, 3, side, side, dtype=torch.uint8), ["zero"] * count)
+
+entry = Dataset(zeros, mean=(0.5,) * 3, recipe="digits", image_size=16)
+nothing = lambda request: None
+broken = lambda request: 1 / 0
+number = 5
+"""
+
+
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_data.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    assert load_dataset("my_data:zeros").images.shape == (3, 3, 8, 8)
+    assert len(load_dataset("my_data:zeros", split="test", image_size=12)) == 2
+    assert views_for("my_data:zeros", 8)[1].mean == find_dataset("folder").mean
+    assert load_dataset("my_data:entry").image_size == 16
+    assert views_for("my_data:entry", 8)[0].recipe.flip == 0
+    for name, message in {
+        "none": "choose one of digits, .* or name your own as module:attribute",
+        "my_data:nothing": "gave a NoneType: it must return an ImageSet",
+        "my_data:broken": r"failed \(ZeroDivisionError: division by zero\)",
+        "my_data:number": "is no function from a Request to an ImageSet",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_dataset(name)
+    monkeypatch.setitem(DATASETS, "mine", find_dataset("my_data:entry"))
+    assert len(load_dataset("mine")) == 3

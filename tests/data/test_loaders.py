@@ -48,24 +48,10 @@ def test_an_epoch_is_every_image_once_in_an_order_of_its_own():
     assert numbers(ResidentLoader(numbered(20), 6, seed=2)) != first
 
 
-def test_the_last_batch_can_be_kept():
-    loader = ResidentLoader(numbered(20), 6, drop_last=False)
-    assert len(loader) == 4
-    assert sorted(sum(numbers(loader), [])) == list(range(20))  # noqa: RUF017
-    assert len(ResidentLoader(numbered(4), 6, drop_last=False)) == 1
-
-
-@pytest.mark.parametrize("drop_last", [True, False])
-def test_ranks_share_each_global_batch(drop_last):
-    whole = numbers(ResidentLoader(numbered(21), 8, seed=3, drop_last=drop_last))
-    ranks = [
-        numbers(ResidentLoader(numbered(21), 8, seed=3, rank=r, world_size=2, drop_last=drop_last))
-        for r in (0, 1)
-    ]
-    shared = [first + second for first, second in zip(*ranks, strict=True)]
-    assert shared[:2] == whole[:2]
-    if not drop_last:  # five are left: two for each rank
-        assert shared[2] == whole[2][:4]
+def test_ranks_share_each_global_batch():
+    whole = numbers(ResidentLoader(numbered(21), 8, seed=3))
+    ranks = [numbers(ResidentLoader(numbered(21), 8, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    assert [first + second for first, second in zip(*ranks, strict=True)] == whole
 
 
 def test_streaming_has_the_order_of_a_resident_loader(lazy):
@@ -160,7 +146,7 @@ def test_the_choice_of_loader(lazy, caplog):
         assert isinstance(make_loader(images, 5, residency="stream"), ResidentLoader)
         assert isinstance(make_loader(lazy, 5, num_workers=0), StreamingLoader)
     assert "20 images, 0.00 GB, in the memory of cpu" in caplog.text
-    assert "decoded by worker processes" in caplog.text
+    assert "decoded by 0 worker processes" in caplog.text
     with pytest.raises(ValueError, match="load them with residency='memory' first"):
         make_loader(lazy, 5, residency="memory")
     with pytest.raises(ValueError, match="unknown residency"):
@@ -184,8 +170,6 @@ def test_user_errors_name_both_numbers():
         ResidentLoader(numbered(20), 32)
     with pytest.raises(ValueError, match="batch_size 9 cannot be shared by world_size 2"):
         ResidentLoader(numbered(20), 9, world_size=2)
-    with pytest.raises(ValueError, match="rank 2 is not among 0"):
-        ResidentLoader(numbered(20), 8, rank=2, world_size=2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         next(ImageSet(numbered(2), ["0", "1"]).batches(0))
 

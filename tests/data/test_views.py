@@ -110,6 +110,9 @@ def test_views_are_a_function_of_the_generator():
     assert torch.equal(first, two(images, seeded(1)))
     assert not torch.equal(first, two(images, seeded(2)))
     assert not torch.equal(first[0], first[1])
+    assert torch.equal(two.one(images, seeded(1)), two(images, seeded(1), num_views=1)[0])
+    third = two(images, seeded(1), num_views=3)[2]  # blurred as rarely as the second
+    assert third.shape == first[0].shape
     state = torch.get_rng_state()
     two(images, seeded(1))
     assert torch.equal(state, torch.get_rng_state())  # the global generator is not touched
@@ -172,7 +175,7 @@ def test_views_for_a_data_set_standardise_it():
 def test_user_errors_name_the_way_out():
     with pytest.raises(ValueError, match="unknown recipe 'cifr'; known: cifar"):
         TwoViews(32, "cifr")
-    with pytest.raises(ValueError, match="unknown data set 'mnist'; known: digits"):
+    with pytest.raises(ValueError, match="unknown data set 'mnist': choose one of digits"):
         views_for("mnist", 32)
     with pytest.raises(ValueError, match=r"expected uint8 images .*float32 \(2, 3, 8, 8\)"):
         TwoViews(8)(torch.zeros(2, 3, 8, 8))

@@ -1,5 +1,5 @@
-"""Two random views of an image."""
+"""Random views of an image, drawn and computed a batch at once."""
 
-from pyro_vje.data.views.two_views import RECIPES, CleanView, Recipe, TwoViews, ViewParameters, views_for
+from pyro_vje.data.views.two_views import RECIPES, CleanView, Recipe, TwoViews
 
-__all__ = ["RECIPES", "CleanView", "Recipe", "TwoViews", "ViewParameters", "views_for"]
+__all__ = ["RECIPES", "CleanView", "Recipe", "TwoViews"]

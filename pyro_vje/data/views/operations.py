@@ -15,23 +15,9 @@ from torch.nn.functional import conv2d, grid_sample, pad
 def crop_resize(
     images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor, size: int
 ) -> Tensor:
-    """Cut out a box, resize it, flip it where wanted: ``resized_crop(antialias=True)``, ``horizontal_flip``.
+    """Cut out boxes in pixels, resize them to (B, 3, S, S), flip those with ``flip``, bool (B,).
 
-    Parameters
-    ----------
-    images
-        (B, 3, H, W).
-    top, left, height, width
-        The boxes in pixels, (B,).
-    flip
-        Bool (B,).
-    size
-        Side S of the result.
-
-    Returns
-    -------
-    Tensor
-        (B, 3, S, S).
+    ``resized_crop(antialias=True)`` and ``horizontal_flip``.
     """
     batch, channels, rows, columns = images.shape
     out = (torch.arange(size, device=images.device) + 0.5) / size  # of a box of length 1
@@ -114,18 +100,9 @@ def greyscale_(images: Tensor, apply: Tensor) -> Tensor:
 
 
 def blur_(images: Tensor, sigma: Tensor, apply: Tensor, kernel: int) -> Tensor:
-    """Blur with a Gaussian where wanted: ``gaussian_blur``, with reflection at the edges.
+    """Blur where wanted with a Gaussian of ``sigma`` pixels: ``gaussian_blur``, with reflection at the edges.
 
-    Parameters
-    ----------
-    images
-        (B, 3, H, W).
-    sigma
-        Standard deviation in pixels, (B,).
-    apply
-        Bool (B,).
-    kernel
-        Number of pixels that are weighed on a line, odd, smaller than twice the image.
+    ``kernel`` pixels are weighed on a line, an odd number smaller than twice the image.
     """
     offset = torch.arange(kernel, device=images.device) - kernel // 2
     weights = (-0.5 * (offset / sigma[:, None]).square()).exp_()

@@ -1,18 +1,19 @@
-"""Two random views of every image of a batch, drawn and computed at once on the batch's device."""
+"""Random views of every image of a batch, drawn and computed at once on the batch's device."""
 
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from pyro_vje.data.datasets import DATASETS
 from pyro_vje.data.views import operations as pixels
 
+Rgb = Sequence[float]  # a number for each channel
 _PROPOSALS = 10  # crops proposed for a view before the fallback, as in torchvision
 _DRAWS = 2 * _PROPOSALS + 12  # uniform numbers a view
 
@@ -21,26 +22,10 @@ _DRAWS = 2 * _PROPOSALS + 12  # uniform numbers a view
 class Recipe:
     """Distribution of a random view.
 
-    Attributes
-    ----------
-    scale
-        Range of the crop's area, as a fraction of the image's.
-    ratio
-        Range of the crop's width / height (log-uniform).
-    flip, grey
-        Probability of a horizontal flip, of greyscale.
-    jitter
-        Probability of the colour jitter.
-    brightness, contrast, saturation
-        A factor is drawn from [1 - x, 1 + x].
-    hue
-        A shift is drawn from [-x, x], in turns of the colour circle.
-    blur
-        Probability of the Gaussian blur, in the first and the second view.
-    sigma
-        Range of the blur's standard deviation in pixels.
-    solarise
-        Probability of solarisation (inverting what is brighter than half), in the first and second view.
+    Ranges: ``scale`` of the crop's area, as a fraction of the image's, ``ratio`` of its width / height (log-uniform),
+    ``sigma`` of the blur's standard deviation in pixels. Probabilities: ``flip``, ``jitter``, ``grey``; ``blur`` and
+    ``solarise`` (inverting what is brighter than half) in the first view and in every other. The jitter draws factors
+    from [1 - x, 1 + x] for ``brightness``, ``contrast`` and ``saturation``, and a shift from [-x, x] turns for ``hue``.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -70,36 +55,12 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-class ViewParameters(NamedTuple):
-    """What was drawn for V views of each of B images, or for one view of each: (B,) in what follows.
-
-    Attributes
-    ----------
-    top, left, height, width
-        The crop's box, whole pixels, (B,).
-    flip, grey, blur, solarise
-        Whether it is applied, bool (B,).
-    brightness, contrast, saturation
-        Factors (B,), 1 where the jitter is not applied.
-    hue
-        Shift in turns (B,), 0 where the jitter is not applied.
-    sigma
-        Standard deviation of the blur in pixels, (B,).
-    """
-
-    top: Tensor
-    left: Tensor
-    height: Tensor
-    width: Tensor
-    flip: Tensor
-    brightness: Tensor
-    contrast: Tensor
-    saturation: Tensor
-    hue: Tensor
-    grey: Tensor
-    blur: Tensor
-    sigma: Tensor
-    solarise: Tensor
+ViewParameters = namedtuple(
+    "ViewParameters",
+    "top left height width flip brightness contrast saturation hue grey blur sigma solarise",
+)
+"""What was drawn for V views of each of B images, (V, B) each, or for one view of each, (B,): the crop's box in whole
+pixels, factors, a shift of the hue in turns, sigma in pixels, and whether to flip, grey, blur and solarise."""
 
 
 class CleanView:
@@ -118,19 +79,12 @@ class CleanView:
         If there is no image of this side, or the statistics are not those of three channels.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.25, 0.25, 0.25),
-    ) -> None:
+    def __init__(self, image_size: int, mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std need three channels, std positive; got {mean} and {std}")
-        self.image_size = image_size
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -139,39 +93,32 @@ class CleanView:
         check_images(images)
         x = images.float().div_(255)
         if images.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
-            x = torch.nn.functional.interpolate(x, size, mode="bilinear", antialias=True)
+            x = interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
         return self._normalise_(x)
 
     def _normalise_(self, x: Tensor) -> Tensor:
         """Normalise float images (B, 3, S, S) in place."""
-        mean, std = self._statistics(x.device)
+        if x.device not in self._constants:  # copied to a device once: in every step one would wait for it
+            mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+            self._constants[x.device] = (mean, std)
+        mean, std = self._constants[x.device]
         return x.sub_(mean).div_(std)
-
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, (3, 1, 1), copied to a device once: in every step one would wait for it."""
-        if device not in self._constants:
-            mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (self.mean, self.std))
-            self._constants[device] = (mean, std)
-        return self._constants[device]
 
 
 class TwoViews(CleanView):
-    """Two augmented views of each image of a batch.
+    """Two augmented views of each image of a batch, or more.
 
     Parameters
     ----------
-    image_size
-        Side S of the views.
+    image_size, mean, std
+        As for :class:`CleanView`.
     recipe
         A :class:`Recipe` or the name of one in :data:`RECIPES`.
-    mean, std
-        Of each channel, in [0, 1].
 
     Raises
     ------
     ValueError
-        If the recipe is unknown, or as :class:`CleanView`.
+        If the recipe is unknown or blurs a single pixel, or as :class:`CleanView`.
 
     Notes
     -----
@@ -181,22 +128,15 @@ class TwoViews(CleanView):
     """
 
     def __init__(
-        self,
-        image_size: int,
-        recipe: str | Recipe = "cifar",
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.25, 0.25, 0.25),
+        self, image_size: int, recipe: str | Recipe = "cifar", mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3
     ) -> None:
         super().__init__(image_size, mean, std)
         if isinstance(recipe, str) and recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-        # SimCLR's kernel: a tenth of the image, odd
-        self.kernel = max(3, image_size // 10 // 2 * 2 + 1)
         if any(self.recipe.blur) and image_size < 2:
-            raise ValueError(
-                "one pixel cannot be blurred: take image_size 2 or more, or a recipe without blur"
-            )
+            raise ValueError("one pixel cannot be blurred: take image_size 2, or a recipe without blur")
+        self.kernel = max(3, image_size // 10 // 2 * 2 + 1)  # SimCLR's: a tenth of the image, odd
 
     @torch.no_grad()
     def __call__(
@@ -207,8 +147,9 @@ class TwoViews(CleanView):
         rank: int = 0,
         world_size: int = 1,
         same_for_all: bool = False,
+        num_views: int = 2,
     ) -> Tensor:
-        """Draw two views of each image.
+        """Draw V = ``num_views`` views of each image.
 
         Parameters
         ----------
@@ -225,44 +166,31 @@ class TwoViews(CleanView):
         Returns
         -------
         Tensor
-            float32 (2, B, 3, S, S), normalised.
+            float32 (V, B, 3, S, S), normalised.
         """
         check_images(images)
-        shape = (world_size, 1 if same_for_all else len(images), 2, _DRAWS)
-        draws = torch.rand(shape, generator=generator, device=images.device)[rank]
-        return self._render(images, draws.expand(len(images), -1, -1))
-
-    @torch.no_grad()
-    def one(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a single view of each image, as the first of two: float32 (B, 3, S, S), normalised."""
-        check_images(images)
-        shape = (len(images), 1, _DRAWS)
-        return self._render(images, torch.rand(shape, generator=generator, device=images.device))[0]
-
-    def _render(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Views (V, B, 3, S, S) of uint8 images from uniform numbers (B, V, 32)."""
-        batch, _, height, width = images.shape
-        drawn = draw_parameters(draws.transpose(0, 1), (height, width), self.recipe)
-        shape = (draws.shape[1], batch, 3, self.image_size, self.image_size)
-        out = torch.empty(shape, device=images.device)
+        batch, _, *sides = images.shape
+        shape = (world_size, 1 if same_for_all else batch, num_views, _DRAWS)
+        draws = torch.rand(shape, generator=generator, device=images.device)[rank].expand(batch, -1, -1)
+        drawn = draw_parameters(draws.transpose(0, 1), (sides[0], sides[1]), self.recipe)
+        out = torch.empty((num_views, batch, 3, self.image_size, self.image_size), device=images.device)
         with torch.autocast(images.device.type, enabled=False):  # grid_sample and conv2d would lose precision
             floats = images.float().div_(255)
             for view, p in zip(out, zip(*drawn, strict=True), strict=True):
                 view.copy_(self._normalise_(self.augment(floats, ViewParameters(*p))))
         return out
 
+    def one(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a single view of each image, as the first of two: float32 (B, 3, S, S), normalised."""
+        return self(images, generator, num_views=1)[0]
+
     def augment(self, images: Tensor, p: ViewParameters) -> Tensor:
         """Apply what was drawn to float images (B, 3, H, W) in [0, 1]; the result is not normalised."""
         recipe = self.recipe  # what it never does costs nothing
         x = pixels.crop_resize(images, p.top, p.left, p.height, p.width, p.flip, self.image_size)
-        if recipe.jitter and recipe.brightness:
-            x = pixels.brightness_(x, p.brightness)
-        if recipe.jitter and recipe.contrast:
-            x = pixels.contrast_(x, p.contrast)
-        if recipe.jitter and recipe.saturation:
-            x = pixels.saturation_(x, p.saturation)
-        if recipe.jitter and recipe.hue:
-            x = pixels.hue_(x, p.hue)
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            if recipe.jitter and getattr(recipe, name):
+                x = getattr(pixels, f"{name}_")(x, getattr(p, name))
         if recipe.grey:
             x = pixels.greyscale_(x, p.grey)
         if any(recipe.blur):
@@ -273,19 +201,10 @@ class TwoViews(CleanView):
 
 
 def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recipe) -> ViewParameters:
-    """Turn uniform numbers in [0, 1) into the parameters of V views of each of B images, (V, B).
+    """Turn uniform numbers (V, B, 32) in [0, 1) into the parameters of V views of each of B images, (V, B).
 
     A crop follows torchvision's ``RandomResizedCrop``: of ten proposals of an area and a ratio the first that
     fits into the image, else the largest central box whose ratio is in the range.
-
-    Parameters
-    ----------
-    uniform
-        (V, B, 32), V at most 2: the first and the second view may differ in blur and solarisation.
-    image_shape
-        Height and width of the images.
-    recipe
-        The distribution.
     """
     full_height, full_width = image_shape
     area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=-1)
@@ -313,13 +232,10 @@ def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recip
 
     def either(number: Tensor, probabilities: tuple[float, float]) -> Tensor:
         # A tensor of the two numbers would be copied to the device, and waited for.
-        return torch.stack([x < p for x, p in zip(number, probabilities, strict=False)])
+        return torch.stack([x < probabilities[min(view, 1)] for view, x in enumerate(number)])
 
     return ViewParameters(
-        top,
-        left,
-        height,
-        width,
+        *(top, left, height, width),
         flip=u[2] < recipe.flip,
         brightness=factor(u[4], recipe.brightness),
         contrast=factor(u[5], recipe.contrast),
@@ -330,18 +246,6 @@ def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recip
         sigma=_between(u[10], *recipe.sigma),
         solarise=either(u[11], recipe.solarise),
     )
-
-
-def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
-    """Return the training and the evaluation views for a data set's name, with its statistics and recipe.
-
-    Raises ``ValueError`` for an unknown name.
-    """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
-    data = DATASETS[name]
-    recipe = data.recipe or ("cifar" if image_size <= 40 else "stl10" if image_size <= 128 else "imagenet")
-    return TwoViews(image_size, recipe, data.mean, data.std), CleanView(image_size, data.mean, data.std)
 
 
 def check_images(images: Tensor) -> None:
