@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
-from pyro_vje.experiments.protocols import markdown, rows_of
+from pyro_vje.experiments import tables
 
 FOLDER = Path(__file__).parent
 MAIN = ("conditional", "aggregate", "elbo", "k-NN 50", "Mahalanobis", "KDE")
@@ -42,14 +42,14 @@ def number(value: Any) -> str:
 
 
 def entry(cells: list[Cell], measure: str) -> str:
-    """Mean over seeds ± half their range, or what went wrong."""
+    """Mean ± standard deviation over seeds, or what went wrong."""
     values = [cell["measures"][measure] for cell in cells if cell["status"] == "finished"]
     if not cells:
         return ""
     if len(values) < len(cells):
         return f"{len(cells) - len(values)} of {len(cells)} {next(c['status'] for c in cells if not c['measures'])}"
     style = {"posterior_snr": ".2f", "effective_rank": ".0f"}.get(measure, ".3f")
-    spread = f" ± {(max(values) - min(values)) / 2:{style}}" if len(values) > 1 else " (one seed)"
+    spread = f" ± {stdev(values):{style}}" if len(values) > 1 else " (one seed)"
     return f"{mean(values):{style}}{spread}"
 
 
@@ -67,6 +67,12 @@ def pivot(cells: list[Cell], head: str, rows: Key, columns: Key, measures: dict[
         ]
         lines.append(f"| {row} | {' | '.join(entries)} |")
     return "\n".join(lines)
+
+
+def scores(rows: list[dict[str, Any]], *, classes: bool = True) -> str:
+    """Markdown: AUROC of each anomaly score, for each class, or the mean over classes alone."""
+    table = tables.compare_scores(rows)
+    return tables.markdown(table if classes else table[["score", "on", "mean", "95 %"]])
 
 
 def setting(name: str) -> Key:
@@ -126,7 +132,7 @@ def controls() -> dict[str, str]:
         others.append(
             f"| {row['method']} | {row['encoder']} | {row['epochs']} | {accuracies} | {row['source']} |"
         )
-    tables = {
+    own = {
         "published": "\n".join(others),
         "methods-ood": by_method("ood", METHODS),
         "methods-one-class": by_method("one_class", LIKELIHOODS),
@@ -135,7 +141,7 @@ def controls() -> dict[str, str]:
     return {
         **methods("controls", ""),
         **methods("controls_small", "-small"),
-        **tables,
+        **own,
         **made("one_class_vi_simsiam", "methods-one-class"),
     }
 
@@ -146,7 +152,7 @@ def by_method(protocol: str, objectives: Iterable[str]) -> str:
     names = {objective: METHODS[objective] for objective in objectives}
     for objective, method in names.items():
         name = f"{protocol}_{objective.partition(':')[2] or objective}"
-        for row in rows_of(result(name)["cells"]):
+        for row in tables.rows_of_scores(result(name)["cells"]):
             on = "its likelihood" if row["on"] == LIKELIHOODS.get(objective) else row["on"]
             if row["score"] in MAIN and not on.startswith(("likelihood", "untrained")):
                 auroc.setdefault((row["score"], on), {}).setdefault(method, []).append(row["auroc"])
@@ -194,14 +200,13 @@ def machine(found: dict[str, Any]) -> str:
 def anomalies() -> dict[str, str]:
     """AUROC of every score, one class against the others and against another data set; and the main ones."""
     files = {"one-class": "one_class_elbo", "ood": "ood"}
-    rows = {name: rows_of(result(file)["cells"]) for name, file in files.items()}
+    rows = {name: tables.rows_of_scores(result(file)["cells"]) for name, file in files.items()}
     main = [
         row for row in rows["one-class"] if row["score"] in MAIN and not row["on"].startswith("untrained")
     ]
-    tables = {name: markdown(table) for name, table in rows.items()}
     return {
-        **tables,
-        "main": without_classes(markdown(main)),
+        **{name: scores(table) for name, table in rows.items()},
+        "main": scores(main, classes=False),
         "score-parts": score_parts(),
         **made("one_class_elbo", "one-class"),
     }
@@ -229,36 +234,30 @@ def score_parts() -> str:
     return "\n".join(lines)
 
 
-def without_classes(table: str) -> str:
-    """A table of anomaly scores with the mean over classes alone."""
-    lines = [line.split("|") for line in table.splitlines()]
-    return "\n".join("|".join([*line[:3], *line[-3:]]) for line in lines)
-
-
 def made(name: str, mark: str) -> dict[str, str]:
     """How a protocol's result was made."""
     found = result(name)
-    minutes = mean(cell["seconds"] for cell in found["cells"]) / 60
+    minutes = mean(cell.get("seconds") or cell["measures"]["seconds"] for cell in found["cells"]) / 60
     about = f"{found['data']}, {minutes:.0f} minutes a cell; {machine(found)}: `{found['command']}`"
     return {f"{mark}-about": about}
 
 
 def on_gpu() -> dict[str, str]:
     """What ``benchmarks/gpu.sh`` has measured so far."""
-    tables: dict[str, Callable[[], dict[str, str]]] = {
+    measured: dict[str, Callable[[], dict[str, str]]] = {
         "gpu_controls": lambda: methods("gpu_controls", ""),
         "gpu_one-class": lambda: {
-            "one-class": markdown(rows_of(result("gpu_one-class")["cells"])),
+            "one-class": scores(tables.rows_of_scores(result("gpu_one-class")["cells"])),
             **made("gpu_one-class", "one-class"),
         },
         "gpu_speed": lambda: ratios("gpu_speed"),
     }
     found = {
         name: "\n\n".join(make().values())
-        for name, make in tables.items()
+        for name, make in measured.items()
         if (FOLDER / "results" / f"{name}.json").is_file()
     }
-    return {name: found.get(name, "Not measured yet.") for name in tables}
+    return {name: found.get(name, "Not measured yet.") for name in measured}
 
 
 def speed() -> dict[str, str]:

@@ -24,8 +24,8 @@ from pyro_vje.runs.stopping import GOES_ON, Interrupted
 def ablate_command(out: Path, **settings: Any) -> None:
     """Train and evaluate every combination of the repeatable settings, and compare them in one table.
 
-    Finished cells are not run again, and more values may be given later. Leaves ablation.csv, .txt, .json and .png,
-    and a run folder for each cell.
+    Finished cells are not run again, and more values may be given later. Leaves ablation.csv, .json, .md, .tex
+    and .png, and a run folder for each cell.
     """
     given = {name: settings.pop(name) for name in ABLATION_AXES}
     objectives = settings.pop("objective")

@@ -31,32 +31,28 @@ def benchmark_command() -> None:
 @benchmark_command.command("one-class")
 @options.train_settings(repeated=("normal_class", "seed"), without=("devices",))
 @score_likelihood
-@click.option(
-    "--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Classes trained at once."
-)
 @folder
 def one_class_command(
     normal_class: tuple[str, ...],
     seed: tuple[int, ...],
     likelihoods: tuple[str, ...],
-    jobs: int,
     out: Path,
     **settings: Any,
 ) -> None:
     """Train on one class, score all test images; every class (or those of --normal-class) and every seed.
 
-    Finished cells are not run again. Leaves table.csv, .json and .md, and a run folder for each cell.
+    Finished cells are not run again. Leaves table.csv, .json, .md and .tex, and a run folder for each cell.
     """
     base = options.train_config(settings)
 
     from pyro_vje.experiments.protocols import one_class
 
     try:
-        result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods, jobs=jobs)
+        result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods)
     except KeyboardInterrupt as stop:
         raise Interrupted.after(stop, GOES_ON) from None
     click.echo(result.table)
-    click.echo(f"\nAUROC, anomalies positive: {result.folder}")
+    click.echo(f"\n{result.folder}")
 
 
 @benchmark_command.command("ood")
@@ -82,7 +78,7 @@ def ood_command(
 ) -> None:
     """Tell a run's own test images from those of other data sets.
 
-    Leaves table.csv, .json and .md.
+    Leaves table.csv, .json, .md and .tex.
     """
     from pyro_vje.experiments.protocols import ood
 
@@ -95,4 +91,4 @@ def ood_command(
         raise click.UsageError(f"--outside: two sets have one name in the table, {', '.join(outside)}")
     result = ood(ckpt, places, out, likelihoods=likelihoods, trust_plugins=trust_plugins)
     click.echo(result.table)
-    click.echo(f"\nAUROC, anomalies positive: {result.folder}")
+    click.echo(f"\n{result.folder}")

@@ -36,9 +36,9 @@ from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data.decode import FORMATS, image_shape
 from pyro_vje.data.imageset import ImageSet, LazyImages
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.experiments import ablation, comparison, protocols
+from pyro_vje.experiments import ablation, tables
+from pyro_vje.experiments.cells import Cell, Cells
 from pyro_vje.model import encoders
-from pyro_vje.runs.files import read_json
 from pyro_vje.runs.folder import (
     CALIBRATION,
     CHECKPOINTS,
@@ -402,43 +402,23 @@ def targets(folder: Path) -> dict[str, Target]:
             lines = before[: before.rindex(b"\n", 0, len(after)) + 1].count(b"\n") if b"\n" in after else 1
             whole(len(found) == lines - 1, "a half row was taken, or a whole one was not")
 
-    cell = comparison.Cell(
-        "a", config.resolved(), "finished", None, {"loss": 1.0, "seconds": 2.0, "knn": 0.5}, {"knn": {"k": 5}}
-    )
-    cell_json = json.dumps(
-        {**dataclasses.asdict(cell), "config": cell.config.to_dict(), "versions": {}}
-    ).encode()
+    score = {"normal": "a", "seed": 0, "score": "elbo", "on": "likelihood normal", "auroc": 0.5, "auroc_95": [0.4, 0.6]}
+    measures = {"loss": 1.0, "seconds": 2.0, "knn": 0.5}
+    cell = Cell("a", config.resolved(), "finished", None, measures, {"knn": {"k": 5}}, [score, score])
+    cell_json = json.dumps({**cell.to_dict(), "versions": {}}).encode()
     axes = ("likelihood", "seed")
-    summary_json = json.dumps({"fixed": {"epochs": 2}, "axes": axes, "cells": []}).encode()
+    summary_json = json.dumps({"settings": {"epochs": 2}, "axes": axes, "cells": []}).encode()
     (folder / "grid" / "cells").mkdir(parents=True)
 
     def read_cell(before: bytes, after: bytes) -> None:
-        cells = ablation._read_cells(folder / "grid")
+        cells = Cells(folder / "grid", "ablation", {"epochs": 2}, axes).read()
         whole(not before.startswith(after), "a part of a cell was taken")
-        comparison.format_csv(cells, axes)
-        comparison.format_table(cells, axes, {}, cells[0].protocols)
+        tables.compare_settings(tables.rows_of_settings(cells, axes), axes)
+        tables.compare_scores(tables.rows_of_scores([cell.to_dict() for cell in cells]))
 
     def read_summary(before: bytes, after: bytes) -> None:
-        ablation._check_folder(folder / "grid", {"epochs": 2}, axes)
+        Cells(folder / "grid", "ablation", {"epochs": 2}, axes)
         whole(not before.startswith(after), "a part of a summary was taken")
-
-    score = {
-        "score": "elbo",
-        "on": "likelihood normal",
-        "auroc": 0.5,
-        "auroc_95": [0.4, 0.6],
-        "normal_images": 3,
-    }
-    protocol_json = json.dumps(
-        {"normal": "a", "seed": 0, "status": "finished", "scores": [score, score]}
-    ).encode()
-
-    def read_protocol(before: bytes, after: bytes) -> None:
-        found = read_json(folder / "p.json", protocols._cell)
-        protocols._done(folder / "p.json")
-        whole(not before.startswith(after), "a part of a cell was taken")
-        if found["scores"]:
-            protocols.markdown(protocols.rows_of([found]))
 
     def read_metrics(before: bytes, after: bytes) -> None:
         measures = ablation._read_measures(run / METRICS)
@@ -455,9 +435,8 @@ def targets(folder: Path) -> dict[str, Target]:
             8, [checkpoint], run / CHECKPOINTS / "last.ckpt", (*BYTEWISE, change_checkpoint), read_checkpoint
         ),
         "journal": Target(6, [part], path, (*BYTEWISE, change_lines, change_lines), read_journal),
-        "ablation cell": Target(3, [cell_json], folder / "grid" / "cells" / "a.json", text, read_cell),
-        "ablation summary": Target(2, [summary_json], folder / "grid" / "ablation.json", text, read_summary),
-        "protocol cell": Target(3, [protocol_json], folder / "p.json", text, read_protocol),
+        "cell": Target(6, [cell_json], folder / "grid" / "cells" / "a.json", text, read_cell),
+        "summary of cells": Target(2, [summary_json], folder / "grid" / "ablation.json", text, read_summary),
         "metrics": Target(2, [(good / METRICS).read_bytes()], run / METRICS, (*BYTEWISE, change_lines), read_metrics),
     }  # fmt: skip
 

@@ -1,0 +1,204 @@
+"""Cells: the runs that a comparison trains, measures and writes down, each once, side by side in a folder.
+
+::
+
+    DIR/cells/NAME/               the run folder of a cell, as `train` leaves it
+    DIR/cells/NAME.json           what came of it; written last, so a cell that has it is done
+    DIR/SUMMARY.json              settings in common, what varies, every cell, versions, date
+    DIR/SUMMARY.csv, .md, .tex    the table (`pyro_vje.experiments.tables`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyro_vje.config import TrainConfig
+from pyro_vje.runs.files import check_form, is_begun, read_json, write_json
+from pyro_vje.runs.folder import CONFIG, WEIGHTS, read_info, versions
+from pyro_vje.training.run import train
+
+log = logging.getLogger("pyro_vje")
+
+CELLS = "cells"
+NO_NUMBER = ("download", "workers")
+"""How images are fetched and decoded changes no number, so a folder may be gone on with in another way."""
+
+T = TypeVar("T")
+Measure = Callable[[TrainConfig, Path], dict[str, Any]]
+"""From a trained cell's settings and run folder to `Cell`'s measures, protocols, scores."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell that has been run: its name and settings, and what came of it.
+
+    Attributes
+    ----------
+    status : str
+        ``finished``; ``diverged``, the loss stopped being finite; or ``failed``, settings and data do not go together.
+    error : str or None
+        What the last two died of.
+    measures : dict
+        Numbers by name; what does not apply is missing.
+    protocols : dict
+        How they were measured.
+    scores : list of dict
+        How well each anomaly score does.
+    """
+
+    name: str
+    config: TrainConfig
+    status: str
+    error: str | None
+    measures: dict[str, float] = field(default_factory=dict)
+    protocols: dict[str, Any] = field(default_factory=dict)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cell as JSON-ready values."""
+        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Cell:
+        """Read `to_dict`'s form; raises ``ValueError`` if something is missing or of another type."""
+        form: dict[str, Any] = {"name": str, "config": dict, "status": str, "error": str | None}
+        form |= {"measures": dict, "protocols": dict, "scores": list}
+        values = check_form({"scores": [], **check_form(values, {})}, form)
+        check_form(values["measures"], dict.fromkeys(values["measures"], int | float))
+        check_form(values["protocols"], dict.fromkeys(values["protocols"], dict))
+        for row in values["scores"]:
+            check_form(row, {"normal": str, "seed": int, "score": str, "on": str, "auroc": float})
+            interval = check_form(row, {"auroc_95": list})["auroc_95"]
+            if list(map(type, interval)) != [float, float]:
+                raise ValueError(f"auroc_95 is {interval}, not two numbers")
+        kept = {name: values[name] for name in form}
+        return cls(**{**kept, "config": TrainConfig.from_dict(kept["config"])})
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The folder of a comparison; making one checks, and writes nothing.
+
+    Attributes
+    ----------
+    folder : Path
+        New, or of the same comparison with the same ``settings``: anything else is a ``FileExistsError``.
+    summary : str
+        Its files' name.
+    settings : mapping
+        What the cells have in common, JSON-ready.
+    axes : sequence of str
+        In which settings they may differ.
+    """
+
+    folder: Path
+    summary: str
+    settings: Mapping[str, Any]
+    axes: Sequence[str]
+
+    def __post_init__(self) -> None:
+        path = self.folder / f"{self.summary}.json"
+        if not path.is_file():
+            if is_begun(self.folder):
+                raise FileExistsError(
+                    f"{self.folder} exists and holds no {path.name}: name another folder (--out)"
+                )
+            return
+        old, new = (
+            read_json(path, self._settings),
+            self._settings({"axes": self.axes, "settings": self.settings}),
+        )
+        default = TrainConfig().to_dict()  # of a setting that the version before did not have
+        for name in sorted(old.keys() | new.keys()):
+            before, now = (values.get(name, default.get(name)) for values in (old, new))
+            if before != now:
+                raise FileExistsError(
+                    f"{self.folder} holds results with {name} {before}, not {now}: "
+                    "keep that setting, or name another folder (--out)"
+                )
+
+    def _settings(self, summary: Any) -> dict[str, Any]:
+        """The settings in a summary, also one of before it was the same for all comparisons."""
+        summary = check_form(summary, {})
+        summary = {"axes": self.axes, "settings": summary.get("fixed"), **summary}
+        check_form(summary, {"axes": list | tuple, "settings": dict})
+        return {**dict.fromkeys(map(str, summary["axes"]), "varied"), **summary["settings"]}
+
+    def read(self) -> list[Cell]:
+        """All cells run so far, by name."""
+        paths = sorted((self.folder / CELLS).glob("*.json"))
+        # Before cells were the same for all comparisons, one-class results had no name: they are measured anew.
+        return [read_json(path, Cell.from_dict) for path in paths if "name" in read_json(path, dict)]
+
+    def run(self, configs: Mapping[str, TrainConfig], measure: Measure, summarise: Callable[[], T]) -> T:
+        """Train and measure the cells that are not done, by name; summarise first, and after each.
+
+        A cell that was interrupted goes on from its checkpoint. One that diverges or whose settings do not go together
+        is written down with the reason; only the latter is tried again by the next call.
+        """
+        done = {cell.name for cell in self.read() if cell.status != "failed"}
+        todo = [name for name in configs if name not in done]
+        (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
+        result = summarise()
+        for number, name in enumerate(todo, 1):
+            log.info("cell %d of %d (%d were done): %s", number, len(todo), len(configs) - len(todo), name)
+            self.write(self._run(name, configs[name], measure))
+            result = summarise()
+        return result
+
+    def _run(self, name: str, config: TrainConfig, measure: Measure) -> Cell:
+        folder, began = self.folder / CELLS / name, time.monotonic()
+        try:
+            # A default batch stays open: it is fitted to the number of images.
+            config = dataclasses.replace(config.resolved(), batch_size=config.batch_size)
+            train_cell(config, folder)
+            found = measure(config, folder)
+            found["measures"] = {"seconds": round(time.monotonic() - began, 1), **found.get("measures", {})}
+            return Cell(name, read_info(folder).config, "finished", None, **found)
+        except (FloatingPointError, ValueError) as error:
+            status = "diverged" if isinstance(error, FloatingPointError) else "failed"
+            log.warning("%s %s: %s", name, status, error)
+            return Cell(name, config, status, str(error))
+
+    def write(self, cell: Cell) -> None:
+        """Write down a cell that is done."""
+        write_json(self.folder / CELLS / f"{cell.name}.json", {**cell.to_dict(), "versions": versions()})
+
+    def summary_of(self, cells: Sequence[Cell]) -> None:
+        """Write all of it as JSON; protocols, which are the same for every cell, once."""
+        rows = [cell.to_dict() for cell in cells]
+        protocols: dict[str, Any] = next(
+            (row["protocols"] for row in rows if row["status"] == "finished"), {}
+        )
+        for row in rows:
+            del row["protocols"]
+        about = {"versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        values = {
+            "settings": self.settings,
+            "axes": self.axes,
+            "cells": rows,
+            "protocols": protocols,
+            **about,
+        }
+        write_json(self.folder / f"{self.summary}.json", values)
+
+
+def train_cell(config: TrainConfig, folder: Path) -> None:
+    """Train a cell, whatever an interruption has left of it; ``FileExistsError`` if that is another cell's."""
+    begun = (folder / CONFIG).is_file()
+    if begun:
+        stored = read_info(folder).config
+        if config.batch_size is None:  # fitted to the data when the cell was begun
+            config = dataclasses.replace(config, batch_size=stored.batch_size)
+        if dataclasses.replace(stored, **{name: getattr(config, name) for name in NO_NUMBER}) != config:
+            raise FileExistsError(f"{folder} holds a run with other settings: move it out of the way")
+        if (folder / WEIGHTS).is_file():
+            return
+    train(config, folder, resume=begun)
