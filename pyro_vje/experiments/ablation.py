@@ -147,7 +147,7 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     if train_set.labels is not None and len(train_set.labels[train_set.labels >= 0].unique()) > 1:
         sets = train_set.labelled(), load_split(run, "test", None, None, download=config.download).labelled()
         accuracy, found = probe(features_of(run.vje, run.info.view), *sets)
-        found["linear"].pop("seed")  # the cell's
+        found["linear"].pop("seed", None)  # the cell's
         measures |= {name: accuracy[name] for name in found}
         protocols |= found
     if config.normal_class is not None:

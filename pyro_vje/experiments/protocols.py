@@ -146,9 +146,12 @@ def one_class(
         raise ValueError("seeds must name at least one, not none")
     where: dict[str, Any] = {"image_size": base.image_size, "download": base.download, "residency": "stream"}
     train, test = (load_dataset(base.dataset, base.data_dir, split, **where) for split in ("train", "test"))
-    test.labelled()
-    for name in classes:
-        train.class_index(name)
+    train, test = train.labelled(), test.labelled()
+    present = train.labels_at(torch.arange(len(train))).unique().tolist()
+    labels = [train.class_index(name) for name in classes] or present
+    names = [(train.classes or ())[label] for label in labels]
+    for name in names:
+        train.of_class(name)
         test.class_index(name)
     fixed = base.resolved().to_dict()
     axes = ("normal_class", "seed")
@@ -157,7 +160,7 @@ def one_class(
     configs = {
         f"{name.replace(os.sep, '-')}_seed-{seed}": dataclasses.replace(base, normal_class=name, seed=seed)
         for seed in seeds
-        for name in classes or train.classes or ()
+        for name in names
     }
 
     def measure(config: TrainConfig, folder: Path) -> dict[str, Any]:

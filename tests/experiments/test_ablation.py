@@ -121,7 +121,12 @@ def test_tables(finished):
         (likelihood, seed) for likelihood in ("normal", PAPER) for seed in "01"
     ]
     for row in rows:
-        assert (row["status"], row["shared_variance"], row["auroc"], row["error"]) == ("finished", "true", "", "")
+        assert (row["status"], row["shared_variance"], row["auroc"], row["error"]) == (
+            "finished",
+            "true",
+            "",
+            "",
+        )
         assert row["df"] == (tables.NOT_USED if row["likelihood"] == "normal" else "5")
         assert 0 <= float(row["knn"]) <= 1
         assert 0 <= float(row["linear"]) <= 1
@@ -139,7 +144,7 @@ def test_tables(finished):
         entry = f"{statistics.mean(knn):.3f} ± {statistics.stdev(knn):.3f}"
         assert entry in line
         assert f"| {entry} |" in markdown
-        assert f"& {entry.replace('±', r'$\pm$')} &" in latex
+        assert "& " + entry.replace("±", r"$\pm$") + " &" in latex
     text = " ".join(finished.table.split())
     for what in ("mean ± standard deviation", "temperature 0.1", "kl_weight 0.1", "df 5"):
         assert what in text

@@ -402,7 +402,14 @@ def targets(folder: Path) -> dict[str, Target]:
             lines = before[: before.rindex(b"\n", 0, len(after)) + 1].count(b"\n") if b"\n" in after else 1
             whole(len(found) == lines - 1, "a half row was taken, or a whole one was not")
 
-    score = {"normal": "a", "seed": 0, "score": "elbo", "on": "likelihood normal", "auroc": 0.5, "auroc_95": [0.4, 0.6]}
+    score = {
+        "normal": "a",
+        "seed": 0,
+        "score": "elbo",
+        "on": "likelihood normal",
+        "auroc": 0.5,
+        "auroc_95": [0.4, 0.6],
+    }
     measures = {"loss": 1.0, "seconds": 2.0, "knn": 0.5}
     cell = Cell("a", config.resolved(), "finished", None, measures, {"knn": {"k": 5}}, [score, score])
     cell_json = json.dumps({**cell.to_dict(), "versions": {}}).encode()
