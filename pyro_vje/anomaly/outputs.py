@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,7 +20,7 @@ from pyro_vje.anomaly.rows import Table
 from pyro_vje.anomaly.scores import LikelihoodParts
 from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.pages import pictures
-from pyro_vje.pages.report import ReportData, render_report
+from pyro_vje.pages.report import render_report
 from pyro_vje.runs.files import write_atomic
 from pyro_vje.runs.folder import PICTURES
 
@@ -153,50 +154,30 @@ def draw(csv_path: Path, scored: Scored) -> None:
     pictures.plot_strangest(shown, table.scores[ends], folder / f"{name}_strangest.png", k=SHOWN)
 
 
-def report(summary: dict[str, Any], scored: Scored) -> str:
-    """The HTML page that tells a colleague what is in the summary and the table."""
+def report(summary: dict[str, Any], scored: Scored, folder: Path) -> str:
+    """The HTML page, to lie in ``folder``, that tells a colleague what is in the summary and the table."""
     images, table = scored.images, scored.table
 
     def thumbnails(rows: Sequence[int]) -> list[Image.Image]:
         found = (_image(images, int(table.positions[row])) for row in rows)
         return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
 
-    decision, found = summary["decision"] or {}, summary["metrics"]
-    quoted: dict[str, Any] | None = None
-    if found:
-        quoted = {"AUROC, anomalies positive": (found["auroc"], *found["auroc_95"])}
-        for kind in ("anomalies", "normal"):
-            quoted[f"AUPR, {kind} positive"] = found[f"aupr_{kind}_positive"]
-            quoted[f"FPR at 95 % TPR, {kind} positive"] = found[f"fpr_at_95_tpr_{kind}_positive"]
-    return render_report(
-        ReportData(
-            title=f"Anomaly scores: {summary['data']}",
-            score_name=summary["score"]["score"],
-            score_meaning=summary["score"]["meaning"],
-            made={
-                "run": summary["run"],
-                "data": summary["data"],
-                **{
-                    name.replace("_", " "): value
-                    for name, value in summary["score"].items()
-                    if name != "meaning"
-                },
-                "date": summary["date"],
-                "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
-            },
-            paths=[images.paths[i] for i in table.positions.tolist()],
-            scores=table.scores,
-            thumbnails=thumbnails,
-            p_values=scored.p_values,
-            calibration_scores=scored.calibration,
-            is_anomaly=scored.is_anomaly,
-            log_direction=table.parts[:, 1],
-            log_radius=table.parts[:, 2],
-            alpha=decision.get("level"),
-            decisions=scored.decisions,
-            decided_by=decision.get("rule", ""),
-            failed=table.failed,
-            metrics=quoted,
-            k=SHOWN,
-        )
+    names = ("", "") if scored.decisions is None else ("normal", "anomaly")
+    decided = np.zeros(len(table.scores), int) if scored.decisions is None else scored.decisions.astype(int)
+    rows = pd.DataFrame(
+        {
+            # As objects: pandas' own strings hold no bytes that are no text.
+            "path": pd.Series([images.paths[i] for i in table.positions.tolist()], dtype=object),
+            "anomaly_score": table.scores,
+            "p_value": np.nan if scored.p_values is None else scored.p_values,
+            "decision": [names[value] for value in decided],
+            "log_direction": table.parts[:, 1],
+            "log_radius": table.parts[:, 2],
+            "is_anomaly": scored.is_anomaly,
+            "error": "",
+        }
     )
+    failed = pd.DataFrame(table.failed, columns=["path", "error"], dtype=object)
+    rows = pd.concat([rows, failed]) if len(failed) else rows
+    title = f"Anomaly scores: {summary['data']}"
+    return render_report(title, rows, summary, scored.calibration, thumbnails, folder=folder)

@@ -271,7 +271,7 @@ def score(
         outputs.draw(target, scored)
     report_path = None
     if report:
-        page = outputs.report(summary, scored)
+        page = outputs.report(summary, scored, target.parent)
         report_path = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
     journal.remove()  # only now is everything written
     return ScoreResult(

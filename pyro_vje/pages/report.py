@@ -1,22 +1,25 @@
 """One self-contained HTML page about scored images, to send to someone who has never seen this package.
 
-NumPy and text in, text out: it knows no model and no run. The page loads nothing and runs no script; what comes from
-file names is escaped by the template, ``report.html``.
+A table and a summary in, text out: it knows no model and no run. The page loads nothing from anywhere; its one script
+sorts the images; what comes from file names is escaped by the template, ``report.html``.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -30,98 +33,169 @@ from pyro_vje.pages.pictures import (
     GREY,
     MOST_POINTS,
     VERMILION,
+    Group,
     draw_direction_radius,
     draw_scores,
     draw_shares,
+    drawing,
     new_figure,
+    printable,
+    sizes,
     split_by_label,
     style,
 )
 
 THUMBNAIL = 192
 """Longest side of an image on the page, in pixels."""
+MOST_FLAGGED = 200
+"""Flagged images that are shown; the others are counted."""
 MOST_ROWS = 100
 """Unreadable images that are listed; the others are counted."""
+SHOWN = 12
+"""Strangest images shown where fewer are flagged, and most normal ones."""
+LEAST_CALIBRATION = 20
+"""Held-out images below which p-values are too few different ones for a chart."""
 
 INK = "#000000"
 # Colours of the charts, as the page's style sheet has them for a light and for a dark screen.
-_COLOURS = {
-    INK: "currentColor",
-    BLUE: "var(--blue)",
-    VERMILION: "var(--vermilion)",
-    GREY: "var(--grey)",
-}
+_COLOURS = {INK: "currentColor", BLUE: "var(--blue)", VERMILION: "var(--vermilion)", GREY: "var(--grey)"}
+
+Thumbnails = Callable[[Sequence[int]], Sequence[Image.Image]]
 
 
-@dataclass(frozen=True, eq=False)
-class ReportData:
-    """What the page tells; arrays are ``(N,)``, one entry for each scored image.
+def render_report(
+    title: str,
+    table: pd.DataFrame,
+    summary: Mapping[str, Any],
+    calibration_scores: NDArray[Any] | None,
+    thumbnails: Thumbnails,
+    *,
+    folder: str | Path | None = None,
+) -> str:
+    """The page, as text that encodes as UTF-8: bytes of file names that are no text show as escapes.
 
-    Attributes
+    Parameters
     ----------
     title : str
         Heading of the page.
-    score_name, score_meaning : str
-        The score, and what it measures in one line.
-    made : mapping of str to object
-        Rows of "How it was made": run, likelihood, data, date, versions, seed, passes an image, particles.
-    paths : sequence of str
-        The images' names.
-    scores : float array
-        Higher for stranger images.
+    table : DataFrame
+        A row an image: ``path``, ``anomaly_score``, ``p_value``, ``decision`` ("anomaly", "normal", or empty),
+        ``log_direction``, ``log_radius``, ``label`` (a class or empty), ``error`` (why it could not be read, or
+        empty), and where it is known ``is_anomaly`` (missing for unlabelled images).
+    summary : mapping
+        ``run``, ``data``, ``score`` (the settings, with ``score`` and its ``meaning``), ``decision`` (``rule`` and
+        ``level``) or None, ``metrics`` (`detection_metrics`) or None, ``date``, ``versions``.
+    calibration_scores : (n,), optional
+        Of the held-out normal images behind the p-values.
     thumbnails : callable
-        Gives the images at the indices it is called with, once, for the few that are shown.
-    p_values : float array, optional
-        Conformal p-values.
-    calibration_scores : (n,) float array, optional
-        Scores of the held-out normal images behind them.
-    is_anomaly : bool array, optional
-        Labels, where known.
-    log_direction, log_radius : float arrays, optional
-        Parts of the log-likelihood; NaN where the family has none.
-    alpha, decisions, decided_by : float, bool array, str, optional
-        The level, which images are flagged at it, and how that was decided in a few words.
-    failed : sequence of (path, reason)
-        Images that could not be read.
-    metrics : mapping of str to float or (value, low, high), optional
-        Agreement with the labels; each name says which class is the positive one.
-    k : int
-        Images in each of the two grids.
-
-    Raises
-    ------
-    ValueError
-        If an array is not as long as ``paths``, or ``alpha`` and ``decisions`` do not come together.
+        Gives the images at rows of the table, once, for the few that are shown.
+    folder : path, optional
+        Where the page will lie: links to the images' files are relative to it.
     """
+    table = table.reset_index(drop=True)
+    read = table[table["error"].fillna("").eq("")]
+    scores = read["anomaly_score"].to_numpy(dtype=np.float64)
+    unknown = read[np.isnan(scores)].assign(error="its score is not a number")
+    unread = pd.concat([table.drop(read.index), unknown])[["path", "error"]].values.tolist()
+    labels = None
+    if "is_anomaly" in read and read["is_anomaly"].notna().any():
+        labels = np.array([-1 if pd.isna(value) else int(value) for value in read["is_anomaly"]])
+    flagged = read["decision"].eq("anomaly").to_numpy()
+    held_out = np.asarray([] if calibration_scores is None else calibration_scores, dtype=np.float64)
+    decision, settings = summary.get("decision") or {}, summary["score"]
+    versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
+    made = {"run": summary["run"], "data": summary["data"], **settings, "date": summary["date"]}
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, trim_blocks=True
+    )
+    environment.filters.update(number=_number, counted=_counted, sha256=_sha256)
+    template = environment.from_string(files("pyro_vje.pages").joinpath("report.html").read_text("utf-8"))
+    page = template.render(
+        title=title,
+        score=settings,
+        # "Benjamini-Hochberg: false-discovery rate at most the level"
+        rule=decision.get("rule", "").split(": ")[-1].replace("the level", _number(decision.get("level", 0))),
+        level=decision.get("level"),
+        read=len(read),
+        unread=unread[:MOST_ROWS],
+        unread_count=len(unread),
+        not_scored=len(unknown),
+        equal=np.isfinite(scores).any() and len(np.unique(scores[~np.isnan(scores)])) == 1 < len(scores),
+        flagged=int(flagged.sum()),
+        anomalies=None if labels is None else int((labels == 1).sum()),
+        normal=None if labels is None else int((labels == 0).sum()),
+        found=0 if labels is None else int((flagged & (labels == 1)).sum()),
+        calibration=len(held_out) if read["p_value"].notna().any() else 0,
+        cards=_cards(read, scores, labels, thumbnails, folder),
+        charts=_charts(read, scores, labels, held_out),
+        metrics=_quoted(summary.get("metrics") or {}),
+        made={name.replace("_", " "): value for name, value in made.items() if name != "meaning"}
+        | {"versions": versions},
+    )
+    return printable(page)
 
-    title: str
-    score_name: str
-    score_meaning: str
-    made: Mapping[str, object]
-    paths: Sequence[str]
-    scores: NDArray[Any]
-    thumbnails: Callable[[Sequence[int]], Sequence[Image.Image]]
-    p_values: NDArray[Any] | None = None
-    calibration_scores: NDArray[Any] | None = None
-    is_anomaly: NDArray[Any] | None = None
-    log_direction: NDArray[Any] | None = None
-    log_radius: NDArray[Any] | None = None
-    alpha: float | None = None
-    decisions: NDArray[Any] | None = None
-    decided_by: str = ""
-    failed: Sequence[tuple[str, str]] = ()
-    metrics: Mapping[str, float | tuple[float, float, float]] | None = None
-    k: int = 12
 
-    def __post_init__(self) -> None:
-        for name in ("scores", "p_values", "is_anomaly", "log_direction", "log_radius", "decisions"):
-            column = getattr(self, name)
-            if column is not None and np.shape(column) != (len(self.paths),):
-                raise ValueError(
-                    f"{name} has shape {np.shape(column)}, but there are {len(self.paths)} paths"
-                )
-        if (self.alpha is None) != (self.decisions is None):
-            raise ValueError("alpha and decisions come together")
+# Images ---------------------------------------------------------------------------------------------------------------
+
+
+def _cards(
+    read: pd.DataFrame,
+    scores: NDArray[np.float64],
+    labels: NDArray[Any] | None,
+    thumbnails: Thumbnails,
+    folder: str | Path | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """All flagged images, or at least the strangest, and the most normal ones; none twice, none without a score."""
+    order = np.flatnonzero(~np.isnan(scores))
+    order = order[np.argsort(-scores[order], kind="stable")]
+    flagged = int(read["decision"].eq("anomaly").sum())
+    strange = min(max(flagged, min(SHOWN, (len(order) + 1) // 2)), MOST_FLAGGED)
+    shown = [*order[:strange], *order[strange:][-SHOWN:][::-1]]
+    images = thumbnails(read.index[shown].tolist()) if shown else []
+
+    def card(position: int, image: Image.Image) -> dict[str, Any]:
+        row = read.iloc[position]
+        path = PurePath(row["path"])
+        return {
+            "src": _data_uri(image),
+            "pixelated": max(image.size) <= THUMBNAIL // 2,
+            "href": _link(row["path"], folder),
+            "name": path.name or str(path),
+            "folder": str(path.parent) if path.parent != PurePath() else "",
+            "score": _number(scores[position]),
+            "p": None if pd.isna(row["p_value"]) else _number(row["p_value"], 3),
+            "label": None if labels is None else ("unlabelled", "normal", "anomaly")[labels[position] + 1],
+            "flagged": row["decision"] == "anomaly",
+        }
+
+    cards = [card(position, image) for position, image in zip(shown, images, strict=True)]
+    return {"strange": cards[:strange], "normal": cards[strange:]}
+
+
+def _link(path: str, folder: str | Path | None) -> str | None:
+    """Address of an image's file: relative to the page where it can be, ``None`` where there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    absolute = Path(path).absolute()
+    if folder is None:
+        return absolute.as_uri()
+    try:
+        relative = Path(os.path.relpath(absolute, Path(folder).absolute()))
+    except ValueError:  # on another drive
+        return absolute.as_uri()
+    return quote(os.fsencode(relative.as_posix()))
+
+
+def _data_uri(image: Image.Image) -> str:
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    kind = "png" if max(small.size) <= THUMBNAIL // 2 else "jpeg"
+    stream = io.BytesIO()
+    small.save(stream, kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+# Charts ---------------------------------------------------------------------------------------------------------------
 
 
 class _Chart(NamedTuple):
@@ -134,42 +208,70 @@ class _Chart(NamedTuple):
 
 def _chart(
     title: str, caption: str, legend: Sequence[tuple[str, str]], draw: Callable[[Axes], object]
-) -> _Chart:
-    """A chart as SVG inside the page: its text is text, and its colours are the page's."""
-    figure = new_figure(4.4, 2.9)
-    axes = figure.subplots()
-    draw(axes)
-    axes.locator_params(nbins=6)
-    axes.tick_params(labelsize=9)
-    for points in axes.collections:  # a cloud of thousands of points as pixels
-        points.set_rasterized(True)
-    stream = io.StringIO()
-    name = re.sub(r"\W+", "-", title.lower())
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(stream, format="svg", dpi=200, transparent=True, metadata=metadata)
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]  # without the XML prologue
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"|<style.*?</style>| font-family: [^;"]*;?', "", text)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids are unique on the page
-    for colour, variable in _COLOURS.items():
-        text = text.replace(colour.lower(), variable)
-    return _Chart(title, caption, [(label, _COLOURS[colour]) for label, colour in legend], Markup(text))
+) -> list[_Chart]:
+    """A chart as SVG inside the page, its text being text and its colours the page's; none if it cannot be drawn."""
+    with drawing(f"the report's chart {title!r}"):
+        figure = new_figure(4.4, 2.9)
+        axes = figure.subplots()
+        draw(axes)
+        axes.locator_params(nbins=6)
+        axes.tick_params(labelsize=9)
+        for points in axes.collections:  # a cloud of thousands of points as pixels
+            points.set_rasterized(True)
+        stream = io.StringIO()
+        name = re.sub(r"\W+", "-", title.lower())
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+            metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(stream, format="svg", dpi=200, transparent=True, metadata=metadata)
+        text = stream.getvalue()
+        text = text[text.index("<svg") :]  # without the XML prologue
+        text = re.sub(r' xmlns(:\w+)?="[^"]*"|<style.*?</style>| font-family: [^;"]*;?', "", text)
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)  # ids are unique on the page
+        for colour, variable in _COLOURS.items():
+            text = text.replace(colour.lower(), variable)
+        return [_Chart(title, caption, [(label, _COLOURS[colour]) for label, colour in legend], Markup(text))]
+    return []
 
 
-def _sizes(groups: Sequence[tuple[str, str, NDArray[np.bool_]]]) -> list[tuple[str, str]]:
-    return [(f"{name} ({members.sum():,})", colour) for name, colour, members in groups]
+def _charts(
+    read: pd.DataFrame,
+    scores: NDArray[np.float64],
+    labels: NDArray[Any] | None,
+    held_out: NDArray[np.float64],
+) -> list[_Chart]:
+    """What there are numbers for: scores, p-values, parts of the likelihood, and curves where labels are known."""
+    charts: list[_Chart] = []
+    if np.isfinite(scores).any():
+        charts += _score_chart(read, scores, labels, held_out)
+    p_values = read["p_value"].to_numpy(dtype=np.float64)
+    if len(held_out) >= LEAST_CALIBRATION and np.isfinite(p_values).any():
+        groups = split_by_label(labels, np.isfinite(p_values))
+        charts += _p_value_chart(p_values, groups, len(held_out) + 1)
+    parts = read[["log_direction", "log_radius"]].to_numpy(dtype=np.float64)
+    if (finite := np.isfinite(parts).all(axis=1)).any():
+        charts += _chart(
+            "Direction and radius",
+            f"The two parts of the log-likelihood; low is strange. At most {MOST_POINTS:,} images are drawn.",
+            sizes(split_by_label(labels, finite)),
+            lambda axes: draw_direction_radius(axes, parts[:, 0], parts[:, 1], labels),
+        )
+    if labels is not None and {0, 1} <= set(labels[known := (labels >= 0) & ~np.isnan(scores)]):
+        ranks = np.unique(scores[known], return_inverse=True)[1]  # scores may be infinite, ranks are not
+        charts += _label_charts(ranks, labels[known] == 1)
+    return charts
 
 
-def _score_chart(data: ReportData, scores: NDArray[np.float64]) -> _Chart:
-    held_out = np.asarray(
-        [] if data.calibration_scores is None else data.calibration_scores, dtype=np.float64
-    )
+def _score_chart(
+    read: pd.DataFrame,
+    scores: NDArray[np.float64],
+    labels: NDArray[Any] | None,
+    held_out: NDArray[np.float64],
+) -> list[_Chart]:
     groups = [("held-out normal images", GREY, held_out[np.isfinite(held_out)])]
-    for name, colour, members in split_by_label(data.is_anomaly, np.isfinite(scores)):
+    for name, colour, members in split_by_label(labels, np.isfinite(scores)):
         groups.append(("scored images" if name == "images" else f"scored: {name}", colour, scores[members]))
     groups = [group for group in groups if len(group[2])]
-    threshold = np.inf if data.decisions is None else np.min(scores, where=data.decisions, initial=np.inf)
+    threshold = scores[read["decision"].eq("anomaly")].min(initial=np.inf)
 
     def draw(axes: Axes) -> None:
         draw_scores(axes, [(colour, values) for _, colour, values in groups], "anomaly score")
@@ -182,14 +284,9 @@ def _score_chart(data: ReportData, scores: NDArray[np.float64]) -> _Chart:
     return _chart("Scores", caption, [(f"{name} ({len(v):,})", colour) for name, colour, v in groups], draw)
 
 
-def _p_value_chart(data: ReportData, p_values: NDArray[np.float64]) -> _Chart:
-    groups = split_by_label(data.is_anomaly, np.isfinite(p_values))
-    # P-values are multiples of 1 / (n + 1); without n, as if there were very many.
-    steps = 10_000 if data.calibration_scores is None else len(data.calibration_scores) + 1
-    bins, shift = (
-        np.linspace(0, 1, 21),
-        0.5 / steps,
-    )  # half a step to the left, none lies on the edge of two bars
+def _p_value_chart(p_values: NDArray[np.float64], groups: Sequence[Group], steps: int) -> list[_Chart]:
+    # P-values are multiples of 1 / steps: half a step to the left, none lies on the edge of two bars.
+    bins, shift = np.linspace(0, 1, 21), 0.5 / steps
 
     def draw(axes: Axes) -> None:
         for _, colour, members in groups:
@@ -199,24 +296,10 @@ def _p_value_chart(data: ReportData, p_values: NDArray[np.float64]) -> _Chart:
         style(axes, "", "p-value", "share of images")
 
     caption = "Normal images follow the dashed line; a peak at the left is what anomalies look like."
-    return _chart("P-values", caption, _sizes(groups), draw)
+    return _chart("P-values", caption, sizes(groups), draw)
 
 
-def _part_chart(data: ReportData, direction: NDArray[Any], radius: NDArray[Any]) -> _Chart:
-    return _chart(
-        "Direction and radius",
-        f"The two parts of the log-likelihood; low is strange. At most {MOST_POINTS:,} images are drawn.",
-        _sizes(split_by_label(data.is_anomaly, np.isfinite(direction) & np.isfinite(radius))),
-        lambda axes: draw_direction_radius(axes, direction, radius, data.is_anomaly),
-    )
-
-
-def _label_charts(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> list[_Chart]:
-    """ROC and precision-recall curves, where both labels exist."""
-    if len(np.unique(labels)) < 2:
-        return []
-    ranks = np.unique(scores, return_inverse=True)[1]  # scores may be infinite, ranks are not
-
+def _label_charts(ranks: NDArray[Any], labels: NDArray[np.bool_]) -> list[_Chart]:
     def roc(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
         axes.plot(*roc_curve(labels, ranks)[:2], color=VERMILION)
@@ -233,8 +316,22 @@ def _label_charts(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> lis
     positives = [("anomalies positive", VERMILION), ("normal images positive", BLUE)]
     dashed = "Each point is a threshold. Dashed: a score that knows nothing."
     return [
-        _chart("ROC curve", dashed, positives[:1], roc),
-        _chart("Precision and recall", dashed, positives, precision_recall),
+        *_chart("ROC curve", dashed, positives[:1], roc),
+        *_chart("Precision and recall", dashed, positives, precision_recall),
+    ]
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def _quoted(found: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
+    """Names of `detection_metrics` as a person reads them, and values with their intervals."""
+    names = {"auroc": "AUROC, anomalies positive"}
+    for kind in ("anomalies", "normal"):
+        names[f"aupr_{kind}_positive"] = f"AUPR, {kind} positive"
+        names[f"fpr_at_95_tpr_{kind}_positive"] = f"FPR at 95 % TPR, {kind} positive"
+    return [
+        (text, [found[name], *found.get(f"{name}_95", [])]) for name, text in names.items() if name in found
     ]
 
 
@@ -248,72 +345,5 @@ def _counted(count: int, word: str, plural: str = "") -> str:
     return f"{count:,} {word if count == 1 else plural or word + 's'}"
 
 
-def _data_uri(image: Image.Image) -> str:
-    small = image.convert("RGB")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    kind = "png" if max(small.size) <= THUMBNAIL // 2 else "jpeg"
-    stream = io.BytesIO()
-    small.save(stream, kind, quality=85)
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _grids(data: ReportData, scores: NDArray[np.float64]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The strangest and the most normal images, none of them twice; images without a score are in neither."""
-    order = np.flatnonzero(~np.isnan(scores))
-    order = order[np.argsort(scores[order], kind="stable")]
-    strange = order[::-1][: min(data.k, (len(order) + 1) // 2)].tolist()
-    normal = order[: min(data.k, len(order) // 2)].tolist()
-    images = data.thumbnails([*strange, *normal]) if strange else []
-
-    def card(index: int, image: Image.Image) -> dict[str, Any]:
-        path = PurePath(data.paths[index])
-        return {
-            "src": _data_uri(image),
-            "pixelated": max(image.size) <= THUMBNAIL // 2,
-            "name": path.name or str(path),
-            "folder": str(path.parent) if path.parent != PurePath() else "",
-            "score": _number(scores[index]),
-            "p": None if data.p_values is None else _number(data.p_values[index], 3),
-            "label": None if data.is_anomaly is None else "anomaly" if data.is_anomaly[index] else "normal",
-            "flagged": data.decisions is not None and bool(data.decisions[index]),
-        }
-
-    cards = [card(index, image) for index, image in zip([*strange, *normal], images, strict=True)]
-    halves = [("Strangest images", cards[: len(strange)]), ("Most normal images", cards[len(strange) :])]
-    return [half for half in halves if half[1]]
-
-
-def render_report(data: ReportData) -> str:
-    """The page, as text that encodes as UTF-8: bytes of file names that are no text show as escapes."""
-    scores = np.asarray(data.scores, dtype=np.float64)
-    known = ~np.isnan(scores)
-    charts = [_score_chart(data, scores)] if np.isfinite(scores).any() else []
-    if data.p_values is not None and np.isfinite(data.p_values).any():
-        charts.append(_p_value_chart(data, np.asarray(data.p_values, dtype=np.float64)))
-    direction, radius = data.log_direction, data.log_radius
-    if direction is not None and radius is not None and (np.isfinite(direction) & np.isfinite(radius)).any():
-        charts.append(_part_chart(data, direction, radius))
-    unnumbered = [path for path, is_known in zip(data.paths, known, strict=True) if not is_known]
-    unreadable = [*data.failed, *((path, "its score is not a number") for path in unnumbered)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
-    environment.filters["number"] = _number
-    environment.filters["counted"] = _counted
-    template = environment.from_string(files("pyro_vje.pages").joinpath("report.html").read_text("utf-8"))
-    labels = data.is_anomaly
-    page = template.render(
-        data=data,
-        scored=len(scores),
-        no_score=len(unnumbered),
-        equal=known.sum() > 1 and len(np.unique(scores[known])) == 1,
-        flagged=None if data.decisions is None else int(data.decisions.sum()),
-        found=None if data.decisions is None or labels is None else int((data.decisions & labels).sum()),
-        anomalies=None if labels is None else int(labels.sum()),
-        calibration=0 if data.calibration_scores is None else len(data.calibration_scores),
-        charts=charts,
-        label_charts=[] if labels is None else _label_charts(scores[known], labels[known]),
-        metrics=[(name, np.atleast_1d(value)) for name, value in (data.metrics or {}).items()],
-        grids=_grids(data, scores),
-        unreadable=unreadable[:MOST_ROWS],
-        unlisted=len(unreadable) - MOST_ROWS,
-    )
-    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,12 +1,18 @@
+import base64
+import hashlib
+import os
 import re
 from html.parser import HTMLParser
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from pyro_vje.metrics.conformal import conformal_p_values
-from pyro_vje.pages.report import MOST_ROWS, ReportData, render_report
+from pyro_vje.metrics import conformal_p_values, detection_metrics
+from pyro_vje.pages import report
+from pyro_vje.pages.report import MOST_FLAGGED, MOST_ROWS, render_report
 
 VOID = {"meta", "link", "img", "br", "hr", "path", "use", "rect", "image"}
 HOSTILE = [
@@ -14,9 +20,10 @@ HOSTILE = [
     "a/\"onerror='x'.png",
     "a/new\nline.png",
     "a/bytes\udcff\udc80.png",
-    "a/" + "very_long_name_" * 40 + ".png",
-    "a/{{ data.made }}{% for %}&lt;$x$.png",
+    "a/" + "very_long_name_" * 15 + ".png",
+    "a/{{ title }}{% for %}&lt;$x$.png",
 ]
+FDR = "Benjamini-Hochberg: false-discovery rate at most the level"
 
 
 class Page(HTMLParser):
@@ -51,100 +58,175 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if not self.open or self.open[-1] not in ("style", "title"):
+        if not self.open or self.open[-1] not in ("style", "title", "script"):
             self.parts.append(data)
 
 
-def make(count=60, *, labels=True, calibration=49, alpha=0.1, asked=None, **changes):
-    """A report of ``count`` images, everything known unless a test says otherwise."""
+def rows(count=60, calibration=49, level=0.1, failed=(), **columns):
+    """A table of ``count`` images with held-out scores behind it, every fourth image an anomaly."""
     rng = np.random.default_rng(0)
     is_anomaly = np.arange(count) % 4 == 1
     scores = rng.normal(size=count) + 3 * is_anomaly
     held_out = rng.normal(size=calibration) if calibration else None
-    p_values = conformal_p_values(scores, held_out) if calibration else None
-
-    def thumbnails(indices):
-        if asked is not None:
-            asked.extend(indices)
-        return [Image.new("RGB", (24, 16), (int(i) % 256, 0, 0)) for i in indices]
-
-    fields = {
-        "title": "Strange photos",
-        "score_name": "conditional",
-        "score_meaning": "minus the log-likelihood",
-        "made": {"Likelihood": "polar-student-t", "Seed": 7},
-        "paths": [f"photos/{i:04d}.png" for i in range(count)],
-        "scores": scores,
-        "thumbnails": thumbnails,
-        "p_values": p_values,
-        "calibration_scores": held_out,
-        "is_anomaly": is_anomaly if labels else None,
+    p_values = conformal_p_values(scores, held_out) if calibration and count else np.full(count, np.nan)
+    decisions = np.where(p_values <= level, "anomaly", "normal") if calibration and level else [""] * count
+    table = {
+        "path": [f"photos/{i:04d}.png" for i in range(count)],
+        "anomaly_score": scores,
+        "p_value": p_values,
+        "decision": decisions,
         "log_direction": rng.normal(size=count),
         "log_radius": rng.normal(size=count),
-        "alpha": alpha if calibration else None,
-        "decisions": p_values <= alpha if calibration and alpha else None,
-        "decided_by": "p ≤ 0.1",
-        "metrics": {"AUROC": (0.9123, 0.8, 0.95), "AUPR, normal images positive": 0.25} if labels else None,
+        "label": "",
+        "error": "",
+        "is_anomaly": is_anomaly,
     }
-    return ReportData(**(fields | changes))
+    table |= columns
+    table["path"] = pd.Series(
+        table["path"], dtype=object
+    )  # pandas' own strings hold no bytes that are no text
+    table = pd.DataFrame(table)
+    unread = pd.DataFrame(failed, columns=["path", "error"], dtype=object)
+    return (pd.concat([table, unread]) if len(failed) else table), held_out
+
+
+def render(
+    table, held_out, *, level=0.1, rule="p-value at most the level", asked=None, metrics=None, **settings
+):
+    """The page of a table; ``asked`` collects the rows whose images it shows."""
+
+    def thumbnails(positions):
+        asked.extend(positions) if asked is not None else None
+        return [Image.new("RGB", (24, 16), (int(i) % 256, 0, 0)) for i in positions]
+
+    summary = {
+        "run": "runs/x",
+        "data": "photos",
+        "score": {
+            "score": "conditional",
+            "meaning": "minus the log-likelihood",
+            "likelihood": "polar",
+            "seed": 7,
+        },
+        "decision": {"rule": rule, "level": level} if level and held_out is not None else None,
+        "metrics": metrics,
+        "date": "2026-11-25",
+        "versions": {"torch": "2.8"},
+    }
+    return render_report("Strange photos", table, summary, held_out, thumbnails, **settings)
 
 
 def charts(html):
     return re.findall(r'aria-label="Chart: (.*?)"', html)
 
 
-def test_summary_tells_the_numbers():
-    data = make(failed=[("b.txt", "not an image"), ("c.png", "truncated")])
-    html = render_report(data)
+def test_a_plain_summary_then_the_numbers():
+    table, held_out = rows(failed=[("b.txt", "not an image"), ("c.png", "truncated")])
+    found = detection_metrics(table["anomaly_score"][:60].to_numpy(), np.arange(60) % 4 == 1)
+    html = render(table, held_out, metrics=found)
     page = Page(html)
-    flagged = int(data.decisions.sum())
-    found = int((data.decisions & data.is_anomaly).sum())
-    assert 0 < found < flagged
-    assert f"{flagged} images of 60 are flagged as strange at the level α = 0.1 (p ≤ 0.1)." in page.text
-    assert "2 more images could not be read" in page.text
-    assert "those of 49 held-out normal images, so no p-value can be below 0.02." in page.text
-    assert f"Of the {flagged} flagged images, {found} are anomalies and {flagged - found} normal" in page.text
-    assert f"{15 - found} anomal" in page.text
+    flagged = table["decision"].eq("anomaly")
+    right = int((flagged & table["is_anomaly"].eq(True)).sum())
+    assert 0 < right < flagged.sum()
+    assert page.text.startswith(
+        f"Strange photos {flagged.sum()} of 60 images look strange (limit: p-value at most 0.1). 2 files could not be"
+    )
+    assert (
+        "a normal image is marked by mistake in at most 10 % of cases. Were all 60 normal, about 6 would"
+        in page.text
+    )
+    assert "are like the 49 held-out ones" in page.text
+    assert f"Of the {flagged.sum()} marked images, {right} are anomalies; {15 - right} anomal" in page.text
     tiles = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
     assert tiles == {
         "Images scored": "60",
-        "Flagged at α&nbsp;=&nbsp;0.1": str(flagged),
+        "Look strange": str(flagged.sum()),
         "Could not be read": "2",
-        "Held-out normal images": "49",
-        "Smallest possible p-value": "0.02",
-        "AUROC": "0.912",
+        "AUROC, anomalies positive": f"{found['auroc']:.3f}",
     }
+    low, high = found["auroc_95"]
     for text in (
-        "0.800 to 0.950",
-        "AUPR, normal images positive 0.250",
-        "polar-student-t",
+        f"{low:.3f} to {high:.3f}",
+        f"AUPR, normal positive {found['aupr_normal_positive']:.3f}",
+        "likelihood polar",
         "b.txt not an image",
+        "versions torch 2.8",
+        "It is void if",
     ):
         assert text in page.text
-    assert "expected to have p ≤ 0.1" in page.text
-    assert "It is void if" in page.text
+    assert page.text.index("How sure") < page.text.index("Strange images") < page.text.index("P-value")
+    by_rate = Page(render(table, held_out, rule=FDR)).text
+    assert "(limit: false-discovery rate at most 0.1)" in by_rate
+    assert "on average at most 10 % are normal ones, marked by mistake" in by_rate
 
 
-def test_all_charts_and_grids():
+def test_charts_and_grids():
     asked = []
-    data = make(asked=asked)
-    html = render_report(data)
+    table, held_out = rows()
+    html = render(table, held_out, asked=asked)
     assert charts(html) == ["Scores", "P-values", "Direction and radius", "ROC curve", "Precision and recall"]
-    order = np.argsort(data.scores)
-    assert asked == [*order[::-1][:12], *order[:12]]
+    order = np.argsort(-table["anomaly_score"].to_numpy())
+    flagged = int(table["decision"].eq("anomaly").sum())
+    assert flagged > report.SHOWN
+    assert asked == [*order[:flagged], *order[::-1][:12]]
     names = re.findall(r'<bdi title="(\d+\.png)"', html)
     assert names == [f"{i:04d}.png" for i in asked]
-    assert html.count("data:image/png;base64,") >= 24
-    assert html.count('class="flagged"') == data.decisions[asked].sum()
+    assert html.count('class="flagged"') == flagged
+    assert f"All {flagged} that are marked." in Page(html).text
+    ranks = re.findall(r'data-rank="(\d+)" data-name="(.*?)"', html)
+    assert [int(rank) for rank, _ in ranks] == [*range(1, flagged + 1), *range(1, 13)]
+    few, held_out = rows(calibration=report.LEAST_CALIBRATION - 1)
+    assert "P-values" not in charts(render(few, held_out))
+
+
+def test_every_flagged_image_is_shown_up_to_a_bound_and_100_000_make_a_small_page():
+    failed = [(f"bad/{i}.png", "truncated") for i in range(50_000)]
+    table, held_out = rows(100_000, calibration=999, failed=failed)
+    asked = []
+    html = render(table, held_out, asked=asked)
+    page = Page(html)
+    flagged = table["decision"].eq("anomaly").sum()
+    assert len(asked) == MOST_FLAGGED + report.SHOWN < flagged
+    assert f"The {MOST_FLAGGED} strangest of {flagged:,} marked images" in page.text
+    assert len(html) < 1_500_000
+    assert "Images scored 100,000" in page.text
+    assert f"{50_000 - MOST_ROWS:,} more." in page.text
+    assert "bad/99.png" in page.text
+    assert "bad/100.png" not in page.text
+
+
+def test_links_lead_to_the_files(tmp_path):
+    names = ["a b#c?.png", "100%.png", "javascript:alert(1).png", os.fsdecode(b"bytes\xff.png"), "gone.png"]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in names[:-1]:
+        (folder / name).touch()
+    table, held_out = rows(5, path=[str(folder / name) for name in names], anomaly_score=[5.0, 4, 3, 2, 1])
+    for where in (tmp_path / "out" / "deep", tmp_path, None):
+        page = Page(render(table, held_out, folder=where))
+        links = [link for link in page.links if not link.startswith(("data:", "#"))]
+        assert len(links) == 4
+        for link, name in zip(sorted(links), sorted(names[:-1], key=os.fsencode), strict=True):
+            target = unquote_to_bytes(link.removeprefix("file://"))
+            assert not re.search(r"[ ?#:]", link.removeprefix("file://"))
+            base = os.fsencode(where or tmp_path)
+            assert os.path.normpath(os.path.join(base, target)) == os.fsencode(folder / name)
+            assert (link[0] == "f" and link.startswith("file:///")) == (where is None)
 
 
 def test_nothing_is_loaded_and_ids_are_unique():
-    html = render_report(make(failed=[("a", "b")]))
+    html = render(*rows(failed=[("a", "b")]))
     page = Page(html)
     assert "http" not in html.replace("http-equiv", "")
     assert "url(" not in re.sub(r"url\(#", "", html)
     assert "@import" not in html
-    assert not {"script", "iframe", "object", "form"} & set(page.tags)
+    assert not {"iframe", "object", "form"} & set(page.tags)
+    # One script, the one that the page's policy names.
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.S)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
+    )
     assert page.links
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert len(page.ids) == len(set(page.ids))
@@ -154,9 +236,9 @@ def test_nothing_is_loaded_and_ids_are_unique():
 
 
 def test_hostile_names(tmp_path):
-    data = make(len(HOSTILE), paths=HOSTILE, failed=[(name, f"{name} <b>?</b>") for name in HOSTILE])
-    ordinary = Page(render_report(make(len(HOSTILE), failed=[("x", "y")] * len(HOSTILE))))
-    html = render_report(data)
+    count = len(HOSTILE)
+    ordinary = Page(render(*rows(count, failed=[("x", "y")] * count)))
+    html = render(*rows(count, failed=[(name, f"{name} <b>?</b>") for name in HOSTILE], path=HOSTILE))
     page = Page(html)
     assert page.tags == ordinary.tags
     (tmp_path / "report.html").write_text(html, encoding="utf-8")
@@ -165,83 +247,68 @@ def test_hostile_names(tmp_path):
         assert name in page.text
 
 
-@pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("calibration", [49, 0])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_few_images(labels, calibration, count):
+@pytest.mark.parametrize("count", [0, 1, 2, 5])
+@pytest.mark.parametrize("known", [True, False])
+def test_few_images(count, known):
     asked = []
-    html = render_report(make(count, labels=labels, calibration=calibration, asked=asked))
+    table, held_out = rows(count, calibration=49 if known else 0, failed=[("a", "broken")])
+    html = render(table if known else table.drop(columns="is_anomaly"), held_out, asked=asked)
     page = Page(html)
     assert sorted(asked) == list(range(count))
-    assert ("ROC curve" in charts(html)) == (labels and count > 1)
-    assert ("P-values" in charts(html)) == bool(calibration)
-    assert ("Against the labels" in page.text) == labels
-    if not calibration:
-        assert f"{count} image{'s are' if count > 1 else ' is'} ranked" in page.text
-        assert "There are no p-values" in page.text
+    assert ("ROC curve" in charts(html)) == (known and count > 1)
+    assert ("P-values" in charts(html)) == (known and count > 0)
+    assert "1 file could not be read" in page.text
+    if not known:
+        assert f"{count} image{'' if count == 1 else 's'}, ordered from the strangest" in page.text
+        assert "that cannot be said" in page.text
         assert "exchangeable" not in page.text
 
 
-def test_no_image_scored():
-    asked = []
-    page = Page(render_report(make(0, calibration=0, asked=asked, failed=[("a", "broken")])))
-    assert not asked
-    assert "0 images are ranked" in page.text
-    assert "1 more image could not be read" in page.text
+def test_unlabelled_images_are_left_out_of_what_labels_say():
+    labels = [True, False, None] * 20
+    table, held_out = rows(is_anomaly=pd.array(labels, dtype="boolean"))
+    html = render(table, held_out)
+    assert "20 images are anomalies and 20 normal" in Page(html).text
+    assert "ROC curve" in charts(html)
+    assert "scored: unlabelled (20)" in html
+    assert "label: unlabelled" in html
 
 
-@pytest.mark.parametrize("value", [0.0, -1234.5, 1e20, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [-1234.5, 1e20, float("nan"), float("inf")])
 def test_equal_scores(value):
-    scores = np.full(30, value)
-    page = Page(render_report(make(30, scores=scores)))
-    assert ("All scores are equal" in page.text) == (not np.isnan(value))
+    table, held_out = rows(30, anomaly_score=value)
+    page = Page(render(table, held_out))
+    assert ("All scores are equal" in page.text) == np.isfinite(value)
     assert ("30 images have no score" in page.text) == np.isnan(value)
 
 
 def test_scores_and_parts_that_are_not_finite():
-    data = make(p_values=np.full(60, np.nan), decisions=np.zeros(60, dtype=bool))
-    data.scores[:4] = np.nan, np.inf, -np.inf, 1e30
-    data.log_direction[:] = np.nan
-    html = render_report(data)
+    table, held_out = rows(p_value=np.nan, decision="normal", log_direction=np.nan)
+    table.loc[:3, "anomaly_score"] = np.nan, np.inf, -np.inf, 1e30
+    html = render(table, held_out)
     page = Page(html)
     assert charts(html) == ["Scores", "ROC curve", "Precision and recall"]
     assert "1 image has no score" in page.text
     assert "photos/0000.png its score is not a number" in page.text
     assert re.findall(r"score (\S+)", page.text.split("Strangest images")[1])[:2] == ["∞", "1e+30"]
     assert "score −∞" in page.text
-    assert "0 images of 60 are flagged" in page.text
+    assert "0 of 60 images look strange" in page.text
 
 
 def test_a_level_that_nothing_can_reach():
-    html = render_report(make(alpha=0.001))
-    assert "nothing can be flagged at this level" in html
-    assert "at least 999 held-out images" in html
-    assert "nothing can be flagged" not in render_report(make())
+    html = render(*rows(level=0.001), level=0.001)
+    assert "Nothing can be marked at this limit" in html
+    assert "at least 999 images held out" in html
+    assert "Nothing can be marked" not in render(*rows())
 
 
-def test_100_000_images_make_a_small_page():
-    failed = [(f"bad/{i}.png", "truncated") for i in range(50_000)]
-    html = render_report(make(100_000, calibration=999, failed=failed))
-    page = Page(html)
-    assert len(html) < 1_500_000
-    assert "Images scored 100,000" in page.text
-    assert "Could not be read 50,000" in page.text
-    assert f"{50_000 - MOST_ROWS:,} more." in page.text
-    assert "bad/99.png" in page.text
-    assert "bad/100.png" not in page.text
+def test_a_chart_that_fails_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(report, "draw_shares", lambda *_: 1 / 0)
+    assert "P-values" not in charts(render(*rows()))
+    assert "could not draw the report's chart 'P-values': division by zero" in caplog.text
 
 
 def test_large_images_are_made_small():
-    noise = np.random.default_rng(0).integers(0, 256, (2000, 3000), dtype=np.uint8)
-    html = render_report(make(2, thumbnails=lambda indices: [Image.fromarray(noise)] * len(indices)))
-    assert html.count("data:image/jpeg") == 2
-    assert len(html) < 400_000
-
-
-def test_bad_input():
-    with pytest.raises(ValueError, match=r"decisions has shape \(3,\), but there are 60 paths"):
-        make(decisions=np.zeros(3, dtype=bool))
-    with pytest.raises(ValueError, match="alpha and decisions come together"):
-        make(alpha=None, decisions=np.zeros(60, dtype=bool))
-    with pytest.raises(ValueError, match="shorter"):
-        render_report(make(thumbnails=lambda indices: []))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (2000, 3000), dtype=np.uint8))
+    assert report._data_uri(noise).startswith("data:image/jpeg")
+    assert len(report._data_uri(noise)) < 100_000
