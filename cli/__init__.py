@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import logging
 import os
 import signal
 import sys
+import threading
 import warnings
+from importlib import import_module
+from types import FrameType
 from typing import Any
 
 import click
 
 from pyro_vje import __version__
-from pyro_vje.cli.ablate import ablate_command
-from pyro_vje.cli.benchmark import benchmark_command
-from pyro_vje.cli.evaluate import eval_command
-from pyro_vje.cli.export import export_command
-from pyro_vje.cli.score import embed_command, score_command
-from pyro_vje.cli.train import train_command
-from pyro_vje.runs.stopping import EXIT_SIGNAL, handle, raise_interrupted, restored_handlers
+from pyro_vje.config import is_first_process
 
-EXIT_USAGE, EXIT_DIVERGED, EXIT_MEMORY, EXIT_BUG = 2, 3, 4, 70
+COMMANDS = ("train", "eval", "ablate", "benchmark", "score", "embed", "export")
+"""A file each, with the command as ``command``."""
+EXIT_USAGE, EXIT_DIVERGED, EXIT_MEMORY, EXIT_BUG, EXIT_SIGNAL = 2, 3, 4, 70, 128
 CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError)
 log = logging.getLogger("pyro_vje")
 
@@ -33,15 +34,35 @@ class Failure(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, outside of training, which finishes its step first."""
+
+    signum = signal.SIGTERM
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated("stopped")
+
+
 class Commands(click.Group):
     """Turns errors into one line on stderr: what, where, what to do; ``--debug`` lets the traceback through."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program: what a stream's encoding has no character for is written as its number."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:
-            with restored_handlers():
-                handle(signal.SIGTERM, raise_interrupted)
-                return super().invoke(ctx)
+            if threading.current_thread() is threading.main_thread():
+                ctx.call_on_close(
+                    functools.partial(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+                )
+                signal.signal(signal.SIGTERM, _terminate)
+            return super().invoke(ctx)
         except CLICKS_OWN:
             raise
         except KeyboardInterrupt as stop:
@@ -101,14 +122,9 @@ def main(debug: bool, log_level: str) -> None:
     log.handlers = [handler]
     log.propagate = False
     # The other processes of a training run would repeat what the first says.
-    log.setLevel(log_level.upper() if os.environ.get("LOCAL_RANK", "0") == "0" else "WARNING")
+    log.setLevel(log_level.upper() if is_first_process() else "WARNING")
     warnings.showwarning = _log_warning
 
 
-main.add_command(train_command)
-main.add_command(eval_command)
-main.add_command(ablate_command)
-main.add_command(benchmark_command)
-main.add_command(score_command)
-main.add_command(embed_command)
-main.add_command(export_command)
+for name in COMMANDS:
+    main.add_command(import_module(f"pyro_vje.cli.{name}").command)

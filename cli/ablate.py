@@ -6,36 +6,30 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from pyro_vje.cli import options
-from pyro_vje.config import ABLATION_AXES
-from pyro_vje.runs.stopping import GOES_ON, Interrupted
+
+from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
+
+COMMON = ("dataset", "data_dir", "download")
 
 
-@click.command("ablate")
-@options.train_settings(repeated=(*ABLATION_AXES, "objective"), without=("devices",))
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of the ablation; one that was begun goes on.",
-)
-def ablate_command(out: Path, **settings: Any) -> None:
+@options.command("ablate")
+@options.recipe
+@options.of(TrainConfig, without=("devices",), repeated=fields_of(TrainConfig).keys() - COMMON)
+@options.folder
+def command(out: Path, **settings: Any) -> None:
     """Train and evaluate every combination of the repeatable settings, and compare them in one table.
 
     Finished cells are not run again, and more values may be given later. Leaves ablation.csv, .json, .md, .tex
     and .png, and a run folder for each cell.
     """
-    given = {name: settings.pop(name) for name in ABLATION_AXES}
-    objectives = settings.pop("objective")
-    given["radius"] = tuple(None if value == options.NO_RADIUS else value for value in given["radius"])
-    axes = {name: values for name, values in given.items() if values}  # none: the default follows from others
-    if len(objectives) > 1:  # an axis where it varies: seldom, and names of cells stay short
-        axes["objective"] = objectives
-    base = options.train_config({**settings, "objective": objectives[0]})
+    given = {name: value for name, value in settings.items() if name not in COMMON and value}
+    axes = {name: value for name, value in given.items() if name in ABLATION_AXES or len(value) > 1}
+    single = {name: value[0] for name, value in given.items() if name not in axes}
+    base = options.train_config({name: settings[name] for name in COMMON} | single)
 
-    from pyro_vje.experiments.ablation import ablate
+    from pyro_vje.experiments import ablate
+    from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
     try:
         result = ablate(base, axes, out)

@@ -6,32 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from pyro_vje.cli import options
-from pyro_vje.config import DATASET_DEFAULTS
-from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
-score_likelihood = click.option(
+from pyro_vje.config import DATASET_DEFAULTS, ScoreConfig, TrainConfig
+
+likelihoods = click.option(
     "--score-likelihood",
     "likelihoods",
     multiple=True,
     metavar="FAMILY",
     help="Score with this family too, beside the one trained with. Repeatable.",
 )
-folder = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder of the results."
+outside_sets = click.option(
+    "--outside",
+    multiple=True,
+    required=True,
+    metavar="SET",
+    help="A data set by name, or a folder of images. Repeatable.",
 )
 
 
 @click.group("benchmark")
-def benchmark_command() -> None:
+def command() -> None:
     """Anomaly detection by the published protocols: all scores and cheap detectors in one table."""
 
 
-@benchmark_command.command("one-class")
-@options.train_settings(repeated=("normal_class", "seed"), without=("devices",))
-@score_likelihood
-@folder
+@command.command("one-class", cls=options.OneValue)
+@options.recipe
+@options.of(TrainConfig, without=("devices",), repeated=("normal_class", "seed"))
+@likelihoods
+@options.folder
 def one_class_command(
     normal_class: tuple[str, ...],
     seed: tuple[int, ...],
@@ -45,7 +49,8 @@ def one_class_command(
     """
     base = options.train_config(settings)
 
-    from pyro_vje.experiments.protocols import one_class
+    from pyro_vje.experiments import one_class
+    from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
     try:
         result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods)
@@ -55,33 +60,20 @@ def one_class_command(
     click.echo(f"\n{result.folder}")
 
 
-@benchmark_command.command("ood")
+@command.command("ood", cls=options.OneValue)
 @options.ckpt
-@click.option(
-    "--outside",
-    multiple=True,
-    required=True,
-    metavar="SET",
-    help="A data set by name, or a folder of images. Repeatable.",
-)
-@click.option("--data-dir", metavar="DIR", help="Where data sets named by --outside lie.")
-@score_likelihood
-@folder
-@options.trust_plugins
+@outside_sets
+@options.of(ScoreConfig, "data_dir", help="Where data sets named by --outside lie.")
+@likelihoods
+@options.folder
+@options.of(ScoreConfig, "trust_plugins")
 def ood_command(
-    ckpt: Path,
-    outside: tuple[str, ...],
-    data_dir: str | None,
-    likelihoods: tuple[str, ...],
-    out: Path,
-    trust_plugins: bool,
+    ckpt: Path, outside: tuple[str, ...], data_dir: str | None, out: Path, **settings: Any
 ) -> None:
     """Tell a run's own test images from those of other data sets.
 
     Leaves table.csv, .json, .md and .tex.
     """
-    from pyro_vje.experiments.protocols import ood
-
     known = DATASET_DEFAULTS.keys() - {"folder"}
     places: dict[str, tuple[str, str | None]] = {
         name if name in known else Path(name).name: (name, data_dir) if name in known else ("folder", name)
@@ -89,6 +81,9 @@ def ood_command(
     }
     if len(places) < len(outside):
         raise click.UsageError(f"--outside: two sets have one name in the table, {', '.join(outside)}")
-    result = ood(ckpt, places, out, likelihoods=likelihoods, trust_plugins=trust_plugins)
+
+    from pyro_vje.experiments import ood
+
+    result = ood(ckpt, places, out, **settings)
     click.echo(result.table)
     click.echo(f"\n{result.folder}")

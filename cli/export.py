@@ -9,8 +9,10 @@ import click
 
 from pyro_vje.cli import options
 
+from pyro_vje.config import ScoreConfig
 
-@click.command("export")
+
+@options.command("export")
 @options.ckpt
 @click.option(
     "--format",
@@ -19,23 +21,15 @@ from pyro_vje.cli import options
     show_default=True,
     help="onnx, for ONNX Runtime (writing it needs pip install 'pyro-vje[export]'); torch, for torch.export.load.",
 )
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The file. [default: model.onnx or model.pt2 in the run folder]",
-)
-@options.score_likelihood
-@options.num_particles
-@options.score_seed
-@options.trust_plugins
-def export_command(ckpt: Path, **settings: Any) -> None:
+@options.of(ScoreConfig, "out", help="The file. [default: model.onnx or model.pt2 in the run folder]")
+@options.of(ScoreConfig, "score_likelihood", "num_particles", "seed", "trust_plugins")
+def command(ckpt: Path, **settings: Any) -> None:
     """Write a model as one file that runs without this package, with a model card beside it.
 
     It maps uint8 RGB images (N, 3, S, S) to embedding, posterior loc and scale, the score that `score` writes, and
     its p-value.
     """
-    from pyro_vje.export.deploy import export
+    from pyro_vje.export import export
 
     result = export(ckpt, **settings)
     click.echo(result.path)

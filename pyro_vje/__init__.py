@@ -5,8 +5,8 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     VJE, SymmetricELBO, PosteriorNetwork     the model (Pyro model/guide) and its objective
     distributions                            PolarStudentT, ... for any Pyro program
     likelihoods                              named families, and how to register your own
-    TrainConfig, train, evaluate, score, embed, export, load_run, ablate
-    load_recipe                              settings of published results
+    TrainConfig, ScoreConfig, load_recipe    settings, and those of published results
+    train, evaluate, score, embed, export, load_run, ablate
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vje import distributions, likelihoods
     from pyro_vje.anomaly.table import embed, score
-    from pyro_vje.config import TrainConfig, load_recipe
+    from pyro_vje.config import ScoreConfig, TrainConfig, load_recipe
     from pyro_vje.experiments.ablation import ablate
     from pyro_vje.export.deploy import export
     from pyro_vje.model.encoders import build_encoder
@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VJE",
     "PosteriorNetwork",
+    "ScoreConfig",
     "SymmetricELBO",
     "TrainConfig",
     "ablate",
@@ -52,19 +53,16 @@ __all__ = [
 ]
 
 _HOMES = {
-    "VJE": "model.vje",
-    "PosteriorNetwork": "model.vje",
-    "SymmetricELBO": "model.objective",
-    "TrainConfig": "config",
-    "ablate": "experiments.ablation",
-    "build_encoder": "model.encoders",
-    "embed": "anomaly.table",
-    "evaluate": "representation.evaluation",
-    "export": "export.deploy",
-    "load_recipe": "config",
-    "load_run": "runs.folder",
-    "score": "anomaly.table",
-    "train": "training.run",
+    "anomaly.table": ("embed", "score"),
+    "config": ("ScoreConfig", "TrainConfig", "load_recipe"),
+    "experiments.ablation": ("ablate",),
+    "export.deploy": ("export",),
+    "model.encoders": ("build_encoder",),
+    "model.objective": ("SymmetricELBO",),
+    "model.vje": ("VJE", "PosteriorNetwork"),
+    "representation.evaluation": ("evaluate",),
+    "runs.folder": ("load_run",),
+    "training.run": ("train",),
 }
 _MOVED = {
     "calibration": "metrics.conformal",
@@ -96,8 +94,9 @@ sys.meta_path.append(_Moved())
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"pyro_vje.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"pyro_vje.{home}"), name)
     if name == "distributions" or name in _MOVED:
         return import_module(f"pyro_vje.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

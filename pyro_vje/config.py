@@ -1,105 +1,145 @@
-"""Settings of a pretraining run, with their defaults. Imports nothing heavy, so that ``--help`` answers at once."""
+"""Settings, a line each: name, type, default, help, range. Imports nothing heavy: ``--help`` answers at once."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+
+S = TypeVar("S", bound=type)
+Text = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path)]
+Place = Annotated[Path, BeforeValidator(lambda path: Path(path) if isinstance(path, str) else path)]
+BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
-@dataclass(frozen=True)
+def say(default: Any, help: str, *, off: str | None = None, **limits: Any) -> Any:
+    """A setting: default, help, range as in `pydantic.Field`; ``off`` is what the flag of its opposite is called."""
+    if isinstance(default, float):
+        limits["allow_inf_nan"] = False
+    return Field(default, description=help, json_schema_extra={"off": off}, **limits)
+
+
+def fields_of(cls: type) -> dict[str, FieldInfo]:
+    """The settings of a class by name, each with ``annotation``, ``default``, ``description`` and ``metadata``."""
+    return cls.__pydantic_fields__  # type: ignore[attr-defined]
+
+
+def choices_of(field: FieldInfo) -> list[str | None]:
+    """The values of a setting that takes a few named ones, else nothing."""
+    parts = get_args(field.annotation)
+    named = next((part for part in parts if get_origin(part) is Literal), field.annotation)
+    return [*get_args(named), *[None] * (NoneType in parts)] if get_origin(named) is Literal else []
+
+
+def range_of(field: FieldInfo) -> str:
+    """The range of a setting in words, else an empty string."""
+    rules = [(word, getattr(rule, sign, None)) for rule in field.metadata for sign, word in BOUNDS.items()]
+    found = " and ".join(f"{word} {bound}" for word, bound in rules if bound is not None)
+    return "positive" if found == "above 0" else found
+
+
+@dataclass_transform(frozen_default=True)
+def settings(cls: S) -> S:
+    """Make a frozen dataclass that checks its values when it is made, and says in one line what is wrong."""
+    made: Any = dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))(cls)
+    check, fields = made.__init__, fields_of(made)
+
+    @functools.wraps(check)
+    def __init__(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            check(self, *values, **named)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        else:
+            return
+        if first["type"] == "value_error":
+            raise ValueError(str(first["ctx"]["error"]))
+        name = first["loc"][0]
+        if isinstance(name, int) and name < len(fields):  # it was given by position
+            name = list(fields)[name]
+        if name not in fields:
+            raise TypeError(f"{cls.__name__} has no setting {name!r}: choose among {', '.join(fields)}")
+        choices, limits = choices_of(fields[name]), range_of(fields[name])
+        what = f"setting {name} must be {made.__dataclass_fields__[name].type}"
+        if first["type"] == "literal_error":
+            what = f"{name} must be one of {', '.join(map(str, choices))}"
+        elif first["type"] == "finite_number":
+            what = f"{name} must be {limits} and finite"
+        elif limits and not first["type"].endswith("_type"):
+            what = f"{name} must be {limits}"
+        raise ValueError(f"{what}, not {first['input']!r}")
+
+    made.__init__ = __init__
+    lines = [f"{name} :\n    {field.description}" for name, field in fields.items()]
+    made.__doc__ = "\n".join([cls.__doc__ or "", "", "Attributes", "----------", *lines])
+    return made
+
+
+@settings
 class TrainConfig:
-    """Every setting of a pretraining run; ``None`` means the data set's default (`DATASET_DEFAULTS`).
+    """Every setting of a pretraining run; ``None`` leaves it to the data set (`DATASET_DEFAULTS`) or the model."""
 
-    Attributes
-    ----------
-    dataset, data_dir, download :
-        What to pretrain on, where it lies, and whether it may be downloaded.
-    normal_class :
-        Pretrain on this class alone (name or index): the one-class protocol.
-    image_size :
-        Pixels of a square view.
-    holdout :
-        Share of the images that is kept out of training to calibrate scores into p-values (0: none).
-    encoder, embedding_dim, hidden_dim :
-        Encoder by name or ``module:factory``; D; hidden width of projector and posterior network.
-    likelihood, df, unit_radius, radius, kl_weight, shared_variance :
-        The model's probabilistic settings, as in `pyro_vje.VJE`. ``df`` is D - 2 unless said.
-    objective :
-        ``elbo``, or a ``module:function`` that takes its place on the same networks, data and schedule (a control).
-    epochs, batch_size, lr, weight_decay, warmup_epochs :
-        SGD with momentum 0.9 and a cosine schedule after linear warm-up. ``lr`` is for 256 images and is scaled by
-        ``batch_size / 256``; weights of one dimension (biases, batch norm) are not decayed. Data smaller than the
-        default batch become one batch (`fitted`); a batch size that was asked for and is too large is an error.
-    num_particles :
-        Samples of z for each image and direction.
-    devices, precision, compile, deterministic :
-        Number of devices; ``auto``, ``32`` or ``bf16``; whether the encoder is compiled; whether a GPU computes the
-        same bits every time too, as a CPU does anyway, by kernels that may be slower.
-    residency, workers :
-        ``auto``, ``memory`` or ``stream``: where the images live; processes that decode a streamed set.
-    knn_every :
-        Epochs between k-NN evaluations during training (0: never).
-    seed :
-        Seed of every random draw.
-    """
-
-    dataset: str = "digits"
-    data_dir: str | None = None
-    download: bool = True
-    normal_class: str | None = None
-    image_size: int | None = None
-    holdout: float = 0.05
-    encoder: str | None = None
-    projector: str = "none"
-    embedding_dim: int | None = None
-    hidden_dim: int = 512
-    likelihood: str = "polar-student-t"
-    df: float | None = None
-    unit_radius: str = "sqrt-d"
-    radius: str | None = "student-t"
-    radius_scale: str = "learned"
-    kl_weight: float = 0.03
-    analytic_kl: bool = False
-    shared_variance: bool = True
-    objective: str = "elbo"
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float = 0.2
-    weight_decay: float = 5e-4
-    warmup_epochs: float | None = None
-    num_particles: int = 1
-    devices: int = 1
-    precision: str = "auto"
-    compile: bool = False
-    deterministic: bool = False
-    residency: str = "auto"
-    workers: int = 2
-    knn_every: int | None = None
-    seed: int = 0
+    dataset: str = say("digits", "What to pretrain on, or your own as module:function.")
+    data_dir: Text | None = say(None, "Where the data set lies or is downloaded to.")
+    download: bool = say(True, "Fetch a missing data set.", off="no-download")
+    normal_class: str | None = say(None, "Pretrain on this class alone, by name or index. [default: all]")
+    image_size: int | None = say(None, "Side of the square images in pixels. [default: the data set's]", ge=8)
+    holdout: float = say(0.05, "Share of images kept out to calibrate scores into p-values.", ge=0, le=0.5)
+    encoder: str | None = say(
+        None, "resnet-small, resnet18, 34 or 50, or module:factory. [default: the data set's]"
+    )
+    projector: Literal["none", "linear", "mlp"] = say("none", "Between encoder and embedding.")
+    embedding_dim: int | None = say(None, "D; without a projector the encoder's width.", ge=2, le=2**20)
+    hidden_dim: int = say(512, "Hidden width of projector and posterior network.", ge=1, le=2**20)
+    likelihood: str = say("polar-student-t", "A likelihood family, or your own as module:function.")
+    df: float | None = say(None, "Degrees of freedom; inf is the Gaussian limit. [default: D - 2]", gt=0)
+    unit_radius: Literal["1", "sqrt-d"] = say("sqrt-d", "Radius of the sphere of directions: 1 or √D.")
+    radius: Literal["student-t", "log-student-t"] | None = say("student-t", "Radial factor of polar ones.")
+    radius_scale: Literal["learned", "shared"] = say("learned", "Its scale: one number, or the posterior's.")
+    kl_weight: float = say(0.03, "Weight of the KL divergence; 1 is the ELBO.", ge=0)
+    analytic_kl: bool = say(False, "KL in closed form, or by the samples of the latent.", off="sampled-kl")
+    shared_variance: bool = say(True, "Likelihood scale: the posterior's, or own.", off="separate-variance")
+    objective: str = say("elbo", "elbo, or your own as module:function on the same networks (a control).")
+    epochs: int | None = say(None, "Passes over the data. [default: the data set's]", ge=1)
+    batch_size: int | None = say(None, "Images in a step, over all devices. [default: the data set's]", ge=2)
+    lr: float = say(0.2, "Learning rate of SGD for 256 images, scaled with the batch.", ge=0)
+    weight_decay: float = say(5e-4, "Decay of kernels and matrices, not biases.", ge=0)
+    warmup_epochs: float | None = say(None, "Linear warm-up. [default: a tenth, to 10]", ge=0, lt=math.inf)
+    num_particles: int = say(1, "Samples of the latent an image and direction.", ge=1)
+    devices: int = say(1, "GPUs, or processes on the CPU.", ge=1)
+    precision: Literal["auto", "32", "bf16"] = say("auto", "auto is bf16 where the hardware has it.")
+    compile: bool = say(False, "Compile the encoder.", off="no-compile")
+    deterministic: bool = say(False, "The same bits every time, on a GPU too; may be slower.", off="fastest")
+    residency: Literal["auto", "memory", "stream"] = say("auto", "Images in memory or decoded as they come.")
+    workers: int = say(2, "Decoding processes of a streamed data set.", ge=0)
+    knn_every: int | None = say(None, "Epochs between k-NN evaluations, 0: never. [default: ten a run]", ge=0)
+    seed: int = say(0, "Seed of every random draw.", ge=0, le=2**31 - 1)
 
     def resolved(self) -> TrainConfig:
-        """A copy in which the data set's defaults stand in for ``None``, and every value has been checked.
+        """A copy in which the data set's defaults stand in for ``None``.
 
         Raises
         ------
         ValueError
-            If a value is out of its range.
+            If the data set is a folder, and it is not said which.
         """
+        if self.dataset == "folder" and self.data_dir is None:
+            raise ValueError("the data set 'folder' needs to know which folder: name it (--data-dir DIR)")
         defaults = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}
+        epochs = self.epochs or defaults["epochs"]
+        defaults = {"warmup_epochs": min(10.0, 0.1 * epochs), "knn_every": max(1, epochs // 10)} | defaults
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        config = dataclasses.replace(self, **missing)
-        if config.warmup_epochs is None:
-            config = dataclasses.replace(config, warmup_epochs=min(10.0, 0.1 * (config.epochs or 0)))
-        if config.knn_every is None:
-            config = dataclasses.replace(config, knn_every=max(1, (config.epochs or 0) // 10))
-        config._check()
-        return config
+        return dataclasses.replace(self, **missing)
 
     def fitted(self, images: int, processes: int = 1) -> TrainConfig:
         """Resolved settings whose default batch is no larger than the data, in equal shares for the processes.
@@ -121,61 +161,10 @@ class TrainConfig:
             logging.getLogger("pyro_vje").info("batch_size %d, to fit %d images", most, images)
         return dataclasses.replace(self, batch_size=most)
 
-    def _check(self) -> None:
-        if self.dataset == "folder" and self.data_dir is None:
-            raise ValueError("the data set 'folder' needs to know which folder: name it (--data-dir DIR)")
-        ranges: dict[str, tuple[float, float]] = {
-            "epochs": (1, math.inf),
-            "batch_size": (2, math.inf),  # batch norm needs two images
-            "embedding_dim": (2, 2**20),
-            "hidden_dim": (1, 2**20),
-            "num_particles": (1, math.inf),
-            "devices": (1, math.inf),
-            "workers": (0, math.inf),
-            "knn_every": (0, math.inf),
-            "lr": (0, math.inf),
-            "weight_decay": (0, math.inf),
-            "kl_weight": (0, math.inf),
-            "warmup_epochs": (0, math.inf),
-            "holdout": (0, 0.5),
-            "seed": (0, 2**31 - 1),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if not (low <= value < high if math.isinf(high) else low <= value <= high):
-                upper = "" if math.isinf(high) else f" and at most {high}"
-                why = (
-                    " (batch norm has no statistics of one image)"
-                    if (name, value) == ("batch_size", 1)
-                    else ""
-                )
-                raise ValueError(f"{name} must be at least {low}{upper}, not {value}{why}")
-        if self.image_size is not None and self.image_size < 8:
-            raise ValueError(f"image_size must be at least 8 pixels, not {self.image_size}")
-        if self.df is not None and not self.df > 0:
-            raise ValueError(f"df must be positive (inf for the Gaussian limit), not {self.df}")
-        choices = {
-            "projector": ("none", "linear", "mlp"),
-            "radius_scale": ("learned", "shared"),
-            "unit_radius": ("1", "sqrt-d"),
-            "radius": ("student-t", "log-student-t", None),
-            "precision": ("auto", "32", "bf16"),
-            "residency": ("auto", "memory", "stream"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(str, known))}, not {getattr(self, name)!r}"
-                )
-
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""
-        values = dataclasses.asdict(self)
-        if self.df is not None and math.isinf(self.df):
-            values["df"] = "inf"  # JSON has no infinity
-        return values
+        infinite = self.df is not None and math.isinf(self.df)  # JSON has no infinity
+        return dataclasses.asdict(self) | ({"df": "inf"} if infinite else {})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -184,26 +173,46 @@ class TrainConfig:
         Raises
         ------
         ValueError
-            If a setting is unknown or has a value of another type.
+            If a setting is unknown, out of its range, or of another type.
         """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(fields_of(cls)))
         if unknown:
             raise ValueError(f"unknown settings {', '.join(unknown)}: written by a newer version?")
-        values = dict(values)
-        for name, value in values.items():
-            kinds = str(known[name].type)
-            allowed = [kind for kind in (str, bool, int, float) if kind.__name__ in kinds.split(" | ")]
-            if float in allowed:
-                allowed.append(int)
-                if value == "inf":
-                    values[name] = value = math.inf
-            if value is None and "None" in kinds:
-                continue
-            # bool is an int to isinstance, and true is no number of epochs
-            if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
-                raise ValueError(f"setting {name} must be {kinds}, not {value!r}")
-        return cls(**values)
+        read: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in values.items()}
+        return cls(**read)
+
+
+@settings
+class ScoreConfig:
+    """Every setting of scoring: which images, by what, what is decided, and what is written."""
+
+    data: Place | None = say(None, "A folder of images, all of which are scored.")
+    dataset: str | None = say(None, "Score a data set's test split instead. [default: the run's own]")
+    data_dir: Text | None = say(None, "Where the data set lies or is downloaded to. [default: the run's own]")
+    download: bool = say(True, "Fetch a missing data set.", off="no-download")
+    normal_class: str | None = say(None, "The class that counts as normal in metrics. [default: the run's]")
+    score: str = say("conditional", "A score by name (an unknown one lists them), or module:function.")
+    score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
+    reference_views: int = say(0, "Kernels at so many augmented views of a reference image; 0: clean.", ge=0)
+    num_pairs: int = say(0, "0: the image's own embedding, one pass. K: mean over K pairs, 2 K passes.", ge=0)
+    num_particles: int = say(16, "Samples of the latent an image; they cost no pass of the encoder.", ge=1)
+    seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
+    alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)
+    fdr: float | None = say(None, "At most this share of those called is normal (by BH).", gt=0, lt=1)
+    batch_size: int = say(256, "Images at once; on a CPU raised until passes of the encoder are full.", ge=1)
+    out: Place | None = say(None, "The CSV. [default: scores.csv in the run folder]")
+    draw: bool = say(True, "Draw pictures beside the CSV.", off="no-draw")
+    report: bool = say(False, "Write one self-contained HTML page beside the CSV.")
+    parquet: bool = say(False, "Write the table as Parquet too (needs pyarrow).")
+    resume: bool = say(False, "Go on from an interrupted call with the same options, if there was one.")
+    trust_plugins: bool = say(False, "Import code that the run's configuration names (module:attribute).")
+    deterministic: bool = say(False, "Kernels that give the same bits every time, on a GPU too.")
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.fdr is not None:
+            raise ValueError("alpha and fdr are two rules for one decision: give one of them")
+        if self.data is not None and self.dataset is not None:
+            raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}
@@ -220,23 +229,20 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     ValueError
         If there is no such recipe, it is no TOML, or a key is unknown or has a value of another type.
     """
-    path = RECIPES.get(str(name), Path(name))
+    path, known = RECIPES.get(str(name), Path(name)), fields_of(TrainConfig)
     if not path.is_file():
         raise ValueError(
             f"no recipe {str(name)!r}: choose one of {', '.join(RECIPES)}, or the path of a TOML file"
         )
     try:
         values = tomllib.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"recipe {path} is no TOML: {error}") from None
-    known = [field.name for field in dataclasses.fields(TrainConfig)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"recipe {path}: unknown keys {', '.join(unknown)}; known: {', '.join(known)}")
-    if values.get("radius") == "none":
-        values["radius"] = None
-    try:
+        if unknown := [key for key in values if key not in known]:
+            raise ValueError(f"unknown keys {', '.join(unknown)}; known: {', '.join(known)}")
+        if values.get("radius") == "none":
+            values["radius"] = None
         TrainConfig.from_dict(values)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path} is no TOML: {error}") from None
     except ValueError as error:
         raise ValueError(f"recipe {path}: {error}") from None
     return values

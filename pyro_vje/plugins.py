@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -18,37 +18,23 @@ def is_reference(name: str) -> bool:
 
 
 def import_reference(reference: str) -> object:
-    """Import ``module:attribute``, where the module may be a file in the current folder.
-
-    Raises
-    ------
-    ValueError
-        If the module cannot be found or imported, or has no such attribute.
-    """
-    module_name, _, attribute = reference.partition(":")
+    """Import ``module:attribute``, where the module may be a file in the current folder; ``ValueError`` if it fails."""
+    module = reference.partition(":")[0]
     # A console script does not have the current folder on its path, and a user's file usually lies there.
     here = str(Path.cwd())
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
+    sys.path.insert(0, here)
     try:
-        module = importlib.import_module(module_name)
+        return pkgutil.resolve_name(reference)
     except Exception as error:  # the user's code may raise anything
         name = error.name if isinstance(error, ModuleNotFoundError) else None
-        if name is not None and (name == module_name or module_name.startswith(f"{name}.")):
-            raise ValueError(
-                f"{reference!r}: there is no module {module_name!r} in the current folder or the environment"
-            ) from None
-        raise ValueError(f"{reference!r}: importing it failed ({type(error).__name__}: {error})") from error
+        why = f"importing it failed ({type(error).__name__}: {error})"
+        if name is not None and f"{module}.".startswith(f"{name}."):
+            why = f"there is no module {module!r} in the current folder or the environment"
+        elif isinstance(error, AttributeError) and module in sys.modules:
+            why = str(error)
+        raise ValueError(f"{reference!r}: {why}") from error
     finally:
-        if added:
-            sys.path.remove(here)
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        raise ValueError(
-            f"{reference!r}: the module {module_name!r} has no attribute {attribute!r}"
-        ) from None
+        sys.path.remove(here)
 
 
 def look_up(name: str, known: Mapping[str, T], *, what: str, group: str | None = None) -> T | object:
@@ -63,9 +49,8 @@ def look_up(name: str, known: Mapping[str, T], *, what: str, group: str | None =
         return known[name]
     if is_reference(name):
         return import_reference(name)
-    installed = entry_points(group=group) if group else ()
-    for entry_point in installed:
-        if entry_point.name == name:
-            return entry_point.load()
-    names = ", ".join([*known, *(entry_point.name for entry_point in installed)])
+    installed = {entry_point.name: entry_point for entry_point in entry_points(group=group or "")}
+    if name in installed:
+        return installed[name].load()
+    names = ", ".join([*known, *installed])
     raise ValueError(f"unknown {what} {name!r}: choose one of {names}, or name your own as module:attribute")

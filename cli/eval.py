@@ -9,12 +9,13 @@ import click
 
 from pyro_vje.cli import options
 
+from pyro_vje.config import ScoreConfig
 
-@click.command("eval")
+
+@options.command("eval")
 @options.ckpt
-@click.option("--dataset", type=options.DATASETS, help="Another data set than the run's own.")
-@options.data_dir
-@options.download
+@options.of(ScoreConfig, "dataset", help="Another data set than the run's own.")
+@options.of(ScoreConfig, "data_dir", "download")
 @click.option(
     "--k",
     default=(200,),
@@ -47,17 +48,15 @@ from pyro_vje.cli import options
     type=click.IntRange(min=1),
     help="Epochs of --linear sgd; its cost is proportional to them.",
 )
-@options.batch_size
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="The JSON. [default: eval.json in the run folder]"
-)
-@options.trust_plugins
-def eval_command(ckpt: Path, out: Path | None, **settings: Any) -> None:
+@options.of(ScoreConfig, "batch_size")
+@options.of(ScoreConfig, "out", help="The JSON. [default: eval.json in the run folder]")
+@options.of(ScoreConfig, "trust_plugins")
+def command(ckpt: Path, **settings: Any) -> None:
     """Probes of the representation: the trained encoder, the same untrained, and raw pixels.
 
     Weighted k-NN and linear probe; of the encoders also effective rank, alignment, uniformity, and whether the
     posterior's variance says where retrieval fails (R-AUROC, accuracy against rejected share, a picture of it).
     """
-    from pyro_vje.representation.evaluation import evaluate, format_table
+    from pyro_vje.representation import evaluate, format_table
 
-    click.echo(format_table(evaluate(ckpt, out=out, **settings)))
+    click.echo(format_table(evaluate(ckpt, **settings)))
