@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pyro_vje.cli import options
 
+from pyro_vje.cli import options
 from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
 
 COMMON = ("dataset", "data_dir", "download")
@@ -28,7 +28,7 @@ def command(out: Path, **settings: Any) -> None:
     single = {name: value[0] for name, value in given.items() if name not in axes}
     base = options.train_config({name: settings[name] for name in COMMON} | single)
 
-    from pyro_vje.experiments import ablate
+    from pyro_vje import ablate
     from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
     try:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pyro_vje.cli import options
 
+from pyro_vje.cli import options
 from pyro_vje.config import ScoreConfig
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from pyro_vje.cli import options
-
 from pyro_vje.config import ScoreConfig
 
 
@@ -57,6 +56,7 @@ def command(ckpt: Path, **settings: Any) -> None:
     Weighted k-NN and linear probe; of the encoders also effective rank, alignment, uniformity, and whether the
     posterior's variance says where retrieval fails (R-AUROC, accuracy against rejected share, a picture of it).
     """
-    from pyro_vje.representation import evaluate, format_table
+    from pyro_vje import evaluate
+    from pyro_vje.representation import format_table
 
     click.echo(format_table(evaluate(ckpt, **settings)))

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from pyro_vje.cli import options
-
 from pyro_vje.config import ScoreConfig
 
 
@@ -29,7 +28,7 @@ def command(ckpt: Path, **settings: Any) -> None:
     It maps uint8 RGB images (N, 3, S, S) to embedding, posterior loc and scale, the score that `score` writes, and
     its p-value.
     """
-    from pyro_vje.export import export
+    from pyro_vje import export
 
     result = export(ckpt, **settings)
     click.echo(result.path)

@@ -10,7 +10,6 @@ import click
 from click.core import ParameterSource
 
 from pyro_vje.cli import options
-
 from pyro_vje.config import TrainConfig, is_first_process
 
 
@@ -34,8 +33,8 @@ def command(ctx: click.Context, out: Path | None, resume: bool, overwrite: bool,
         raise click.UsageError("--resume needs the run to go on with: name it (--out RUN)")
     config = options.train_config(settings) if not resume else None
 
+    from pyro_vje import train
     from pyro_vje.runs.folder import read_info
-    from pyro_vje.training import train
 
     if config is None:
         given = {name for name in settings if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}

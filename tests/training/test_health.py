@@ -92,9 +92,7 @@ def test_a_collapsed_representation(train_with, said, tmp_path):
 
 def test_batch_norm_of_one_or_few_images(train_with, said, tiny_config, tmp_path):
     """A batch of one, and data for one, are refused; few images are warned of; no batch is ever shorter."""
-    with pytest.raises(
-        ValueError, match=r"batch_size must be at least 2, not 1 \(batch norm has no statistics"
-    ):
+    with pytest.raises(ValueError, match="batch_size must be at least 2, not 1"):
         train_with(batch_size=1)
     one = tmp_path / "one"
     one.mkdir()

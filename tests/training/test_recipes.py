@@ -85,7 +85,7 @@ def test_imagenet_from_recipe_to_scores(tmp_path):
     evaluation, rows = check_run(
         tmp_path / "run",
         encoder="resnet50",
-        embedding_dim=512,
+        embedding_dim=None,
         residency="stream",
         weight_decay=1e-4,
         devices=1,
@@ -111,8 +111,6 @@ def test_options_go_over_a_recipe_of_ones_own(tiny, image_folder, tmp_path):
     assert result.exit_code == 0, result.output
     config = read_info(out).config
     assert (config.epochs, config.embedding_dim, config.radius, config.shared_variance) == (1, 8, None, True)
-    result = run("train", "--resume", "--recipe", tiny, "--out", out)
-    assert (result.exit_code, "leave out --recipe\n" in result.stderr) == (2, True)
 
 
 def test_ablate_varies_what_a_recipe_fixes(tiny, image_folder, tmp_path):
@@ -143,7 +141,7 @@ def test_ablate_varies_what_a_recipe_fixes(tiny, image_folder, tmp_path):
         ("epochs = [1, 2]", "setting epochs must be int"),
         ("epochs = ", "is no TOML"),
         ("epochs = 0", "epochs must be at least 1"),
-        ('precision = "16"', "'16' is not one of 'auto', '32', 'bf16'"),
+        ('precision = "16"', "precision must be one of auto, 32, bf16, not '16'"),
     ],
 )
 def test_what_a_recipe_may_not_say(tmp_path, text, message):
