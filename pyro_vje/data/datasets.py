@@ -39,12 +39,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of :data:`DATASETS`.
+    """One entry of :data:`DATASETS`: a function of a :class:`Request`, and how its images are seen.
 
     Attributes
     ----------
-    load
-        Function of a :class:`Request`.
     mean, std
         Of each channel over the training images, in [0, 1]; by default ImageNet's, which are nearly right for any
         photographs, and the same for every folder, so that a trained encoder reads a second one as it read the first.
@@ -64,20 +62,18 @@ class Dataset:
 def find_dataset(name: str) -> Dataset:
     """Return a data set by name, by ``module:function``, or by an entry point of the group ``pyro_vje.datasets``.
 
-    What is found there is a :class:`Dataset`, or a function of a :class:`Request` alone. Raises ``ValueError`` if
-    nothing has that name.
+    One's own is a :class:`Dataset`, or a function of a :class:`Request` alone. Raises ``ValueError`` if there is none.
     """
     found = look_up(name, DATASETS, what="data set", group="pyro_vje.datasets")
-    if not isinstance(found, Dataset) and not callable(found):
+    if isinstance(found, Dataset):
+        return found
+    if not callable(found):
         raise ValueError(f"data set {name!r} is no function from a Request to an ImageSet")
-    return found if isinstance(found, Dataset) else Dataset(found)
+    return Dataset(found)
 
 
 def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
-    """Return the training and the evaluation views for a data set's name, with its statistics and recipe.
-
-    Raises ``ValueError`` for an unknown name.
-    """
+    """Return the training and the evaluation views for a data set's name (`find_dataset`), as it is seen."""
     data = find_dataset(name)
     recipe = data.recipe or ("cifar" if image_size <= 40 else "stl10" if image_size <= 128 else "imagenet")
     return TwoViews(image_size, recipe, data.mean, data.std), CleanView(image_size, data.mean, data.std)
@@ -137,10 +133,9 @@ def load_dataset(
 
 
 def _digits(request: Request) -> ImageSet:
-    """Handwritten digits, 8 x 8 grey, that scikit-learn ships: 1,797 images.
+    """scikit-learn's 1,797 handwritten digits, enlarged to 16 x 16 so that a random crop has pixels to work on.
 
-    They are enlarged to 16 x 16, so that a random crop and a strided encoder have pixels to work on. In each
-    class every fifth image is a test image: the file's order mixes the writers, and no seed is involved.
+    In each class every fifth image is a test image: the file's order mixes the writers, and no seed is involved.
     """
     from sklearn.datasets import load_digits
 
@@ -214,10 +209,9 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     folders = [entry.name for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
     parts = {name: PARTS[name.lower()] for name in folders if name.lower() in PARTS}
     test = next((part for part in held_out if part in parts.values()), None)
-    if parts and (test is None or "train" not in parts.values()):
-        logger.warning(
-            "%s has not both train/ and test/ or val/: %s is read as a class", root, ", ".join(parts)
-        )
+    if test is None or "train" not in parts.values():
+        if parts and request.split != "all":
+            logger.warning("%s lacks train/, or test/ or val/: %s is read as a class", root, ", ".join(parts))
         parts = {}
     files = [(str(path), path.relative_to(root).parts) for path in list_images(root)]
 

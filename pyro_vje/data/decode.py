@@ -92,16 +92,14 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
     Raises
     ------
     ImageError
-        The file is missing, unreadable, no regular file, empty, truncated, not an image of a known format, has
-        more than `MAX_PIXELS` pixels, or values outside the range of its kind.
+        For whatever reason it cannot be decoded.
     """
     path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
         with _open(source) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}"
-                )
+                error = f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}"
+                raise Image.DecompressionBombError(error)
             if size is not None:
                 # A JPEG decodes straight to 1/2, 1/4 or 1/8 size; twice the wanted size loses no detail.
                 image.draft(None, (2 * size, 2 * size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -24,18 +25,29 @@ _WARNINGS = 10  # damaged files named one by one in the log; all of them are in 
 
 
 class LazyImages:
-    """Image files that are decoded to squares of ``size`` pixels when indexed, uint8 (3, size, size)."""
+    """Image files that are decoded to uint8 (3, size, size) when indexed, or raise ImageError."""
 
     def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths = list(paths)
-        self.size = size
+        self.paths, self.size = list(paths), size
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Decode one image; raises :class:`ImageError`."""
         return decode_image(self.paths[index], self.size)
+
+
+class Decoded(Dataset[Any]):
+    """Each image, or (path, reason) where it cannot be decoded."""
+
+    def __init__(self, images: LazyImages) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
+        try:
+            return self.images[index]
+        except ImageError as error:
+            return error.path, error.reason
 
 
 @dataclass
@@ -107,10 +119,7 @@ class ImageSet:
         """SHA-256 of the classes, names and file sizes, in any order: what says whether these are the same images."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for name, path in sorted(zip(self.names, self.paths, strict=True)):
-            try:
-                size = os.path.getsize(path) if self.root is not None else 0
-            except OSError:  # gone since it was listed
-                size = -1
+            size = os.path.getsize(path) if self.root is not None and os.path.isfile(path) else -1
             digest.update(f"\0{name}\0{size}".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -118,11 +127,10 @@ class ImageSet:
         """Return the images at ``indices``, a sequence of integers or a boolean mask (N,)."""
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
-        paths = [self.paths[i] for i in index.tolist()]
-        lazy = isinstance(self.images, LazyImages)
+        paths, images = [self.paths[i] for i in index.tolist()], self.images
         return replace(
             self,
-            images=LazyImages(paths, self.image_size) if lazy else self.images[index],  # type: ignore[index]
+            images=images[index] if isinstance(images, Tensor) else LazyImages(paths, images.size),
             paths=paths,
             labels=None if self.labels is None else self.labels[index],
             failed=list(self.failed),
@@ -147,29 +155,20 @@ class ImageSet:
     def labelled(self) -> ImageSet:
         """Return the images that have a label; raises ``ValueError`` when none has."""
         if self.labels is None or not bool((self.labels >= 0).any()):
-            raise ValueError(
-                "these images have no labels: for labels, sort a folder's images into one subfolder a class"
-            )
-        mask = self.labels >= 0
-        return self if bool(mask.all()) else self.select(mask)
+            raise ValueError("these images have no labels: sort a folder's images into one subfolder a class")
+        return self.select(self.labels >= 0)
 
     def class_index(self, which: str | int) -> int:
-        """Return the label of a class given by name, or by index; a name is tried first.
-
-        Raises
-        ------
-        ValueError
-            There is no such class; the message lists those there are.
-        """
+        """Return the label of a class given by name, or by index; raises ``ValueError`` if there is no such class."""
         classes = self.classes or ()
         if isinstance(which, str) and which in classes:
             return classes.index(which)
         if str(which).isdecimal() and int(which) < len(classes):
             return int(which)
-        known = ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100]))
-        raise ValueError(
-            f"no class {which!r} in these images; classes: {known or 'none, they are unlabelled'}"
+        known = (
+            ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100])) or "none, they are unlabelled"
         )
+        raise ValueError(f"no class {which!r} in these images; classes: {known}")
 
     def class_name(self, which: str | int) -> str:
         """Return the name of a class given by name or index: an index means another class in other data."""
@@ -217,28 +216,11 @@ class ImageSet:
         self.failed += new
 
 
-class Decoded(Dataset[Any]):
-    """Each image, or (path, reason) where it cannot be decoded."""
-
-    def __init__(self, images: LazyImages) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
-        try:
-            return self.images[index]
-        except ImageError as error:
-            return error.path, error.reason
-
-
 def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
     """Decode a lazy set into memory, or return it as it is, to be decoded on every read.
 
     ``residency`` is ``"memory"``, ``"stream"``, or ``"auto"``: in memory if half of what is free holds the images.
-
-    Raises
-    ------
-    ValueError
-        An unknown ``residency``, or not one image could be decoded.
+    Raises ``ValueError`` if it is none of these, or not one image can be decoded.
     """
     if residency not in RESIDENCIES:
         raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
@@ -273,16 +255,15 @@ def counted(images: int) -> str:
 def free_memory() -> int:
     """Bytes of memory that this process can still take, as far as the system tells."""
     free = 4 << 30
-    try:
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError, StopIteration
+    ):  # then the best answer so far
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
         group = Path("/sys/fs/cgroup")  # a container's own limit; "max" (not a number) when it has none
-        free = min(
-            free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
-    except (OSError, ValueError, AttributeError, StopIteration):
-        pass  # the best answer so far
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
     return max(free, 0)
 
 

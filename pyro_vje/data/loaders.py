@@ -29,23 +29,8 @@ def derive_seed(*parts: int | str) -> int:
 class _EpochLoader:
     """Length, order and shard of the batches; a last one that would be short is left out.
 
-    Parameters
-    ----------
-    count
-        Number of images N.
-    batch_size
-        Of the global batch, all ranks together.
-    seed
-        Of the order, together with the epoch.
-    device
-        On which the order is drawn; a CPU and a GPU draw different ones.
-    rank, world_size
-        Each process takes its part, the ``rank``-th of ``world_size`` equal ones, of every global batch.
-
-    Raises
-    ------
-    ValueError
-        The batch is larger than the data, or is not a multiple of ``world_size``.
+    ``batch_size`` counts the images of all ranks together; each takes its part, the ``rank``-th of ``world_size`` equal
+    ones, of every batch. A CPU and a GPU draw different orders, hence the ``device``.
     """
 
     def __init__(
@@ -65,8 +50,7 @@ class _EpochLoader:
             )
         if batch_size > count:
             raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {count} images: "
-                f"take a batch_size of at most {count}, or more images"
+                f"batch_size {batch_size} is larger than the data, {count} images: take at most {count}, or more images"
             )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.device = torch.device(device)
@@ -98,11 +82,7 @@ class _EpochLoader:
 
 
 class ResidentLoader(_EpochLoader):
-    """Shuffled batches of images that lie on the device.
-
-    Iterating yields uint8 (batch_size / world_size, 3, S, S) on ``device``. The images, uint8 (N, 3, S, S), are copied
-    there once; each batch is read with a permutation drawn there.
-    """
+    """Shuffled batches, uint8 (batch_size / world_size, 3, S, S), of images that were copied to ``device`` once."""
 
     def __init__(self, images: Tensor, batch_size: int, **arguments: Any) -> None:
         super().__init__(len(images), batch_size, **arguments)
@@ -118,10 +98,9 @@ class ResidentLoader(_EpochLoader):
 class StreamingLoader(_EpochLoader):
     """Shuffled batches of :class:`LazyImages` that ``num_workers`` processes (0: this one) decode ahead of their use.
 
-    Iterating yields uint8 (batch_size / world_size, 3, S, S) in host memory, pinned where there is a GPU, for
-    ``batch.to(device, non_blocking=True)``. The order is that of a :class:`ResidentLoader` on a CPU. In the
-    place of an image that cannot be decoded stands another one of its batch; it is noted in
-    ``image_set.failed``.
+    They lie in host memory, pinned where there is a GPU, for ``batch.to(device, non_blocking=True)``; the order is that
+    of a :class:`ResidentLoader` on a CPU. In the place of an image that cannot be decoded stands another one of its
+    batch; it is noted in ``image_set.failed``.
     """
 
     def __init__(
@@ -173,14 +152,14 @@ def make_loader(
     Parameters
     ----------
     image_set, batch_size
-        What to read, and how many images make one global batch.
+        What to read, and how many images make one batch of all processes.
     device
         Where training takes place. The batches of a set that is not held there lie in host memory.
     residency
         ``"memory"``: on the device. ``"stream"``: in host memory, or decoded when read, for a lazy set.
         ``"auto"``: on the device when the images take at most half of its free memory.
     num_workers
-        See :class:`StreamingLoader`.
+        Processes that decode a lazy set; with 0 this one does.
     **arguments
         ``seed`` of the order; ``rank`` and ``world_size``: this process takes the ``rank``-th part of each batch.
 

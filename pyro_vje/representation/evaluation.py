@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pyro_vje import metrics
-from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, load_dataset, views_for
+from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, load_dataset, views_for, warn_if_shared
 from pyro_vje.model.encoding import Encoded, encode
 from pyro_vje.model.vje import VJE
 from pyro_vje.pages import pictures
@@ -253,6 +253,7 @@ def evaluate(
     config, view = run.info.config, run.info.view
     train_set = load_split(run, "train", dataset, data_dir, download=download).labelled()
     test_set = load_split(run, "test", dataset, data_dir, download=download).labelled()
+    warn_if_shared(train_set, test_set)
     untrained = build_model(config, run.info.image_size).to(device).eval()
     recipe = views_for(config.dataset, run.info.image_size)[0].recipe
     views = TwoViews(run.info.image_size, recipe, view.mean, view.std)

@@ -132,8 +132,8 @@ LAYOUTS = {
     "validation": (["train/a/x/0", "Validation/b/1"], {"train": "a", "test": "b", "all": "b a"}),
     "deep": (["train/a/x/y/0", "test/a/1"], {"train": "a", "test": "a", "all": "a a"}),
     "not UTF-8": ([b"train/\xe9/\xe9", b"test/\xe9/0"], {"train": "\udce9", "test": "\udce9"}),
-    "train alone": (["train/a/0", "cat/1"], {"all": "cat train"}),
-    "no train": (["val/a/0", "test/a/1"], {"all": "test val"}),
+    "train alone": (["train/a/0", "cat/1"], {"all": "cat train", "train": "cat train"}),
+    "no train": (["val/a/0", "test/a/1"], {"all": "test val", "train": "test val"}),
     "empty train": (["test/a/1", "train/a/notes.txt"], {"test": "a", "all": "a"}),
 }
 
