@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_vje.anomaly.scores import SCORES, LikelihoodParts
+from pyro_vje.anomaly import detectors
+from pyro_vje.anomaly.scores import get_score
 from pyro_vje.data import TwoViews
-from pyro_vje.distributions import pairwise_log_prob
+from pyro_vje.distributions import DiagonalStudentT, PolarStudentT, pairwise_log_prob
+from pyro_vje.distributions.numerics import student_t_log_density
 from pyro_vje.model.encoding import Posteriors, cpu_rows, in_equal_parts
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.model.vje import VJE
@@ -19,12 +22,11 @@ from pyro_vje.model.vje import VJE
 _TEMPORARIES = 12
 """Matrices of one number a pair of images that evaluating the likelihood of all pairs holds at once, about."""
 
-
 _PAIRS = 1 << 22
 """Pairs of images in a chunk: more are no faster."""
 
 _CPU_NUMBERS, _CUDA_NUMBERS = 1 << 17, 1 << 24
-"""Numbers in a chunk of latents, images × particles × D."""
+"""Numbers in a chunk of latents, images × particles × D: as many as a CPU's cache holds are twice as fast."""
 
 
 def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
@@ -39,7 +41,7 @@ def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
 
 
 class Scorer:
-    """Evaluates a model's likelihood at encoded images.
+    """A model, a likelihood family and reference images, by which encoded images are judged.
 
     Parameters
     ----------
@@ -48,17 +50,20 @@ class Scorer:
     reference : Posteriors, optional
         Images that were trained on, for the scores that compare with them.
     num_particles : int
-        Samples of the latent for each expectation; they cost no pass of the encoder.
+        Samples of the latent for each expectation; they cost no pass of the encoder. 0 takes the noise-free
+        approximation of `expected_log_prob`.
     seed : int
         Seed of those samples.
     likelihood : str, optional
         A family to score with, instead of the one that was trained. Which factor trains best and which scores best
         are two questions: a normalised one gives densities that compare across scales.
+    kl_weight : float
+        Weight of the KL divergence in the score `elbo`: the one that was trained with.
 
     Raises
     ------
     ValueError
-        If the family is unknown or ``num_particles`` is below 1.
+        If the family is unknown or ``num_particles`` negative.
     """
 
     def __init__(
@@ -69,74 +74,89 @@ class Scorer:
         num_particles: int = 16,
         seed: int = 0,
         likelihood: str | None = None,
+        kl_weight: float = 1.0,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, not {num_particles}")
-        self.vje = vje
+        if num_particles < 0:
+            raise ValueError(f"num_particles must be at least 0, not {num_particles}")
+        self.vje, self.kl_weight = vje, kl_weight
         self.family = vje.family if likelihood is None else get_family(likelihood)
         self.family.check(vje.embedding_dim, vje.settings)
         self.device = next(vje.parameters()).device
-        self.reference = None if reference is None else reference.to(self.device)
+        self._reference = None if reference is None else reference.to(self.device)
         self.noise = latent_noise(num_particles, vje.embedding_dim, seed).to(self.device)
+        self._fitted: dict[str, detectors.Fitted] = {}
 
-    def scores(self, name: str, posteriors: Posteriors) -> Tensor:
+    def scores(self, name: str, encoded: Posteriors) -> Tensor:
         """Score ``name`` of N encoded images, float64 ``(N,)``."""
-        return SCORES[name](self.parts(posteriors, with_reference=SCORES[name].needs_reference))
+        return get_score(name)(self.parts(encoded))
 
-    @torch.no_grad()
-    def parts(self, posteriors: Posteriors, *, with_reference: bool = False) -> LikelihoodParts:
-        """Evaluate the likelihood of N target embeddings under their contexts' posteriors.
-
-        Parameters
-        ----------
-        posteriors : Posteriors
-            Embeddings of the targets, and loc and scale given their contexts, ``(N, D)`` each.
-        with_reference : bool
-            Whether also to compare with the reference images.
+    def parts(self, encoded: Posteriors) -> LikelihoodParts:
+        """What is known of N target embeddings under their contexts' posteriors.
 
         Raises
         ------
         ValueError
-            If that is asked for and there are none, or a number is not finite or a scale not positive.
+            If a number is not finite or a scale not positive.
         """
-        posteriors = posteriors.to(self.device)
-        _check(posteriors)
-        # Checking every particle takes two thirds as long as its density.
-        with pyro.validation_enabled(False):
-            joint, direction, radial, kl, variance, aggregate = in_equal_parts(
-                lambda *part: self._parts(*part, with_reference=with_reference),
-                *posteriors,
-                rows=32 * min(8, max(1, 1024 // self.vje.embedding_dim)),
+        encoded = Posteriors(*encoded).to(self.device)
+        good = torch.stack([tensor.isfinite().all(-1) for tensor in encoded]).all(0) & (
+            encoded.scale > 0
+        ).all(-1)
+        if not good.all():
+            raise ValueError(
+                f"the posteriors of {int((~good).sum())} of {len(good)} images are not finite, or have a scale that is "
+                "not positive: the model's weights or the numbers given to it are damaged"
             )
-        typical = self.typical if with_reference else float("nan")
-        return LikelihoodParts(joint, direction, radial, kl, variance, aggregate, typical)
+        return LikelihoodParts(self, encoded)
 
-    def _parts(
-        self, embeddings: Tensor, loc: Tensor, scale: Tensor, *, with_reference: bool
-    ) -> tuple[Tensor, ...]:
-        joint, direction, radial = self._expected_log_likelihood(embeddings, loc, scale)
-        kl = 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1)
-        aggregate = self.log_aggregate(embeddings) if with_reference else torch.full_like(joint, torch.nan)
-        return joint, direction, radial, kl.double(), (scale**2).mean(-1).double(), aggregate
+    @property
+    def reference(self) -> Posteriors:
+        """The reference images; ``ValueError`` where there are none."""
+        if self._reference is None:
+            raise ValueError(
+                "this score compares with images that were trained on, and there are none at hand: score with a run "
+                "folder that holds reference.safetensors (train --resume writes it into a finished run)"
+            )
+        return self._reference
 
-    def _expected_log_likelihood(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        """Means over the particles of the log-likelihood and of its two factors, float64 ``(3, N)``."""
-        # A few images at a time with all their particles, as many numbers as a CPU's cache holds: twice the speed.
-        count = (_CUDA_NUMBERS if self.device.type == "cuda" else _CPU_NUMBERS) // self.noise.numel()
-        found = []
-        for t, m, s in zip(
-            *(tensor.split(max(1, count)) for tensor in (embeddings, loc, scale)), strict=True
-        ):
-            likelihood = self._likelihood(m + s * self.noise[:, None], s)
-            if hasattr(likelihood, "log_prob_direction"):
-                radius = torch.linalg.vector_norm(t, dim=-1)
-                direction, radial = likelihood.log_prob_direction(t), likelihood.log_prob_radius(radius)
-                joint = direction + radial - (t.shape[-1] - 1) * radius.log()
-            else:
-                joint = likelihood.log_prob(t)
-                direction = radial = torch.full_like(joint, torch.nan)
-            found.append(torch.stack([joint, direction, radial]).double().mean(1))
-        return torch.cat(found, 1)
+    @cached_property
+    def typical(self) -> float:
+        """Median log-likelihood of the reference images."""
+        parts = [self.parts(part).log_likelihood for part in self.reference.split(4096)]
+        return float(torch.cat(parts).median())
+
+    def fitted(self, detector: str) -> detectors.Fitted:
+        """A function of `detectors` by name, fitted on the reference images' embeddings once."""
+        if detector not in self._fitted:
+            self._fitted[detector] = getattr(detectors, detector)(self.reference.embeddings)
+        return self._fitted[detector]
+
+    def likelihood(self, loc: Tensor, scale: Tensor) -> pyro.distributions.TorchDistribution:
+        """The likelihood over embeddings given latents ``loc`` and the posterior's scale."""
+        return self.vje.likelihood(loc, scale, family=self.family)
+
+    def log_likelihood(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """Expectations over the latent of the log-likelihood and of its two factors, float64 ``(N, 3)``."""
+        if not len(self.noise):
+            rms = (loc.square() + scale.square()).sqrt()
+            return expected_log_prob(self.likelihood(rms, scale), embeddings, loc, scale)
+        z = loc + scale * self.noise[:, None]  # (particles, N, D)
+        likelihood = self.likelihood(z, scale.expand_as(z))
+        if hasattr(likelihood, "log_prob_direction"):
+            radius = torch.linalg.vector_norm(embeddings, dim=-1)
+            direction, radial = likelihood.log_prob_direction(embeddings), likelihood.log_prob_radius(radius)
+            joint = direction + radial - (embeddings.shape[-1] - 1) * radius.log()
+        else:
+            joint = likelihood.log_prob(embeddings)
+            direction = radial = torch.full_like(joint, torch.nan)
+        return torch.stack([joint, direction, radial], -1).double().mean(0)
+
+    def pivot(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """ρ² Σ (u - m)² / v of directions u and m = loc/‖loc‖ and the likelihood's variances v, float64 ``(N,)``."""
+        # The likelihood's scale is the posterior's, or a learned one: the Gaussian family's standard deviation.
+        v = self.vje.likelihood(loc, scale, family=get_family("normal")).variance
+        u, m = (torch.nn.functional.normalize(x, dim=-1) for x in (embeddings, loc))
+        return ((u - m).square() / v).double().sum(-1) * self.vje.settings.unit_radius**2
 
     @torch.no_grad()
     def log_aggregate(self, embeddings: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -145,45 +165,147 @@ class Scorer:
         Matrix products over ``chunk`` reference images at a time: no tensor is larger than chunk × N. By default as
         many as are fast, and on a GPU no more than a quarter of the free memory allows.
         """
-        reference = self._checked_reference()
         if chunk is None:
             pairs = _PAIRS  # on a CPU, of any free memory: sums of other chunks differ in their last digits
             if self.device.type == "cuda":
                 pairs = min(pairs, torch.cuda.mem_get_info(self.device)[0] // (4 * 8 * _TEMPORARIES))
             chunk = max(1, pairs // max(1, len(embeddings)))
-        total = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=self.device)
-        for embedding, _, scale in zip(*(tensor.split(chunk) for tensor in reference), strict=True):
-            log_prob = pairwise_log_prob(self._likelihood(embedding, scale), embeddings)
-            total = torch.logaddexp(total, log_prob.logsumexp(0).double())
-        return total - torch.tensor(len(reference.loc), dtype=torch.float64).log()
+        found = [
+            pairwise_log_prob(self.likelihood(part.embeddings, part.scale), embeddings).double().logsumexp(0)
+            for part in self.reference.split(chunk)
+        ]
+        return torch.stack(found).logsumexp(0) - math.log(len(self.reference.loc))
+
+
+class LikelihoodParts:
+    """What scores are made of, each float64 ``(N,)`` and in nats an image unless said; computed when first asked for.
+
+    A target t is an image's embedding, z the latent given its context: the image itself, or the other view of a pair.
+
+    Attributes
+    ----------
+    encoded : Posteriors
+        Embeddings t, and loc and scale of q(z | context), ``(N, D)`` each.
+    kl_weight : float
+        Weight that the KL divergence was trained with.
+    """
+
+    def __init__(self, scorer: Scorer, encoded: Posteriors, *, at_once: bool = False) -> None:
+        self._scorer, self.encoded, self._at_once = scorer, encoded, at_once
+        self.kl_weight = scorer.kl_weight
+        self._rows = 32 * min(8, max(1, 1024 // encoded.loc.shape[-1]))
+
+    @torch.no_grad()
+    def _evaluate(self, function: Callable[..., Tensor], *tensors: Tensor, rows: int) -> Tensor:
+        """A function of some images at a time; of all ``at_once`` in an exported graph, which has no loops."""
+        with pyro.validation_enabled(False):  # it takes two thirds as long as the density of a particle
+            if self._at_once:
+                return function(*tensors)
+            if tensors[0].device.type == "cpu":
+                return in_equal_parts(lambda *part: [function(*part)], *tensors, rows=rows)[0]
+            return torch.cat(
+                [function(*part) for part in zip(*(x.split(rows) for x in tensors), strict=True)]
+            )
 
     @cached_property
+    def _factors(self) -> Tensor:
+        numbers = max(1, self._scorer.noise.numel())
+        on_cpu = self.encoded.loc.device.type == "cpu"
+        rows = min(_CPU_NUMBERS // numbers, self._rows) if on_cpu else _CUDA_NUMBERS // numbers
+        return self._evaluate(self._scorer.log_likelihood, *self.encoded, rows=max(1, rows))
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """E_q log p(t | z, v), v the posterior's variances."""
+        return self._factors[:, 0]
+
+    @property
+    def log_direction(self) -> Tensor:
+        """The directional factor: log_likelihood = log_direction + log_radius - (D - 1) log ‖t‖; NaN if not split."""
+        return self._factors[:, 1]
+
+    @property
+    def log_radius(self) -> Tensor:
+        """The radial factor; NaN for a family that does not split them."""
+        return self._factors[:, 2]
+
+    @cached_property
+    def kl(self) -> Tensor:
+        """KL(q(z | context) ‖ p(z)), unweighted."""
+        loc, scale = self.encoded.loc, self.encoded.scale
+        return 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1).double()
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """Mean posterior variance over features, in squared units of the latent."""
+        return (self.encoded.scale**2).mean(-1).double()
+
+    @cached_property
+    def pivot(self) -> Tensor:
+        """ρ² Σ (u - m)² / v of directions u of t and m of loc, ρ the radius of the sphere of directions; no unit."""
+        return self._scorer.pivot(*self.encoded)
+
+    @cached_property
+    def log_aggregate(self) -> Tensor:
+        """Log of the mean over reference images i of p(t | e_i, v_i)."""
+        chunk = len(self.reference.loc) if self._at_once else None
+        log_aggregate = partial(self._scorer.log_aggregate, chunk=chunk)
+        return self._evaluate(log_aggregate, self.encoded.embeddings, rows=self._rows)
+
+    @property
     def typical(self) -> float:
-        """Median log-likelihood of the reference images."""
-        parts = [self.parts(part) for part in self._checked_reference().split(4096)]
-        return float(torch.cat([part.log_likelihood for part in parts]).median())
+        """Median over the reference images of their own log_likelihood."""
+        return self._scorer.typical
 
-    def _checked_reference(self) -> Posteriors:
-        if self.reference is None:
-            raise ValueError(
-                "this score compares with images that were trained on, and there are none at hand: score with a run "
-                "folder that holds reference.safetensors (train --resume writes it into a finished run)"
-            )
-        return self.reference
+    @property
+    def reference(self) -> Posteriors:
+        """The reference images; ``ValueError`` where there are none."""
+        return self._scorer.reference
 
-    def _likelihood(self, loc: Tensor, scale: Tensor) -> dist.TorchDistribution:
-        return self.vje.likelihood(loc, scale, family=self.family)
+    def by_detector(self, name: str) -> Tensor:
+        """Scores of a function of `pyro_vje.anomaly.detectors`, fitted on the reference images' embeddings."""
+        return self._evaluate(self._scorer.fitted(name), self.encoded.embeddings, rows=self._rows)
 
 
-def _check(posteriors: Posteriors) -> None:
-    """Raise ``ValueError`` unless all is finite and every scale positive; one wait for a device."""
-    embeddings, loc, scale = posteriors
-    good = embeddings.isfinite().all(-1) & loc.isfinite().all(-1) & ((scale > 0) & scale.isfinite()).all(-1)
-    if not good.all():
+def expected_log_prob(
+    likelihood: pyro.distributions.TorchDistribution, embeddings: Tensor, loc: Tensor, scale: Tensor
+) -> Tensor:
+    """Noise-free approximation of E log p(t | z), z ~ Normal(loc, scale), with its two factors, float64 ``(N, 3)``.
+
+    The squared residual of a Student-t gives way to its expectation, exact but for ‖z‖, which is taken for its root
+    mean square R (ours). So it lies below the expectation's value, by little where the residual varies little from
+    sample to sample: D in the hundreds, a posterior that is not mostly noise.
+
+    Parameters
+    ----------
+    likelihood : PolarStudentT or DiagonalStudentT
+        The one at the latent (loc² + scale²)^½, whose norm is R. The direction must be restricted, a radius Student-t.
+    """
+    polar = isinstance(likelihood, PolarStudentT)
+    if not (
+        polar and (likelihood.direction, likelihood.radius != "log-student-t") == ("restricted", True)
+    ) and not (isinstance(likelihood, DiagonalStudentT)):
         raise ValueError(
-            f"the posteriors of {int((~good).sum())} of {len(good)} images are not finite, or have a scale that is not "
-            "positive: the model's weights or the numbers given to it are damaged"
+            "num_particles 0 has a closed form for the families polar-student-t, polar-normal and student-t alone, "
+            "with a radius that is not log-student-t: ask for samples (--num-particles 16)"
         )
+    t, mean, v, w = (x.double() for x in (embeddings, loc, scale**2, likelihood.scale**2))
+    dim, df, noise = t.shape[-1], likelihood.df.double(), (v / w).sum(-1)
+    if not polar:
+        squared = ((t - mean).square() / w).sum(-1) + noise
+        joint = student_t_log_density(df, dim, squared) - 0.5 * w.log().sum(-1)
+        return torch.stack([joint, *torch.full((2, len(t)), torch.nan, device=t.device).double()], -1)
+    r, big_r = torch.linalg.vector_norm(t, dim=-1), (mean.square() + v).sum(-1).sqrt()
+    residual = ((t / r[:, None] - mean / big_r[:, None]).square() / w).sum(-1) + noise / big_r.square()
+    direction = student_t_log_density(df, dim, likelihood.unit_radius**2 * residual)
+    direction = direction - 0.5 * w.log().sum(-1) + dim * math.log(likelihood.unit_radius)
+    radial = torch.zeros_like(direction)
+    if likelihood.radius is not None:
+        spread = (mean.square() * v + 0.5 * v.square()).sum(-1) / big_r.square()  # the variance of ‖z‖, about
+        squared = (r - (big_r.square() - spread).clamp_min(0).sqrt()).square() + spread
+        width = likelihood.radius_scale.double()
+        radial = student_t_log_density(df, 1, squared / width.square()) - width.log()
+    return torch.stack([direction + radial - (dim - 1) * r.log(), direction, radial], -1)
 
 
 @torch.no_grad()
@@ -193,18 +315,8 @@ def augmented_pairs(
     """Targets and contexts of K augmented pairs of each image, both directions: 2 K passes of the encoder.
 
     The K augmentations are drawn once and are the same for every image, for the reasons given at `latent_noise`.
-
-    Parameters
-    ----------
-    views : TwoViews
-        The augmentation, as in training.
-    images : tensor
-        uint8 ``(N, 3, H, W)``.
-
-    Returns
-    -------
-    list of Posteriors
-        2 K of them, each with the embeddings of one view and the posterior given the other.
+    ``images`` are uint8 ``(N, 3, H, W)``; of the 2 K results each has the embeddings of one view and the posterior
+    given the other.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     found = []

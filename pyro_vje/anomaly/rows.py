@@ -1,45 +1,59 @@
-"""Rows on disk while images are being scored, so that an interrupted run can go on."""
+"""From images to rows: read, encoded and scored batch by batch, each row on disk as it comes.
+
+Memory does not grow with the number of images, and an interrupted call can go on.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vje.data import ImageSet
+from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
+from pyro_vje.anomaly.scores import get_score
+from pyro_vje.config import ScoreConfig
+from pyro_vje.data import ImageSet, load_dataset, views_for
+from pyro_vje.data.splits import load_train_set, reference_images
+from pyro_vje.model.encoding import Posteriors, encode, encode_batches, images_at_once
 from pyro_vje.runs.files import locked, parse_json, write_atomic
+from pyro_vje.runs.folder import CALIBRATION, CONFIG, PICTURES, REFERENCE, LoadedRun, load_posteriors
 
 log = logging.getLogger("pyro_vje")
 
+PARTS = {
+    "log_likelihood": "log_likelihood",
+    "log_direction": "log_direction",
+    "log_radius": "log_radius",
+    "kl": "kl",
+    "posterior_variance": "variance",
+    "log_aggregate": "log_aggregate",
+}
+"""Columns of numbers beside the score, and what they are called in `LikelihoodParts`."""
+PROGRESS_EVERY = 30.0  # seconds
 
-class Table(NamedTuple):
-    """What was found: positions in the image set ``(N,)``, scores ``(N,)``, parts ``(N, P)``, unreadable files."""
 
-    positions: Tensor
-    scores: NDArray[np.float64]
-    parts: NDArray[np.float64]
-    failed: list[tuple[str, str]]
-
-
-class Journal:
-    """Rows on disk while images are being scored: a line of JSON for each, after one that says how they were made.
+class Rows:
+    """Numbers of images on disk while they are scored: a line of JSON each, after one that says how they were made.
 
     Parameters
     ----------
     path : Path
         The file; without ``resume``, and where there is none, it is begun anew.
-    fingerprint : dict
+    made : dict
         What rows depend on.
-    width : int
-        Numbers in a row.
+    shape : (int, int)
+        Number of images, and of numbers in a row.
 
     Raises
     ------
@@ -49,89 +63,205 @@ class Journal:
         If the file's rows were made in another way, or the file is damaged.
     """
 
-    def __init__(self, path: Path, fingerprint: dict[str, Any], width: int, *, resume: bool) -> None:
-        self.path, self.width = path, width
-        self.done: set[str] = set()
+    def __init__(self, path: Path, made: dict[str, Any], shape: tuple[int, int], *, resume: bool) -> None:
+        self.path, self.shape = path, shape
+        self.numbers: dict[int, list[float]] = {}
         self._lock = ExitStack()
         self._lock.enter_context(locked(path))
-        if not resume or not path.is_file() or not path.stat().st_size:
+        content = path.read_bytes() if resume and path.is_file() else b""
+        if not content:
             if resume:
                 log.info("there is no %s to resume: from the beginning", path)
-            write_atomic(path, json.dumps(fingerprint) + "\n")
+            write_atomic(path, json.dumps(made) + "\n")
             return
-        whole = 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file):
-                if not line.endswith(b"\n"):  # what a kill cut off is scored again
-                    break
-                values = self._parse(line) if number == 0 else self._row(line)
-                if number == 0 and values != fingerprint:
-                    changed = [
-                        name
-                        for name, value in fingerprint.items()
-                        if not isinstance(values, dict) or values.get(name) != value
-                    ]
-                    raise ValueError(
-                        f"{path} was made with other settings ({', '.join(changed)}): score again without --resume"
-                    )
-                if number and values[0] in self.done:
-                    raise self._damaged()
-                if number:
-                    self.done.add(values[0])
-                whole += len(line)
-        if not whole:
-            raise self._damaged()
-        with open(path, "r+b") as file:
-            file.truncate(whole)
+        *whole, _ = content.split(b"\n")  # what a kill cut off is scored again
+        try:
+            before, *rows = [parse_json(line) for line in whole]
+            changed = [name for name, value in made.items() if before[name] != value]
+            if not changed:
+                for position, numbers in rows:
+                    self._check(position, numbers)
+                    self.numbers[position] = numbers
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is damaged: score again without --resume") from None
+        if changed:
+            raise ValueError(
+                f"{path} was made with other settings ({', '.join(changed)}): score again without --resume"
+            )
+        write_atomic(path, b"\n".join([*whole, b""]))
 
-    def add(self, rows: Iterable[tuple[str, Any]]) -> None:
-        """Append (path, [score, parts ...]) or (path, reason of failure), and flush."""
-        lines = []
-        for path, values in rows:
-            self.done.add(path)
-            lines.append(json.dumps([path, values]) + "\n")
+    def _check(self, position: Any, numbers: Any) -> None:
+        good = type(position) is int and 0 <= position < self.shape[0] and position not in self.numbers
+        if not good or list(map(type, numbers)) != [float] * self.shape[1]:
+            raise ValueError
+
+    def add(self, rows: Mapping[int, list[float]]) -> None:
+        """Append the numbers of images by their positions."""
+        self.numbers |= rows
         with open(self.path, "a", encoding="ascii") as file:
-            file.writelines(lines)
+            file.writelines(f"{json.dumps(row)}\n" for row in rows.items())
 
     def remove(self) -> None:
         """Remove the file, when all that was made of it is written, and let other processes write it."""
         self.path.unlink()
         self._lock.close()
 
-    def read(self, images: ImageSet) -> Table:
-        """All rows, in the order of the images; raises ``ValueError`` for a row of an image that is not there."""
-        position = {path: i for i, path in enumerate(images.paths)}
-        positions, rows, failed = [], [], []
-        with open(self.path, "rb") as file:
-            next(file)
-            for line in file:
-                path, values = self._row(line)
-                if path not in position:
-                    raise self._damaged()
-                if isinstance(values, str):
-                    failed.append((path, values))
-                else:
-                    positions.append(position[path])
-                    rows.append(np.array(values))
-        order = np.argsort(positions, kind="stable")
-        numbers = np.stack(rows)[order] if rows else np.empty((0, self.width))
-        return Table(
-            torch.tensor(positions, dtype=torch.int64)[order], numbers[:, 0], numbers[:, 1:], sorted(failed)
-        )
 
-    def _damaged(self) -> ValueError:
-        return ValueError(f"{self.path} is damaged: score again without --resume")
+def images_of(root: str | Path, image_size: int) -> ImageSet:
+    """All images of a folder, but for those that this package wrote: its run folders, and the pictures of `score`.
 
-    def _parse(self, line: bytes) -> Any:
+    A run folder holds a ``config.json`` with a schema version; pictures of ``NAME.csv`` lie in the folder ``pictures``
+    beside ``NAME_summary.json``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such folder, or no image in it.
+    """
+    images = load_dataset("folder", root, "all", image_size=image_size, residency="stream")
+
+    @cache
+    def is_ours(folder: Path) -> bool:
+        config = folder / CONFIG
         try:
-            return parse_json(line)
-        except ValueError:
-            raise self._damaged() from None
+            is_run = config.is_file() and "schema_version" in parse_json(config.read_bytes())
+        except (OSError, ValueError, TypeError):
+            is_run = False
+        is_drawn = folder.name == PICTURES and any(folder.parent.glob("*_summary.json"))
+        return is_run or is_drawn or (folder.parent not in above and is_ours(folder.parent))
 
-    def _row(self, line: bytes) -> tuple[str, str | list[float]]:
-        match self._parse(line):
-            case [str(path), str(reason)]:
-                return path, reason
-            case [str(path), [*numbers]] if list(map(type, numbers)) == [float] * self.width:
-                return path, numbers
-        raise self._damaged()
+    above = {Path(root), *Path(root).parents}  # what was asked for is read
+    keep = [
+        i
+        for i, path in enumerate(images.paths)
+        if Path(path).parent in above or not is_ours(Path(path).parent)
+    ]
+    if len(keep) == len(images):
+        return images
+    log.info("%d images that pyro-vje wrote itself are left out", len(images) - len(keep))
+    if not keep:
+        raise ValueError(f"{root} holds no image but those that pyro-vje wrote itself")
+    return images.select(keep)
+
+
+def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
+    """The scorer of a run, with the reference images if the run has them, and their augmented views if asked for."""
+    reference = load_posteriors(run, REFERENCE)
+    if settings.reference_views and get_score(settings.score).needs_reference:
+        try:
+            train_set, _ = training_images(run)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"reference_views needs the images that the run was trained on: {error}"
+            ) from None
+        views, _ = views_for(run.info.config.dataset, run.info.image_size)
+        device = next(run.vje.parameters()).device
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        images = reference_images(train_set, run.info.config.seed)
+        drawn = [
+            encode(run.vje, images, lambda batch: views(batch, generator)[0], device=device).posteriors
+            for _ in range(settings.reference_views)
+        ]
+        drawn += [] if reference is None else [reference]
+        reference = Posteriors(*(torch.cat(tensors) for tensors in zip(*drawn, strict=True)))
+    return Scorer(
+        run.vje,
+        reference=reference,
+        num_particles=settings.num_particles,
+        seed=settings.seed,
+        likelihood=settings.score_likelihood,
+        kl_weight=run.info.config.kl_weight,
+    )
+
+
+def training_images(run: LoadedRun) -> tuple[ImageSet, ImageSet | None]:
+    """The images that a run was trained on, and those it held out.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If they are not at hand, or have changed.
+    """
+    config = dataclasses.replace(run.info.config, image_size=run.info.image_size, download=False)
+    train_set, held_out = load_train_set(config)
+    if len(train_set) != run.info.train_images:
+        raise ValueError("the training images have changed since, and with them what was held out")
+    return train_set, held_out
+
+
+def posteriors_of(
+    run: LoadedRun, images: ImageSet, settings: ScoreConfig, batch_size: int = 256
+) -> Iterator[tuple[Tensor, list[Posteriors]]]:
+    """Indices of the images of each batch, and their contexts and targets: one pair, or 2 ``settings.num_pairs``."""
+    device = next(run.vje.parameters()).device
+    if not settings.num_pairs:
+        for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
+            yield encoded.indices, [encoded.posteriors]
+        return
+    views, _ = views_for(run.info.config.dataset, run.info.image_size)
+    draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
+    for index, batch in images.batches(images_at_once(images, batch_size, device)):
+        yield index, augmented_pairs(run.vje, views, batch.to(device), **draw)
+
+
+def calibration_scores(
+    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, files: tuple[str, ...] = (CALIBRATION,)
+) -> NDArray[np.float64] | None:
+    """Scores ``(n,)`` of held-out images, made like those of any image; ``None`` where there are none.
+
+    They are those whose embeddings the run keeps in ``files``; augmented pairs are made of the images themselves.
+    """
+    if not settings.num_pairs:
+        stored = [found for name in files if (found := load_posteriors(run, name)) is not None]
+        scores = [scorer.scores(settings.score, held_out).cpu().numpy() for held_out in stored]
+        return np.concatenate(scores) if scores else None
+    try:
+        _, held_out = training_images(run)
+    except (FileNotFoundError, ValueError) as error:
+        log.warning(
+            "no p-values: augmented pairs are calibrated on the held-out images themselves, and %s", error
+        )
+        return None
+    if held_out is None:
+        return None
+    return np.concatenate([rows[:, 0] for _, rows in _score(run, scorer, settings, held_out)])
+
+
+def _score(
+    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, images: ImageSet, batch_size: int = 256
+) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
+    """Indices of the images of each batch, and a row for each: the score and `PARTS`."""
+    score = get_score(settings.score)
+
+    def row(parts: LikelihoodParts) -> Tensor:
+        values = [score(parts).double()]
+        for name in PARTS.values():
+            # A density over thousands of kernels is there if the score is made of it; nobody waits for it in vain.
+            wanted = name != "log_aggregate" or name in vars(parts)
+            values.append(getattr(parts, name) if wanted else torch.full_like(values[0], torch.nan))
+        return torch.stack(values, -1)
+
+    for index, pairs in posteriors_of(run, images, settings, batch_size):
+        yield index, torch.stack([row(scorer.parts(pair)) for pair in pairs]).mean(0).cpu().numpy()
+
+
+def score_images(
+    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, images: ImageSet, rows: Rows
+) -> list[tuple[str, str]]:
+    """Score the images that have no row yet; returns path and reason of each that cannot be decoded."""
+    remaining = [i for i in range(len(images)) if i not in rows.numbers]
+    if len(remaining) < len(images):
+        log.info("%d of %d images were scored before", len(images) - len(remaining), len(images))
+    todo = images.select(remaining)
+    said, done = time.monotonic(), 0
+    try:
+        for index, numbers in _score(run, scorer, settings, todo, settings.batch_size) if remaining else ():
+            rows.add({remaining[i]: row for i, row in zip(index.tolist(), numbers.tolist(), strict=True)})
+            done += len(index)
+            if time.monotonic() - said > PROGRESS_EVERY:
+                said = time.monotonic()
+                log.info("%d of %d images scored", done, len(todo))
+    except KeyboardInterrupt:
+        log.warning("%d of %d images are in %s; --resume goes on", done, len(todo), rows.path)
+        raise
+    return sorted(todo.failed)

@@ -1,6 +1,7 @@
-"""Anomaly scores by name: each a function of what the likelihood says of an image; higher is stranger.
+"""Anomaly scores by name: each a function of what the model says of an image; higher is stranger.
 
-A new score is one function with its registry line. Imports nothing heavy, so that ``--help`` can name them at once.
+A new score is one function and its registry line; one of your own is a function in a file of yours, named as
+``module:function``, or an entry point in ``pyro_vje.scores``. Imports nothing heavy, so that ``--help`` can name them.
 """
 
 from __future__ import annotations
@@ -9,40 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pyro_vje.plugins import look_up
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LikelihoodParts:
-    """What scores are made of, each float64 ``(N,)``, in nats an image unless said.
-
-    Attributes
-    ----------
-    log_likelihood
-        E_q log p(t | z, v) of a target embedding t under the latents z inferred from its context, v the posterior's
-        variance. The image is its own context, or the other view of an augmented pair.
-    log_direction, log_radius
-        Its two factors, apart from the Jacobian: log_likelihood = log_direction + log_radius - (D - 1) log ‖t‖. NaN
-        for a family that does not split them.
-    kl
-        KL(q(z | context) ‖ p(z)), unweighted.
-    variance
-        Mean posterior variance over features, in squared units of the latent.
-    log_aggregate
-        log of the mean over reference images i of p(t | e_i, v_i), a density of the embeddings that were trained
-        on; NaN where nothing asked for it.
-    typical
-        Median over the reference images of their own log_likelihood, a number; NaN likewise.
-    """
-
-    log_likelihood: Tensor
-    log_direction: Tensor
-    log_radius: Tensor
-    kl: Tensor
-    variance: Tensor
-    log_aggregate: Tensor
-    typical: float
+    from pyro_vje.anomaly.parts import LikelihoodParts
 
 
 @dataclass(frozen=True)
@@ -52,7 +25,7 @@ class Score:
     name: str
     function: Callable[[LikelihoodParts], Tensor]
     description: str
-    needs_reference: bool
+    needs_reference: bool = False
 
     def __call__(self, parts: LikelihoodParts) -> Tensor:
         """Evaluate the score ``(N,)``."""
@@ -66,32 +39,65 @@ def register(*, needs_reference: bool = False) -> Callable[[Callable[[Likelihood
     """Enter a score under its function's name; the first line of the docstring describes it."""
 
     def enter(function: Callable[[LikelihoodParts], Tensor]) -> Score:
-        description = (function.__doc__ or "").partition("\n")[0].rstrip(".")
-        SCORES[function.__name__] = Score(function.__name__, function, description, needs_reference)
-        return SCORES[function.__name__]
+        score = Score(function.__name__, function, _first_line(function), needs_reference)
+        SCORES[score.name] = score
+        return score
 
     return enter
 
 
+def get_score(name: str) -> Score:
+    """Look a score up by registered name, ``module:function``, or entry point in ``pyro_vje.scores``.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists the known ones.
+    """
+    found = look_up(name, SCORES, what="score", group="pyro_vje.scores")
+    if isinstance(found, Score):
+        return found
+    if not callable(found):
+        raise ValueError(f"score {name!r} is no function of LikelihoodParts")
+    return Score(name, found, _first_line(found) or "user-defined")
+
+
+def _first_line(function: Callable[..., object]) -> str:
+    return (function.__doc__ or "").partition("\n")[0].rstrip(".")
+
+
 @register()
 def conditional(parts: LikelihoodParts) -> Tensor:
-    """Negative expected log-likelihood of the embedding under the image's own posterior."""
+    """Negative expected log-likelihood of the embedding under the image's own posterior.
+
+    -E_q log p(t | z, v) = -log p(t | c) + KL(q(z | c) ‖ p(z | c, t)), t and c the image as target and as context: how
+    unlikely the embedding is, plus how far seeing it would move the belief about z.
+    """
     return -parts.log_likelihood
 
 
 @register()
 def elbo(parts: LikelihoodParts) -> Tensor:
-    """Negative ELBO: `conditional` plus the KL divergence from the prior."""
-    return parts.kl - parts.log_likelihood
+    """Negative ELBO as it was trained: `conditional` plus the KL divergence from the prior at the trained weight."""
+    return parts.kl_weight * parts.kl - parts.log_likelihood
 
 
 @register(needs_reference=True)
 def aggregate(parts: LikelihoodParts) -> Tensor:
-    """Negative log-density of the embedding under a mixture of the reference images' likelihoods.
+    """Negative log-density of the embedding under a mixture of kernels at the reference images' embeddings.
 
-    A kernel density estimate whose kernels are the likelihood family with each image's own learned variances.
+    A kernel density estimate whose kernels are the likelihood family with each reference image's learned variances.
     """
     return -parts.log_aggregate
+
+
+@register()
+def pivot(parts: LikelihoodParts) -> Tensor:
+    """Squared distance of the embedding's direction from the posterior's, in units of the variances.
+
+    What the directional factor is a function of, without its log-determinant, which rewards small variances.
+    """
+    return parts.pivot
 
 
 @register()
@@ -120,3 +126,21 @@ def typicality(parts: LikelihoodParts) -> Tensor:
 def variance(parts: LikelihoodParts) -> Tensor:
     """Mean posterior variance."""
     return parts.variance
+
+
+@register(needs_reference=True)
+def mahalanobis(parts: LikelihoodParts) -> Tensor:
+    """Squared Mahalanobis distance of the embedding from those of the reference images (Ledoit-Wolf covariance)."""
+    return parts.by_detector("mahalanobis")
+
+
+@register(needs_reference=True)
+def knn(parts: LikelihoodParts) -> Tensor:
+    """Cosine distance of the embedding to the fifth nearest of the reference images."""
+    return parts.by_detector("nearest_neighbour")
+
+
+@register(needs_reference=True)
+def kde(parts: LikelihoodParts) -> Tensor:
+    """Negative log-density of the embedding's direction under equal Gaussian kernels at the reference images."""
+    return parts.by_detector("kernel_density")

@@ -1,7 +1,6 @@
-"""Scoring images: a row for each in a CSV, p-values and decisions, a summary, pictures, a report.
+"""`score` and `embed`: what is found of images, and what is written of it.
 
-Images are read, encoded and written batch by batch, so memory does not grow with their number and an interrupted run
-can go on.
+One table, a row for each image, is what the CSV, the Parquet file, the summary, the pictures and the report tell of.
 """
 
 from __future__ import annotations
@@ -10,36 +9,35 @@ import dataclasses
 import hashlib
 import io
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from PIL import Image
 
 from pyro_vje import metrics
-from pyro_vje.anomaly import outputs
-from pyro_vje.anomaly.outputs import PARTS, Scored, describe_calibration, write_csv, write_parquet
-from pyro_vje.anomaly.parts import Scorer, augmented_pairs
-from pyro_vje.anomaly.rows import Journal
-from pyro_vje.anomaly.scores import SCORES
-from pyro_vje.data import ImageSet, load_dataset, views_for
-from pyro_vje.data.splits import load_train_set
+from pyro_vje.anomaly.rows import PARTS, Rows, calibration_scores, images_of, make_scorer, score_images
+from pyro_vje.anomaly.scores import get_score
+from pyro_vje.config import ScoreConfig
+from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
-from pyro_vje.model.encoding import Posteriors, encode, encode_batches, images_at_once
+from pyro_vje.model.encoding import encode
+from pyro_vje.pages import pictures
+from pyro_vje.pages.report import ReportData, render_report
 from pyro_vje.representation.evaluation import load_split
 from pyro_vje.runs.files import check_writable, write_atomic, write_json
 from pyro_vje.runs.folder import (
-    CALIBRATION,
-    REFERENCE,
+    PICTURES,
     WEIGHTS,
     LoadedRun,
     default_device,
-    load_posteriors,
+    deterministic_kernels,
     load_run,
     versions,
 )
@@ -48,46 +46,11 @@ log = logging.getLogger("pyro_vje")
 
 NORMAL_FOLDER = "normal"
 """A class folder of this name holds the normal images; every other class is an anomaly."""
-PROGRESS_EVERY = 30.0  # seconds
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How images are scored.
-
-    Attributes
-    ----------
-    score : str
-        A name in `pyro_vje.anomaly.scores.SCORES`.
-    likelihood : str or None
-        A likelihood family to score with; by default the one that was trained.
-    num_pairs : int
-        0 scores an image's own embedding (one pass of the encoder). K > 0 scores K augmented pairs, each view given
-        the other (2 K passes), and takes the mean.
-    num_particles, seed : int
-        Samples of the latent for each expectation, and the seed of every draw.
-    """
-
-    score: str = "conditional"
-    likelihood: str | None = None
-    num_pairs: int = 0
-    num_particles: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.score not in SCORES:
-            raise ValueError(f"unknown score {self.score!r}: choose one of {', '.join(SCORES)}")
-        if self.num_pairs < 0:
-            raise ValueError(f"num_pairs must be at least 0, not {self.num_pairs}")
-        if self.num_pairs and SCORES[self.score].needs_reference:
-            raise ValueError(
-                f"the score {self.score!r} compares clean images with the clean reference images: leave pairs out"
-            )
-
-    @property
-    def passes(self) -> int:
-        """Passes of the encoder an image."""
-        return 2 * self.num_pairs or 1
+COLUMNS = ("path", "anomaly_score", "p_value", "decision", *PARTS, "label", "error")
+TEXT = ("path", "decision", "label", "error")
+THRESHOLDS = (0.05, 0.01)
+SHOWN = 12
+"""Images at each end of the pictures."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +63,16 @@ class ScoreResult:
         The table, one row an image; ``*_summary.json``; and ``*_report.html`` if it was asked for.
     scored, failed : int
         Images scored, and images that could not be decoded (rows with an ``error``).
-    normal : int or None
-        Images labelled normal, where there are labels of normal and anomalous images.
+    normal, anomalies, unlabelled : int or None
+        Of the images scored, those labelled normal, those of other classes, and those without a label, which no metric
+        counts; ``None`` where nothing says what is normal.
     auroc : float or None
         Area under the ROC curve of the anomaly score, anomalies as the positive class.
     flagged : int or None
         Images decided to be anomalies, where ``alpha`` or ``fdr`` was given.
-    settings : ScoreSettings
+    passes : int
+        Passes of the encoder an image.
+    settings : ScoreConfig
         How it was done.
     """
 
@@ -116,296 +82,234 @@ class ScoreResult:
     scored: int
     failed: int
     normal: int | None
+    anomalies: int | None
+    unlabelled: int | None
     auroc: float | None
     flagged: int | None
-    settings: ScoreSettings
+    passes: int
+    settings: ScoreConfig
 
 
-def score(
-    ckpt: str | Path,
-    *,
-    data: str | Path | None = None,
-    dataset: str | None = None,
-    data_dir: str | None = None,
-    normal_class: str | None = None,
-    score: str = "conditional",
-    score_likelihood: str | None = None,
-    num_pairs: int = 0,
-    num_particles: int = 16,
-    seed: int = 0,
-    alpha: float | None = None,
-    fdr: float | None = None,
-    batch_size: int = 256,
-    download: bool = True,
-    out: str | Path | None = None,
-    draw: bool = True,
-    report: bool = False,
-    parquet: bool = False,
-    resume: bool = False,
-    trust_plugins: bool = False,
-) -> ScoreResult:
+def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: Any) -> ScoreResult:
     """Score images: a CSV with a row for each and a summary, pictures and a report beside it.
 
     Parameters
     ----------
     ckpt : path
         Run folder or weights file.
-    data : path, optional
-        A folder of images, all of which are scored.
-    dataset, data_dir, download :
-        Score the test split of a data set instead; by default the run's own.
-    normal_class : str, optional
-        The class that counts as normal; by default the class that the run was trained on, or the class folder
-        ``normal``.
-    score, score_likelihood, num_pairs, num_particles, seed :
-        See `ScoreSettings`.
-    alpha : float, optional
-        Decide: an image is an anomaly if its p-value is at most this. Of normal images, at most this share is
-        expected to be called anomalies.
-    fdr : float, optional
-        Decide by Benjamini-Hochberg instead: of the images called anomalies at most this share is expected to be
-        normal.
-    batch_size : int
-        Images read and encoded at once, on a CPU raised until passes of the encoder are full; the scores there do
-        not depend on it.
-    out : path, optional
-        The CSV; by default ``scores.csv`` in the run folder.
-    draw, report, parquet : bool
-        Whether to draw pictures into a folder ``pictures`` beside the CSV, to write one self-contained HTML page,
-        and to write the table as Parquet too (needs pyarrow).
-    resume : bool
-        Go on from an interrupted call with the same arguments, whose rows are in ``<out>.part``, if there is one.
-    trust_plugins : bool
-        See `pyro_vje.runs.folder.load_run`.
+    settings : ScoreConfig, optional
+        What to score and how.
+    **overrides
+        Fields of `ScoreConfig` that take the place of those in ``settings``.
 
     Raises
     ------
     ValueError
-        If a name is unknown, a decision is asked for and there are no p-values, or no image can be decoded.
+        If a setting is out of its range or a name unknown, a decision is asked for and there are no p-values, or no
+        image can be decoded.
     FileNotFoundError
         If the run or the images are missing.
     PermissionError, IsADirectoryError
         If the CSV cannot be written where it is wanted.
     """
-    settings = ScoreSettings(score, score_likelihood, num_pairs, num_particles, seed)
-    _check_levels(alpha, fdr)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    if data is not None and dataset is not None:
-        raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
-    if out is None:
-        out = Path(ckpt) / "scores.csv" if Path(ckpt).is_dir() else "scores.csv"
+    settings = dataclasses.replace(settings or ScoreConfig(), **overrides)
+    with deterministic_kernels(settings.deterministic):
+        return _score(ckpt, settings)
+
+
+def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
+    chosen = get_score(settings.score)
+    if settings.num_pairs and chosen.needs_reference:
+        raise ValueError(
+            f"the score {chosen.name!r} compares clean images with the clean reference images: leave pairs out"
+        )
+    out = settings.out or (Path(ckpt) / "scores.csv" if Path(ckpt).is_dir() else "scores.csv")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     target = check_writable(Path(out))
-    device = default_device()
-    run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
-    if data is not None:
-        images = load_dataset("folder", data, "all", image_size=run.info.image_size, residency="stream")
-        if normal_class is None and run.info.config.normal_class in (images.classes or ()):
-            normal_class = run.info.config.normal_class
-    else:
-        images = load_split(run, "test", dataset, data_dir, download=download)
-        # A run's own normal class means nothing in another data set.
-        if dataset is None or dataset == run.info.config.dataset:
-            normal_class = normal_class if normal_class is not None else run.info.config.normal_class
-    is_anomaly = anomaly_labels(images, normal_class)
+    run = load_run(ckpt, trust_plugins=settings.trust_plugins, device=default_device())
+    images, normal = _images_and_normal_class(run, settings)
     scorer = make_scorer(run, settings)
     calibration = calibration_scores(run, scorer, settings)
-    _say_calibration(calibration, alpha, fdr)
+    _say_calibration(calibration, settings)
 
     weights = run.folder / WEIGHTS if run.folder else Path(ckpt)
-    fingerprint = {
-        **dataclasses.asdict(settings),
+    how = ("score", "score_likelihood", "reference_views", "num_pairs", "num_particles", "seed")
+    made = {
+        **{name: getattr(settings, name) for name in how},
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": hashlib.sha256("\0".join(images.paths).encode(errors="surrogateescape")).hexdigest(),
     }
-    journal = Journal(target.with_name(target.name + ".part"), fingerprint, 1 + len(PARTS), resume=resume)
-    _score_all(run, scorer, settings, images, journal, batch_size)
-    table = journal.read(images)
-    if not len(table.positions):
+    shape = (len(images), 1 + len(PARTS))
+    rows = Rows(target.with_name(target.name + ".part"), made, shape, resume=settings.resume)
+    failed = score_images(run, scorer, settings, images, rows)
+    if not rows.numbers:
         raise ValueError("no image could be scored: not one of them could be decoded")
-    if np.isnan(table.scores).all():
-        family = settings.likelihood or run.info.config.likelihood
-        raise ValueError(f"the score {score!r} does not exist for the likelihood {family!r}")
-
-    p_values = None if calibration is None else conformal_p_values(table.scores, calibration)
-    decisions, rule = None, "p-value at most the level"
-    if p_values is not None and alpha is not None:
-        decisions = p_values <= alpha
-    elif p_values is not None and fdr is not None:
-        decisions, rule = (
-            benjamini_hochberg(p_values, fdr),
-            "Benjamini-Hochberg: false-discovery rate at most the level",
+    table = _table(images, rows, failed)
+    scored = table.anomaly_score.iloc[: len(rows.numbers)].to_numpy()
+    if np.isnan(scored).all():
+        raise ValueError(
+            f"the score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}"
         )
-    known = None if is_anomaly is None else is_anomaly[table.positions].numpy()
-    both = known is not None and 0 < known.sum() < len(known)
-    found = metrics.detection_metrics(table.scores, known) if known is not None and both else None
-    flagged = None if decisions is None else int(decisions.sum())
-    scored = Scored(images, table, calibration, p_values, decisions, known)
-    write_csv(target, scored)
-    if parquet:
-        write_parquet(target)
+    decision = _decide(table, scored, calibration, settings)
+
+    _write_csv(target, table)
+    if settings.parquet:
+        _write_parquet(target.with_suffix(".parquet"), table)
+    passes = 2 * settings.num_pairs or 1
+    counts, found = _against_labels(table, normal)
     summary = {
         "run": str(ckpt),
-        "data": str(data or f"{_set_name(run, dataset, data_dir)}, split test"),
+        "data": str(settings.data or f"{_set_name(run, settings)}, split test"),
         "score": {
-            **dataclasses.asdict(settings),
-            "meaning": SCORES[score].description,
-            "likelihood": settings.likelihood or run.info.config.likelihood,
-            "forward_passes_an_image": settings.passes,
+            **{name: getattr(settings, name) for name in how},
+            "meaning": chosen.description,
+            "likelihood": scorer.family.name,
+            "forward_passes_an_image": passes,
         },
-        "counts": {
-            "scored": len(table.positions),
-            "failed": len(table.failed),
-            "normal": None if known is None else int((~known).sum()),
-            "anomalies": None if known is None else int(known.sum()),
-        },
+        "normal_class": normal,
+        "counts": {"scored": len(scored), "failed": len(failed), **counts},
         "calibration": describe_calibration(calibration),
-        "decision": None if flagged is None else {"rule": rule, "level": alpha or fdr, "anomalies": flagged},
+        "decision": decision,
         "metrics": found,
-        "weights_sha256": fingerprint["weights"],
+        "weights_sha256": made["weights"],
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     summary_path = write_json(target.with_name(f"{target.stem}_summary.json"), summary)
-    if draw:
-        outputs.draw(target, scored)
-    report_path = None
-    if report:
-        page = outputs.report(summary, scored, target.parent)
-        report_path = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
-    journal.remove()  # only now is everything written
+    if settings.draw:
+        _draw(target, table, images, normal)
+    report = None
+    if settings.report:
+        page = _report(summary, table, images, calibration)
+        report = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
+    rows.remove()  # only now is everything written
+    auroc = found["auroc"] if found else None
+    flagged = decision["anomalies"] if decision else None
     return ScoreResult(
-        csv=target,
-        summary=summary_path,
-        report=report_path,
-        scored=len(table.positions),
-        failed=len(table.failed),
-        normal=summary["counts"]["normal"],
-        auroc=found["auroc"] if found else None,
+        *(target, summary_path, report),
+        **summary["counts"],
+        auroc=auroc,
         flagged=flagged,
+        passes=passes,
         settings=settings,
     )
 
 
-def _set_name(run: LoadedRun, dataset: str | None, data_dir: str | None) -> str:
-    name = dataset or run.info.config.dataset
-    return str(data_dir or run.info.config.data_dir) if name == "folder" else name
+def _images_and_normal_class(run: LoadedRun, settings: ScoreConfig) -> tuple[ImageSet, str | None]:
+    """The images to score, and the name of the class that is normal among them, if anything says so."""
+    if settings.data is not None:
+        images = images_of(settings.data, run.info.image_size)
+    else:
+        images = load_split(run, "test", settings.dataset, settings.data_dir, download=settings.download)
+    classes = images.classes or ()
+    if settings.normal_class is not None:
+        return images, classes[images.class_index(settings.normal_class)]
+    trained = run.info.config.normal_class
+    if trained is not None and trained.isdecimal() and trained not in (run.info.classes or ()):
+        trained = (run.info.classes or {})[int(trained)]  # an index means nothing in another set of images
+    own = settings.data is None and settings.dataset in (None, run.info.config.dataset)
+    if trained is not None and (own or (settings.data is not None and trained in classes)):
+        return images, classes[images.class_index(trained)]
+    return images, NORMAL_FOLDER if NORMAL_FOLDER in classes else None
 
 
-def anomaly_labels(images: ImageSet, normal_class: str | None) -> Tensor | None:
-    """Which images ``(N,)`` are anomalies: those outside the normal class; ``None`` where nothing says so.
-
-    Raises
-    ------
-    ValueError
-        If ``normal_class`` is given and there is no such class.
-    """
-    if normal_class is None:
-        if NORMAL_FOLDER not in (images.classes or ()):
-            return None
-        normal_class = NORMAL_FOLDER
-    label = images.class_index(normal_class)
-    return None if images.labels is None else images.labels != label
+def _set_name(run: LoadedRun, settings: ScoreConfig) -> str:
+    name = settings.dataset or run.info.config.dataset
+    return str(settings.data_dir or run.info.config.data_dir) if name == "folder" else name
 
 
-# From images to scores ------------------------------------------------------------------------------------------------
+# The table ------------------------------------------------------------------------------------------------------------
 
 
-def make_scorer(run: LoadedRun, settings: ScoreSettings) -> Scorer:
-    """The scorer of a run, with the reference images if the run has them."""
-    return Scorer(
-        run.vje,
-        reference=load_posteriors(run, REFERENCE),
-        num_particles=settings.num_particles,
-        seed=settings.seed,
-        likelihood=settings.likelihood,
-    )
+def _table(images: ImageSet, rows: Rows, failed: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """A row for each image that was scored, in their order, their positions as index, then those that failed."""
+    positions = sorted(rows.numbers)
+    numbers = np.array([rows.numbers[i] for i in positions])
+    names = np.array([*(images.classes or ()), None], dtype=object)  # the label -1 is the last of them: none
+    labels = [None] * len(positions) if images.labels is None else names[images.labels[positions].numpy()]
+    rest = [None] * len(failed)
+    columns: dict[str, Any] = {
+        "path": [*(images.paths[i] for i in positions), *(path for path, _ in failed)],
+        "label": [*labels, *rest],
+        "decision": [None] * len(positions) + rest,
+        "error": [*[None] * len(positions), *(reason for _, reason in failed)],
+    }
+    missing = np.full((len(failed), numbers.shape[1]), np.nan)
+    for name, column in zip(("anomaly_score", *PARTS), np.concatenate([numbers, missing]).T, strict=True):
+        columns[name] = column
+    columns["p_value"] = np.nan
+    # Objects, as pandas' own text holds no path whose bytes are not UTF-8.
+    text = {name: pd.Series(columns[name], dtype=object) for name in TEXT}
+    table = pd.DataFrame({**columns, **text}, columns=COLUMNS)
+    return table.set_index(np.array([*positions, *[-1] * len(failed)]))
 
 
-def posteriors_of(
-    run: LoadedRun, images: ImageSet, settings: ScoreSettings, batch_size: int = 256
-) -> Iterator[tuple[Tensor, list[Posteriors]]]:
-    """Indices of the images of each batch, and their contexts and targets: one pair, or ``settings.passes`` pairs."""
-    device = next(run.vje.parameters()).device
-    if not settings.num_pairs:
-        for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
-            yield encoded.indices, [encoded.posteriors]
-        return
-    views, _ = views_for(run.info.config.dataset, run.info.image_size)
-    draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
-    for index, batch in images.batches(images_at_once(images, batch_size, device)):
-        yield index, augmented_pairs(run.vje, views, batch.to(device), **draw)
-
-
-def calibration_scores(run: LoadedRun, scorer: Scorer, settings: ScoreSettings) -> NDArray[np.float64] | None:
-    """Scores ``(n,)`` of the run's held-out images, made like those of any image; ``None`` where there are none."""
-    if not settings.num_pairs:
-        stored = load_posteriors(run, CALIBRATION)
-        return None if stored is None else scorer.scores(settings.score, stored).cpu().numpy()
-    try:
-        config = dataclasses.replace(run.info.config, image_size=run.info.image_size, download=False)
-        train_set, held_out = load_train_set(config)
-    except (FileNotFoundError, ValueError) as error:
-        log.warning(
-            "augmented pairs are calibrated on the held-out images themselves, not at hand: %s", error
-        )
-        return None
-    if held_out is None or len(train_set) != run.info.train_images:
-        log.warning("no p-values: the training images have changed since, and with them what was held out")
-        return None
-    batches = [
-        torch.stack([scorer.scores(settings.score, pair) for pair in pairs]).mean(0)
-        for _, pairs in posteriors_of(run, held_out, settings)
-    ]
-    return torch.cat(batches).cpu().numpy()
-
-
-def _score_all(
-    run: LoadedRun,
-    scorer: Scorer,
-    settings: ScoreSettings,
-    images: ImageSet,
-    journal: Journal,
-    batch_size: int,
-) -> None:
-    remaining = [i for i, path in enumerate(images.paths) if path not in journal.done]
-    if len(remaining) < len(images):
-        log.info("%d of %d images were scored before", len(images) - len(remaining), len(images))
-    todo = images.select(remaining)
-    entry = SCORES[settings.score]
-    said = time.monotonic()
-    done = 0
-    try:
-        for index, pairs in posteriors_of(run, todo, settings, batch_size) if remaining else ():
-            parts = [scorer.parts(pair, with_reference=entry.needs_reference) for pair in pairs]
-            scores = torch.stack([entry(part) for part in parts]).mean(0)
-            means = [torch.stack([getattr(part, name) for part in parts]).mean(0) for name in PARTS]
-            columns = torch.stack([scores, *means], dim=1).tolist()
-            journal.add((todo.paths[i], values) for i, values in zip(index.tolist(), columns, strict=True))
-            done += len(index)
-            if time.monotonic() - said > PROGRESS_EVERY:
-                said = time.monotonic()
-                log.info("%d of %d images scored", done, len(todo))
-    except KeyboardInterrupt:
-        log.warning("%d of %d images are in %s; --resume goes on", done, len(todo), journal.path)
-        raise
-    journal.add((path, reason) for path, reason in todo.failed if path not in journal.done)
-
-
-# Decisions ------------------------------------------------------------------------------------------------------------
-
-
-def _check_levels(alpha: float | None, fdr: float | None) -> None:
-    if alpha is not None and fdr is not None:
-        raise ValueError("give either alpha (for each image) or fdr (over all images), not both")
-    for name, level in (("alpha", alpha), ("fdr", fdr)):
-        if level is not None and not 0 < level < 1:
-            raise ValueError(f"{name} must lie between 0 and 1, not {level}")
-
-
-def _say_calibration(calibration: NDArray[np.float64] | None, alpha: float | None, fdr: float | None) -> None:
+def _decide(
+    table: pd.DataFrame,
+    scored: NDArray[np.float64],
+    calibration: NDArray[np.float64] | None,
+    settings: ScoreConfig,
+) -> dict[str, Any] | None:
+    """Fill in p-values and decisions; returns how it was decided, and how many are called anomalies."""
     if calibration is None:
-        if alpha is not None or fdr is not None:
+        return None
+    p_values = conformal_p_values(scored, calibration)
+    table.iloc[: len(scored), COLUMNS.index("p_value")] = p_values
+    if settings.alpha is not None:
+        rule, decisions = "p-value at most the level", p_values <= settings.alpha
+    elif settings.fdr is not None:
+        rule = "Benjamini-Hochberg: false-discovery rate at most the level"
+        decisions = benjamini_hochberg(p_values, settings.fdr)
+    else:
+        return None
+    table.iloc[: len(scored), COLUMNS.index("decision")] = np.where(decisions, "anomaly", "normal")
+    level = settings.fdr if settings.alpha is None else settings.alpha
+    return {"rule": rule, "level": level, "anomalies": int(decisions.sum())}
+
+
+def _labelled(table: pd.DataFrame, normal: str | None) -> tuple[pd.DataFrame, NDArray[np.bool_] | None]:
+    """The rows scored that have a label, and which are anomalies; all that were scored where nothing is known."""
+    table = table[table.error.isna()]
+    if normal is None or table.label.isna().all():
+        return table, None
+    table = table[table.label.notna()]
+    return table, (table.label != normal).to_numpy(bool)
+
+
+def _against_labels(
+    table: pd.DataFrame, normal: str | None
+) -> tuple[dict[str, int | None], dict[str, Any] | None]:
+    """How many images are normal, anomalies and neither, and the metrics of detection if there are both."""
+    known, is_anomaly = _labelled(table, normal)
+    if is_anomaly is None:
+        return dict.fromkeys(("normal", "anomalies", "unlabelled")), None
+    anomalies, unlabelled = int(is_anomaly.sum()), int(table.error.isna().sum()) - len(known)
+    counts = {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}
+    if not 0 < anomalies < len(known):
+        return counts, None
+    return counts, metrics.detection_metrics(known.anomaly_score.to_numpy(), is_anomaly)
+
+
+def describe_calibration(calibration: NDArray[np.float64] | None) -> dict[str, Any] | None:
+    """Number of calibration images, and above which score an image's p-value is at most some levels."""
+    if calibration is None:
+        return None
+    count = len(calibration)
+    ordered = np.sort(calibration)[::-1]
+    ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
+    return {
+        "images": count,
+        "smallest_p_value": 1 / (count + 1),
+        "thresholds": {
+            f"{level:g}": float(ordered[rank - 1]) if rank else None for level, rank in ranks.items()
+        },
+        "threshold": "an image whose score is above it has a p-value of at most the level",
+    }
+
+
+def _say_calibration(calibration: NDArray[np.float64] | None, settings: ScoreConfig) -> None:
+    if calibration is None:
+        if settings.alpha is not None or settings.fdr is not None:
             raise ValueError(
                 "no p-values, so no decisions: this run has no held-out images to calibrate scores (train --holdout)"
             )
@@ -413,10 +317,121 @@ def _say_calibration(calibration: NDArray[np.float64] | None, alpha: float | Non
         return
     least = 1 / (len(calibration) + 1)
     log.info("p-values against %d held-out images: none is below %.3g", len(calibration), least)
-    if alpha is not None and alpha < least:
+    if settings.alpha is not None and settings.alpha < least:
         log.warning(
-            "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)", alpha
+            "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)",
+            settings.alpha,
         )
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+def _write_csv(path: Path, table: pd.DataFrame) -> None:
+    """Write the table with six digits; a text that a spreadsheet would execute gets an apostrophe (OWASP)."""
+    shown = table.copy()
+    for name in TEXT:
+        dangerous = shown[name].str.startswith(("=", "+", "-", "@", "\t", "\r")).fillna(False).astype(bool)
+        shown.loc[dangerous, name] = "'" + shown.loc[dangerous, name]
+    write_atomic(path, shown.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
+
+
+def _write_parquet(path: Path, table: pd.DataFrame) -> None:
+    content = io.BytesIO()
+    shown = table.copy()
+    shown["path"] = [name.encode(errors="surrogateescape").decode(errors="replace") for name in table.path]
+    try:
+        shown.to_parquet(content, engine="pyarrow", compression="zstd", index=False)
+    except ImportError:
+        raise ValueError("Parquet needs pyarrow: pip install 'pyro-vje[parquet]'") from None
+    write_atomic(path, content.getbuffer())
+
+
+def _ends(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows of the most normal and the strangest images."""
+    order = np.argsort(scores, kind="stable")
+    k = min(SHOWN, (len(order) + 1) // 2)
+    return np.unique(np.concatenate([order[:k], order[len(order) - k :]]))
+
+
+def _image(images: ImageSet, i: int) -> torch.Tensor:
+    """Image ``i`` of a set, uint8 ``(3, S, S)``; grey where its file has gone since it was scored."""
+    try:
+        return images.images[i]
+    except ImageError:
+        return torch.full((3, images.image_size, images.image_size), 128, dtype=torch.uint8)
+
+
+def _draw(csv_path: Path, table: pd.DataFrame, images: ImageSet, normal: str | None) -> None:
+    """Draw the histogram, the two factors, and the strangest images into a folder beside the CSV."""
+    folder, name = csv_path.parent / PICTURES, csv_path.stem
+    folder.mkdir(exist_ok=True)
+    known, is_anomaly = _labelled(table, normal)
+    pictures.plot_score_histogram(
+        known.anomaly_score.to_numpy(), is_anomaly, folder / f"{name}_histogram.png"
+    )
+    if known.log_direction.notna().any():
+        factors = known.log_direction.to_numpy(), known.log_radius.to_numpy()
+        pictures.plot_direction_radius(*factors, is_anomaly, folder / f"{name}_direction_radius.png")
+    scored = table[table.error.isna()]
+    ends = scored.iloc[_ends(scored.anomaly_score.to_numpy())]
+    shown = torch.stack([_image(images, i) for i in ends.index])
+    pictures.plot_strangest(shown, ends.anomaly_score.to_numpy(), folder / f"{name}_strangest.png", k=SHOWN)
+
+
+def _report(
+    summary: dict[str, Any], table: pd.DataFrame, images: ImageSet, calibration: NDArray[np.float64] | None
+) -> str:
+    """The HTML page that tells a colleague what is in the summary and the table."""
+    scored = table[table.error.isna()]
+
+    def thumbnails(rows: Sequence[int]) -> list[Image.Image]:
+        found = (_image(images, int(scored.index[row])) for row in rows)
+        return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
+
+    decision, found = summary["decision"] or {}, summary["metrics"]
+    quoted: dict[str, Any] | None = None
+    if found:
+        quoted = {"AUROC, anomalies positive": (found["auroc"], *found["auroc_95"])}
+        for kind in ("anomalies", "normal"):
+            quoted[f"AUPR, {kind} positive"] = found[f"aupr_{kind}_positive"]
+            quoted[f"FPR at 95 % TPR, {kind} positive"] = found[f"fpr_at_95_tpr_{kind}_positive"]
+    _, is_anomaly = _labelled(table, summary["normal_class"])
+    return render_report(
+        ReportData(
+            title=f"Anomaly scores: {summary['data']}",
+            score_name=summary["score"]["score"],
+            score_meaning=summary["score"]["meaning"],
+            made={
+                "run": summary["run"],
+                "data": summary["data"],
+                **{
+                    name.replace("_", " "): value
+                    for name, value in summary["score"].items()
+                    if name != "meaning"
+                },
+                "date": summary["date"],
+                "versions": ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
+            },
+            paths=scored.path.tolist(),
+            scores=scored.anomaly_score.to_numpy(),
+            thumbnails=thumbnails,
+            p_values=None if calibration is None else scored.p_value.to_numpy(),
+            calibration_scores=calibration,
+            is_anomaly=is_anomaly if not summary["counts"]["unlabelled"] else None,
+            log_direction=scored.log_direction.to_numpy(),
+            log_radius=scored.log_radius.to_numpy(),
+            alpha=decision.get("level"),
+            decisions=(scored.decision == "anomaly").to_numpy() if decision else None,
+            decided_by=decision.get("rule", ""),
+            failed=list(table.loc[table.error.notna(), ["path", "error"]].itertuples(index=False, name=None)),
+            metrics=quoted,
+            k=SHOWN,
+        )
+    )
+
+
+# Embeddings -----------------------------------------------------------------------------------------------------------
 
 
 def embed(
@@ -430,7 +445,7 @@ def embed(
     """Write features, embeddings and posteriors of a folder of images to an ``.npz`` file.
 
     Arrays: ``features`` (N, F), ``embeddings``, ``loc``, ``scale`` (N, D) as float32, ``paths`` (N,) as text, and
-    ``labels`` (N,) with ``classes`` where the folder has class folders.
+    ``labels`` (N,), -1 for none, with ``classes`` where the folder has class folders.
 
     Returns
     -------
@@ -442,10 +457,11 @@ def embed(
     ValueError, FileNotFoundError
         As for `score`.
     """
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     target = check_writable(Path(out))
     device = default_device()
-    run: LoadedRun = load_run(ckpt, trust_plugins=trust_plugins, device=device)
-    images = load_dataset("folder", data, "all", image_size=run.info.image_size)
+    run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
+    images = images_of(data, run.info.image_size)
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
     arrays = {name: getattr(encoded, name).numpy() for name in ("features", "embeddings", "loc", "scale")}
     arrays["paths"] = np.array([images.paths[i] for i in encoded.indices.tolist()])

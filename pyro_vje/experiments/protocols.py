@@ -82,12 +82,15 @@ def all_scores(
     for family in (None, *likelihoods):
         name = f"likelihood {family or run.info.config.likelihood}"
         scorer = Scorer(
-            run.vje, reference=reference, num_particles=num_particles, seed=seed, likelihood=family
+            run.vje,
+            reference=reference,
+            num_particles=num_particles,
+            seed=seed,
+            likelihood=family,
+            kl_weight=run.info.config.kl_weight,
         )
         for scores, images in zip(found, encoded[1:], strict=True):
-            batches = [
-                scorer.parts(part, with_reference=True) for part in images.posteriors.split(batch_size)
-            ]
+            batches = [scorer.parts(part) for part in images.posteriors.split(batch_size)]
             for score in SCORES.values():
                 values = torch.cat([score(parts) for parts in batches]).cpu().numpy()
                 if np.isfinite(values).all() and not (family and score.name == "variance"):

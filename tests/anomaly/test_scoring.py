@@ -120,7 +120,7 @@ def threads(request):
 @pytest.fixture
 def several_passes(monkeypatch):
     """A set as small as the tests' would else be a single pass of the encoder."""
-    for module in ("encoding", "scorer"):
+    for module in ("model.encoding", "anomaly.parts"):
         monkeypatch.setattr(f"pyro_vje.{module}.cpu_rows", lambda side: 32)
 
 
@@ -332,7 +332,7 @@ def test_another_family_for_scoring(trained_run, out):
     trained = numbers(read(out))
     result = score(trained_run, out=out, score_likelihood="normal", draw=False)
     rows = read(out)
-    assert result.settings.likelihood == "normal"
+    assert result.settings.score_likelihood == "normal"
     assert {row["log_direction"] for row in rows} == {""}  # it has no such factor
     run = load_run(trained_run)
     encoded = encode(run.vje, load_split(run, "test", None, None), run.info.view)
@@ -344,7 +344,7 @@ def test_another_family_for_scoring(trained_run, out):
 
 def test_pairs_are_a_mean_over_augmentations_common_to_all_images(trained_run, image_folder, out, caplog):
     result = score(trained_run, out=out, num_pairs=2, draw=False)
-    assert result.settings.passes == 4
+    assert result.passes == 4
     whole = {row["path"]: row for row in read(out)}
     # calibrated on the held-out images, encoded in the same way
     assert {row["p_value"] for row in whole.values()} <= {"0.333333", "0.666667", "1.000000"}
@@ -355,7 +355,7 @@ def test_pairs_are_a_mean_over_augmentations_common_to_all_images(trained_run, i
             float(whole[row["path"]]["anomaly_score"]), abs=2e-4
         )
     one = score(trained_run, out=out, num_pairs=1, draw=False)
-    assert one.settings.passes == 2
+    assert one.passes == 2
     different = [
         abs(float(row["anomaly_score"]) - float(whole[row["path"]]["anomaly_score"])) for row in read(out)
     ]
