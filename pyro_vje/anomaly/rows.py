@@ -40,6 +40,8 @@ PARTS = {
     "log_aggregate": "log_aggregate",
 }
 """Columns of numbers beside the score, and what they are called in `LikelihoodParts`."""
+HOW = ("score", "score_likelihood", "reference_views", "num_pairs", "num_particles", "seed")
+"""Settings on which scores depend."""
 PROGRESS_EVERY = 30.0  # seconds
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pyro_vje import metrics
-from pyro_vje.anomaly.rows import PARTS, Rows, calibration_scores, images_of, make_scorer, score_images
+from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibration_scores, images_of, make_scorer, score_images
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
@@ -133,9 +133,8 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
     _say_calibration(calibration, settings)
 
     weights = run.folder / WEIGHTS if run.folder else Path(ckpt)
-    how = ("score", "score_likelihood", "reference_views", "num_pairs", "num_particles", "seed")
     made = {
-        **{name: getattr(settings, name) for name in how},
+        **{name: getattr(settings, name) for name in HOW},
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": hashlib.sha256("\0".join(images.paths).encode(errors="surrogateescape")).hexdigest(),
     }
@@ -144,13 +143,15 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
     failed = score_images(run, scorer, settings, images, rows)
     if not rows.numbers:
         raise ValueError("no image could be scored: not one of them could be decoded")
-    table = _table(images, rows, failed)
-    scored = table.anomaly_score.iloc[: len(rows.numbers)].to_numpy()
-    if np.isnan(scored).all():
+    positions = sorted(rows.numbers)
+    numbers = np.array([rows.numbers[i] for i in positions])
+    if np.isnan(numbers[:, 0]).all():
         raise ValueError(
             f"the score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}"
         )
-    decision = _decide(table, scored, calibration, settings)
+    p_values = None if calibration is None else conformal_p_values(numbers[:, 0], calibration)
+    decisions, decision = _decide(p_values, settings)
+    table = _table(images, positions, numbers, p_values, decisions, failed)
 
     _write_csv(target, table)
     if settings.parquet:
@@ -161,13 +162,13 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         "run": str(ckpt),
         "data": str(settings.data or f"{_set_name(run, settings)}, split test"),
         "score": {
-            **{name: getattr(settings, name) for name in how},
+            **{name: getattr(settings, name) for name in HOW},
             "meaning": chosen.description,
             "likelihood": scorer.family.name,
             "forward_passes_an_image": passes,
         },
         "normal_class": normal,
-        "counts": {"scored": len(scored), "failed": len(failed), **counts},
+        "counts": {"scored": len(positions), "failed": len(failed), **counts},
         "calibration": describe_calibration(calibration),
         "decision": decision,
         "metrics": found,
@@ -206,7 +207,7 @@ def _images_and_normal_class(run: LoadedRun, settings: ScoreConfig) -> tuple[Ima
         return images, classes[images.class_index(settings.normal_class)]
     trained = run.info.config.normal_class
     if trained is not None and trained.isdecimal() and trained not in (run.info.classes or ()):
-        trained = (run.info.classes or {})[int(trained)]  # an index means nothing in another set of images
+        trained = (run.info.classes or ())[int(trained)]  # an index means nothing in another set of images
     own = settings.data is None and settings.dataset in (None, run.info.config.dataset)
     if trained is not None and (own or (settings.data is not None and trained in classes)):
         return images, classes[images.class_index(trained)]
@@ -221,50 +222,44 @@ def _set_name(run: LoadedRun, settings: ScoreConfig) -> str:
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def _table(images: ImageSet, rows: Rows, failed: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """A row for each image that was scored, in their order, their positions as index, then those that failed."""
-    positions = sorted(rows.numbers)
-    numbers = np.array([rows.numbers[i] for i in positions])
+def _table(
+    images: ImageSet,
+    positions: list[int],
+    numbers: NDArray[np.float64],
+    p_values: NDArray[np.float64] | None,
+    decisions: NDArray[np.bool_] | None,
+    failed: Sequence[tuple[str, str]],
+) -> pd.DataFrame:
+    """`COLUMNS` of the images scored, their positions in the set as index, then of those that failed, at -1."""
+    count = len(positions)
     names = np.array([*(images.classes or ()), None], dtype=object)  # the label -1 is the last of them: none
-    labels = [None] * len(positions) if images.labels is None else names[images.labels[positions].numpy()]
-    rest = [None] * len(failed)
-    columns: dict[str, Any] = {
-        "path": [*(images.paths[i] for i in positions), *(path for path, _ in failed)],
-        "label": [*labels, *rest],
-        "decision": [None] * len(positions) + rest,
-        "error": [*[None] * len(positions), *(reason for _, reason in failed)],
-    }
-    missing = np.full((len(failed), numbers.shape[1]), np.nan)
-    for name, column in zip(("anomaly_score", *PARTS), np.concatenate([numbers, missing]).T, strict=True):
-        columns[name] = column
-    columns["p_value"] = np.nan
-    # Objects, as pandas' own text holds no path whose bytes are not UTF-8.
-    text = {name: pd.Series(columns[name], dtype=object) for name in TEXT}
-    table = pd.DataFrame({**columns, **text}, columns=COLUMNS)
-    return table.set_index(np.array([*positions, *[-1] * len(failed)]))
+    columns: dict[str, Any] = dict(zip(("anomaly_score", *PARTS), numbers.T, strict=True))
+    columns["path"] = [images.paths[i] for i in positions]
+    columns["p_value"] = np.full(count, np.nan) if p_values is None else p_values
+    columns["decision"] = [None] * count if decisions is None else np.where(decisions, "anomaly", "normal")
+    columns["label"] = [None] * count if images.labels is None else names[images.labels[positions].numpy()]
+    columns["error"] = [None] * count
+    for name, column in columns.items():
+        missing = {"path": [path for path, _ in failed], "error": [reason for _, reason in failed]}
+        rest = missing.get(name, [None if name in TEXT else np.nan] * len(failed))
+        # Objects, as pandas' own text holds no path whose bytes are not UTF-8.
+        columns[name] = np.array([*column, *rest], dtype=object if name in TEXT else float)
+    return pd.DataFrame(columns, columns=COLUMNS, index=[*positions, *[-1] * len(failed)])
 
 
 def _decide(
-    table: pd.DataFrame,
-    scored: NDArray[np.float64],
-    calibration: NDArray[np.float64] | None,
-    settings: ScoreConfig,
-) -> dict[str, Any] | None:
-    """Fill in p-values and decisions; returns how it was decided, and how many are called anomalies."""
-    if calibration is None:
-        return None
-    p_values = conformal_p_values(scored, calibration)
-    table.iloc[: len(scored), COLUMNS.index("p_value")] = p_values
-    if settings.alpha is not None:
-        rule, decisions = "p-value at most the level", p_values <= settings.alpha
-    elif settings.fdr is not None:
-        rule = "Benjamini-Hochberg: false-discovery rate at most the level"
-        decisions = benjamini_hochberg(p_values, settings.fdr)
-    else:
-        return None
-    table.iloc[: len(scored), COLUMNS.index("decision")] = np.where(decisions, "anomaly", "normal")
+    p_values: NDArray[np.float64] | None, settings: ScoreConfig
+) -> tuple[NDArray[np.bool_] | None, dict[str, Any] | None]:
+    """Which images are called anomalies, and by what rule, if that was asked for."""
     level = settings.fdr if settings.alpha is None else settings.alpha
-    return {"rule": rule, "level": level, "anomalies": int(decisions.sum())}
+    if p_values is None or level is None:
+        return None, None
+    if settings.alpha is None:
+        rule = "Benjamini-Hochberg: false-discovery rate at most the level"
+        decisions = benjamini_hochberg(p_values, level)
+    else:
+        rule, decisions = "p-value at most the level", p_values <= level
+    return decisions, {"rule": rule, "level": level, "anomalies": int(decisions.sum())}
 
 
 def _labelled(table: pd.DataFrame, normal: str | None) -> tuple[pd.DataFrame, NDArray[np.bool_] | None]:
@@ -284,7 +279,11 @@ def _against_labels(
     if is_anomaly is None:
         return dict.fromkeys(("normal", "anomalies", "unlabelled")), None
     anomalies, unlabelled = int(is_anomaly.sum()), int(table.error.isna().sum()) - len(known)
-    counts = {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}
+    counts: dict[str, int | None] = {
+        "normal": len(known) - anomalies,
+        "anomalies": anomalies,
+        "unlabelled": unlabelled,
+    }
     if not 0 < anomalies < len(known):
         return counts, None
     return counts, metrics.detection_metrics(known.anomaly_score.to_numpy(), is_anomaly)

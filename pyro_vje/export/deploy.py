@@ -1,9 +1,8 @@
 """A trained model as one file that runs without this package, and a model card beside it.
 
 The file maps uint8 RGB images ``(N, 3, S, S)``, N free, to ``embedding``, ``loc`` and ``scale`` ``(N, D)`` (float32),
-``score`` ``(N,)`` (float64, the score `conditional`, higher for stranger images) and, if the run has held-out images,
-``p_value`` ``(N,)`` (float64). Pixel normalisation, the noise of the particles and the calibration scores are constants
-in it.
+``score`` ``(N,)`` (float64, higher for stranger images) and, if the run has held-out images, ``p_value`` ``(N,)``
+(float64). Pixel normalisation, the noise of the particles, reference images and calibration scores are constants in it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyro_vje.anomaly.outputs import describe_calibration
-from pyro_vje.anomaly.parts import Scorer
-from pyro_vje.anomaly.table import ScoreSettings, calibration_scores, make_scorer
+from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
+from pyro_vje.anomaly.rows import HOW, calibration_scores, make_scorer
+from pyro_vje.anomaly.scores import get_score
+from pyro_vje.anomaly.table import describe_calibration
+from pyro_vje.config import ScoreConfig
 from pyro_vje.distributions.numerics import _stirling
 from pyro_vje.metrics.conformal import conformal_p_values
 from pyro_vje.model.encoding import Posteriors
@@ -55,25 +56,21 @@ class ExportResult:
 
 
 class Deployed(nn.Module):
-    """A run and its calibration as one function of uint8 images; see the module's docstring for the outputs."""
+    """A run, a score and its calibration as one function of uint8 images; the outputs are those of the module."""
 
-    noise: Tensor
-    calibration: Tensor | None
-
-    def __init__(self, run: LoadedRun, scorer: Scorer, calibration: NDArray[np.float64] | None) -> None:
+    def __init__(
+        self, run: LoadedRun, scorer: Scorer, score: str, calibration: NDArray[np.float64] | None
+    ) -> None:
         super().__init__()
-        self.vje, self.view, self.family = run.vje, run.info.view, scorer.family
-        self.register_buffer("noise", scorer.noise.unsqueeze(1))
-        self.register_buffer("calibration", None if calibration is None else torch.from_numpy(calibration))
+        self.vje, self.view, self.scorer, self.score = run.vje, run.info.view, scorer, get_score(score)
+        self.calibration = None if calibration is None else torch.from_numpy(calibration)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Outputs by name."""
         embedding = self.vje.embed(self.view(images))
-        loc, scale = self.vje.posterior(embedding)
-        z = loc + scale * self.noise  # (particles, N, D): all at once, for a graph without a loop
-        likelihood = self.vje.likelihood(z, scale.expand_as(z), family=self.family)
-        score = -likelihood.log_prob(embedding).double().mean(0)
-        outputs = {"embedding": embedding, "loc": loc, "scale": scale, "score": score}
+        encoded = Posteriors(embedding, *self.vje.posterior(embedding))
+        score = self.score(LikelihoodParts(self.scorer, encoded, at_once=True))
+        outputs = {"embedding": embedding, "loc": encoded.loc, "scale": encoded.scale, "score": score}
         if self.calibration is not None:
             at_least = (self.calibration >= score.unsqueeze(-1)).sum(-1)
             outputs["p_value"] = (1 + at_least).double() / (len(self.calibration) + 1)
@@ -85,6 +82,7 @@ def export(
     *,
     format: str = "onnx",
     out: str | Path | None = None,
+    score: str = ScoreConfig().score,
     score_likelihood: str | None = None,
     num_particles: int = 16,
     seed: int = 0,
@@ -95,20 +93,20 @@ def export(
     Parameters
     ----------
     ckpt : path
-        Run folder or weights file; p-values need the folder.
+        Run folder or weights file; p-values and scores that compare with reference images need the folder.
     format : str
         ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`.
     out : path, optional
         The file; by default ``model.onnx`` or ``model.pt2`` in the run folder.
-    score_likelihood, num_particles, seed :
+    score, score_likelihood, num_particles, seed :
         As in `pyro_vje.score`, whose numbers the file's are.
     trust_plugins : bool
-        See `pyro_vje.runs.folder.load_run`.
+        See `pyro_vje.load_run`.
 
     Raises
     ------
     ValueError
-        If the format is unknown, the extra is missing, the model uses what cannot be exported, or the file would not
+        If a name is unknown, the extra is missing, the model uses what cannot be exported, or the file would not
         compute what the model does.
     """
     if format not in FORMATS:
@@ -122,62 +120,52 @@ def export(
             raise ValueError(f"ONNX needs {error.name}: pip install 'pyro-vje[export]'") from None
     name = f"model{FORMATS[format]}"
     target = check_writable(Path(out) if out else Path(ckpt) / name if Path(ckpt).is_dir() else Path(name))
+    settings = ScoreConfig(
+        score=score, score_likelihood=score_likelihood, num_particles=num_particles, seed=seed
+    )
     run = load_run(ckpt, trust_plugins=trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)
-    settings = ScoreSettings(likelihood=score_likelihood, num_particles=num_particles, seed=seed)
     scorer = make_scorer(run, settings)
     calibration = calibration_scores(run, scorer, settings)
-    description = {**run.info.to_dict(), "score": asdict(settings)}
+    description = {**run.info.to_dict(), "score": {name: getattr(settings, name) for name in HOW}}
     del description["config"]["data_dir"]  # where the data lay concerns nobody else
     side = run.info.image_size
     batches = [torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8) for n in (2, 1, 5)]
     with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch and onnxscript say of themselves
-        model = Deployed(run, scorer, calibration).eval()
+        model = Deployed(run, scorer, score, calibration).eval()
         names = list(model(batches[0]))  # also: what is computed once and kept must be there before tracing
         try:
             shapes = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(model, (batches[0],), dynamic_shapes=shapes, strict=False)
             content, compute = _WRITERS[format](program, names, json.dumps(description))
             found = [compute(images) for images in batches]
-        except Exception as error:  # the user's encoder or likelihood may hold anything
+        except Exception as error:  # the user's encoder, likelihood or score may hold anything
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise ValueError(
-                f"encoder {run.info.config.encoder!r} with likelihood {scorer.family.name!r} cannot be exported as "
-                f"{format}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+                f"encoder {run.info.config.encoder!r} with likelihood {scorer.family.name!r} and score {score!r} "
+                f"cannot be exported as {format}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
             ) from error
     differences = dict.fromkeys(names, 0.0)
     for images, outputs in zip(batches, found, strict=True):
-        for name, wanted in _expected(run, scorer, calibration, images, outputs["score"]).items():
-            difference = float(np.abs(outputs[name] - wanted).max())
+        with torch.no_grad():
+            embedding = run.vje.embed(run.info.view(images))
+            encoded = Posteriors(embedding, *run.vje.posterior(embedding))
+            values = (*encoded, scorer.scores(score, encoded))
+        wanted = {k: v.numpy() for k, v in zip(("embedding", "loc", "scale", "score"), values, strict=True)}
+        if calibration is not None:  # of the file's own score, which rounding may move past one of these
+            wanted["p_value"] = conformal_p_values(np.nan_to_num(outputs["score"]), calibration)
+        for name, value in wanted.items():
+            difference = float(np.abs(outputs[name] - value).max())
             differences[name] = max(differences[name], difference)
-            if outputs[name].shape != wanted.shape or not difference <= TOLERANCE * np.abs(wanted).max():
+            if outputs[name].shape != value.shape or not difference <= TOLERANCE * np.abs(value).max():
                 raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
     write_atomic(target, content)
     card = target.with_name(CARD)
     write_atomic(card, model_card(run, settings, calibration, target.name, format, differences))
     return ExportResult(target, card, differences)
-
-
-def _expected(
-    run: LoadedRun,
-    scorer: Scorer,
-    calibration: NDArray[np.float64] | None,
-    images: Tensor,
-    score: NDArray[np.float64],
-) -> Arrays:
-    """What the package computes; p-values for the ``score`` given, as rounding may move it past another one."""
-    with torch.no_grad():
-        embedding = run.vje.embed(run.info.view(images))
-        posteriors = Posteriors(embedding, *run.vje.posterior(embedding))
-    scores = scorer.scores("conditional", posteriors)
-    arrays = dict(zip(("embedding", "loc", "scale", "score"), (*posteriors, scores), strict=True))
-    expected = {name: value.numpy() for name, value in arrays.items()}
-    if calibration is not None:  # a score that is NaN is found by its own comparison, which comes first
-        expected["p_value"] = conformal_p_values(np.nan_to_num(score), calibration)
-    return expected
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -256,7 +244,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 
 def model_card(
     run: LoadedRun,
-    settings: ScoreSettings,
+    settings: ScoreConfig,
     calibration: NDArray[np.float64] | None,
     file: str,
     format: str,
@@ -282,7 +270,7 @@ def model_card(
         config=run.info.config,
         settings={name: value for name, value in run.info.config.to_dict().items() if name not in private},
         parameters=sum(parameter.numel() for parameter in run.vje.parameters()),
-        family=get_family(settings.likelihood or run.info.config.likelihood),
+        family=get_family(settings.score_likelihood or run.info.config.likelihood),
         score=settings,
         calibration=describe_calibration(calibration),
         evaluation=None if evaluation is None else format_table(evaluation),

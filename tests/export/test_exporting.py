@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from pyro_vje import embed, evaluate, export, load_run, score
-from pyro_vje.anomaly.table import ScoreSettings
+from pyro_vje.config import ScoreConfig
 from pyro_vje.cli import main
 from pyro_vje.data import load_dataset
 from pyro_vje.export import deploy as exporting
@@ -205,6 +205,6 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run_copy, image_folde
     # what was scored with other weights is not this model's
     summary = json.loads((run_copy / "scores_summary.json").read_text())
     (run_copy / "scores_summary.json").write_text(json.dumps({**summary, "weights_sha256": "0"}))
-    card = exporting.model_card(load_run(run_copy), ScoreSettings(), None, "model", "onnx", {})
+    card = exporting.model_card(load_run(run_copy), ScoreConfig(), None, "model", "onnx", {})
     assert 'onnxruntime.InferenceSession("model")' in card
     assert "Detection of anomalies: **not measured**" in card
