@@ -9,6 +9,7 @@ from functools import cached_property, partial
 import pyro
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pyro_vje.anomaly import detectors
 from pyro_vje.anomaly.scores import get_score
@@ -21,10 +22,8 @@ from pyro_vje.model.vje import VJE
 
 _TEMPORARIES = 12
 """Matrices of one number a pair of images that evaluating the likelihood of all pairs holds at once, about."""
-
 _PAIRS = 1 << 22
 """Pairs of images in a chunk: more are no faster."""
-
 _CPU_NUMBERS, _CUDA_NUMBERS = 1 << 17, 1 << 24
 """Numbers in a chunk of latents, images × particles × D: as many as a CPU's cache holds are twice as fast."""
 
@@ -49,11 +48,9 @@ class Scorer:
         The model.
     reference : Posteriors, optional
         Images that were trained on, for the scores that compare with them.
-    num_particles : int
-        Samples of the latent for each expectation; they cost no pass of the encoder. 0 takes the noise-free
-        approximation of `expected_log_prob`.
-    seed : int
-        Seed of those samples.
+    num_particles, seed : int
+        Samples of the latent for each expectation, which cost no pass of the encoder, and their seed; 0 takes the
+        noise-free approximation of `expected_log_prob`.
     likelihood : str, optional
         A family to score with, instead of the one that was trained. Which factor trains best and which scores best
         are two questions: a normalised one gives densities that compare across scales.
@@ -91,17 +88,9 @@ class Scorer:
         return get_score(name)(self.parts(encoded))
 
     def parts(self, encoded: Posteriors) -> LikelihoodParts:
-        """What is known of N target embeddings under their contexts' posteriors.
-
-        Raises
-        ------
-        ValueError
-            If a number is not finite or a scale not positive.
-        """
-        encoded = Posteriors(*encoded).to(self.device)
-        good = torch.stack([tensor.isfinite().all(-1) for tensor in encoded]).all(0) & (
-            encoded.scale > 0
-        ).all(-1)
+        """What is known of N images; ``ValueError`` if a number is not finite or a scale not positive."""
+        encoded = encoded.to(self.device)
+        good = torch.stack([x.isfinite().all(-1) for x in encoded]).all(0) & (encoded.scale > 0).all(-1)
         if not good.all():
             raise ValueError(
                 f"the posteriors of {int((~good).sum())} of {len(good)} images are not finite, or have a scale that is "
@@ -131,17 +120,13 @@ class Scorer:
             self._fitted[detector] = getattr(detectors, detector)(self.reference.embeddings)
         return self._fitted[detector]
 
-    def likelihood(self, loc: Tensor, scale: Tensor) -> pyro.distributions.TorchDistribution:
-        """The likelihood over embeddings given latents ``loc`` and the posterior's scale."""
-        return self.vje.likelihood(loc, scale, family=self.family)
-
     def log_likelihood(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         """Expectations over the latent of the log-likelihood and of its two factors, float64 ``(N, 3)``."""
         if not len(self.noise):
             rms = (loc.square() + scale.square()).sqrt()
-            return expected_log_prob(self.likelihood(rms, scale), embeddings, loc, scale)
+            return expected_log_prob(self.vje.likelihood(rms, scale, self.family), embeddings, loc, scale)
         z = loc + scale * self.noise[:, None]  # (particles, N, D)
-        likelihood = self.likelihood(z, scale.expand_as(z))
+        likelihood = self.vje.likelihood(z, scale.expand_as(z), self.family)
         if hasattr(likelihood, "log_prob_direction"):
             radius = torch.linalg.vector_norm(embeddings, dim=-1)
             direction, radial = likelihood.log_prob_direction(embeddings), likelihood.log_prob_radius(radius)
@@ -150,13 +135,6 @@ class Scorer:
             joint = likelihood.log_prob(embeddings)
             direction = radial = torch.full_like(joint, torch.nan)
         return torch.stack([joint, direction, radial], -1).double().mean(0)
-
-    def pivot(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
-        """ρ² Σ (u - m)² / v of directions u and m = loc/‖loc‖ and the likelihood's variances v, float64 ``(N,)``."""
-        # The likelihood's scale is the posterior's, or a learned one: the Gaussian family's standard deviation.
-        v = self.vje.likelihood(loc, scale, family=get_family("normal")).variance
-        u, m = (torch.nn.functional.normalize(x, dim=-1) for x in (embeddings, loc))
-        return ((u - m).square() / v).double().sum(-1) * self.vje.settings.unit_radius**2
 
     @torch.no_grad()
     def log_aggregate(self, embeddings: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -170,10 +148,8 @@ class Scorer:
             if self.device.type == "cuda":
                 pairs = min(pairs, torch.cuda.mem_get_info(self.device)[0] // (4 * 8 * _TEMPORARIES))
             chunk = max(1, pairs // max(1, len(embeddings)))
-        found = [
-            pairwise_log_prob(self.likelihood(part.embeddings, part.scale), embeddings).double().logsumexp(0)
-            for part in self.reference.split(chunk)
-        ]
+        kernels = (self.vje.likelihood(e, scale, self.family) for e, _, scale in self.reference.split(chunk))
+        found = [pairwise_log_prob(kernel, embeddings).double().logsumexp(0) for kernel in kernels]
         return torch.stack(found).logsumexp(0) - math.log(len(self.reference.loc))
 
 
@@ -186,13 +162,12 @@ class LikelihoodParts:
     ----------
     encoded : Posteriors
         Embeddings t, and loc and scale of q(z | context), ``(N, D)`` each.
-    kl_weight : float
-        Weight that the KL divergence was trained with.
+    scorer : Scorer
+        By whom the images are judged; it holds ``reference``, ``typical`` and ``kl_weight``.
     """
 
     def __init__(self, scorer: Scorer, encoded: Posteriors, *, at_once: bool = False) -> None:
-        self._scorer, self.encoded, self._at_once = scorer, encoded, at_once
-        self.kl_weight = scorer.kl_weight
+        self.scorer, self.encoded, self._at_once = scorer, encoded, at_once
         self._rows = 32 * min(8, max(1, 1024 // encoded.loc.shape[-1]))
 
     @torch.no_grad()
@@ -209,10 +184,10 @@ class LikelihoodParts:
 
     @cached_property
     def _factors(self) -> Tensor:
-        numbers = max(1, self._scorer.noise.numel())
+        numbers = max(1, self.scorer.noise.numel())
         on_cpu = self.encoded.loc.device.type == "cpu"
         rows = min(_CPU_NUMBERS // numbers, self._rows) if on_cpu else _CUDA_NUMBERS // numbers
-        return self._evaluate(self._scorer.log_likelihood, *self.encoded, rows=max(1, rows))
+        return self._evaluate(self.scorer.log_likelihood, *self.encoded, rows=max(1, rows))
 
     @property
     def log_likelihood(self) -> Tensor:
@@ -243,28 +218,22 @@ class LikelihoodParts:
     @cached_property
     def pivot(self) -> Tensor:
         """ρ² Σ (u - m)² / v of directions u of t and m of loc, ρ the radius of the sphere of directions; no unit."""
-        return self._scorer.pivot(*self.encoded)
+        t, loc, scale = self.encoded
+        # The likelihood's variances are the posterior's, or learned ones: those of the Gaussian family.
+        v = self.scorer.vje.likelihood(loc, scale, get_family("normal")).variance.double()
+        residual = normalize(t.double(), dim=-1) - normalize(loc.double(), dim=-1)
+        return self.scorer.vje.settings.unit_radius**2 * (residual.square() / v).sum(-1)
 
     @cached_property
     def log_aggregate(self) -> Tensor:
         """Log of the mean over reference images i of p(t | e_i, v_i)."""
-        chunk = len(self.reference.loc) if self._at_once else None
-        log_aggregate = partial(self._scorer.log_aggregate, chunk=chunk)
+        chunk = len(self.scorer.reference.loc) if self._at_once else None
+        log_aggregate = partial(self.scorer.log_aggregate, chunk=chunk)
         return self._evaluate(log_aggregate, self.encoded.embeddings, rows=self._rows)
-
-    @property
-    def typical(self) -> float:
-        """Median over the reference images of their own log_likelihood."""
-        return self._scorer.typical
-
-    @property
-    def reference(self) -> Posteriors:
-        """The reference images; ``ValueError`` where there are none."""
-        return self._scorer.reference
 
     def by_detector(self, name: str) -> Tensor:
         """Scores of a function of `pyro_vje.anomaly.detectors`, fitted on the reference images' embeddings."""
-        return self._evaluate(self._scorer.fitted(name), self.encoded.embeddings, rows=self._rows)
+        return self._evaluate(self.scorer.fitted(name), self.encoded.embeddings, rows=self._rows)
 
 
 def expected_log_prob(
@@ -273,36 +242,35 @@ def expected_log_prob(
     """Noise-free approximation of E log p(t | z), z ~ Normal(loc, scale), with its two factors, float64 ``(N, 3)``.
 
     The squared residual of a Student-t gives way to its expectation, exact but for ‖z‖, which is taken for its root
-    mean square R (ours). So it lies below the expectation's value, by little where the residual varies little from
-    sample to sample: D in the hundreds, a posterior that is not mostly noise.
+    mean square R (ours). So it lies below the expectation, by little where the residual varies little from sample to
+    sample: D in the hundreds, a posterior that is not mostly noise.
 
-    Parameters
-    ----------
-    likelihood : PolarStudentT or DiagonalStudentT
-        The one at the latent (loc² + scale²)^½, whose norm is R. The direction must be restricted, a radius Student-t.
+    ``likelihood`` is the one at the latent (loc² + scale²)^½, whose norm is R: a `DiagonalStudentT`, or a
+    `PolarStudentT` of restricted direction and Student-t radius.
     """
     polar = isinstance(likelihood, PolarStudentT)
-    if not (
-        polar and (likelihood.direction, likelihood.radius != "log-student-t") == ("restricted", True)
-    ) and not (isinstance(likelihood, DiagonalStudentT)):
+    closed = likelihood.direction == "restricted" and likelihood.radius != "log-student-t" if polar else None
+    if not (closed or isinstance(likelihood, DiagonalStudentT)):
         raise ValueError(
             "num_particles 0 has a closed form for the families polar-student-t, polar-normal and student-t alone, "
-            "with a radius that is not log-student-t: ask for samples (--num-particles 16)"
+            "and for a radius that is not log-student-t: ask for samples (--num-particles 16)"
         )
     t, mean, v, w = (x.double() for x in (embeddings, loc, scale**2, likelihood.scale**2))
-    dim, df, noise = t.shape[-1], likelihood.df.double(), (v / w).sum(-1)
+    dim, df, noise, log_det = t.shape[-1], likelihood.df.double(), (v / w).sum(-1), 0.5 * w.log().sum(-1)
     if not polar:
-        squared = ((t - mean).square() / w).sum(-1) + noise
-        joint = student_t_log_density(df, dim, squared) - 0.5 * w.log().sum(-1)
-        return torch.stack([joint, *torch.full((2, len(t)), torch.nan, device=t.device).double()], -1)
-    r, big_r = torch.linalg.vector_norm(t, dim=-1), (mean.square() + v).sum(-1).sqrt()
-    residual = ((t / r[:, None] - mean / big_r[:, None]).square() / w).sum(-1) + noise / big_r.square()
-    direction = student_t_log_density(df, dim, likelihood.unit_radius**2 * residual)
-    direction = direction - 0.5 * w.log().sum(-1) + dim * math.log(likelihood.unit_radius)
+        joint = student_t_log_density(df, dim, ((t - mean).square() / w).sum(-1) + noise) - log_det
+        return torch.stack([joint, torch.full_like(joint, torch.nan), torch.full_like(joint, torch.nan)], -1)
+    r, rms, unit = (
+        torch.linalg.vector_norm(t, dim=-1),
+        (mean.square() + v).sum(-1).sqrt(),
+        likelihood.unit_radius,
+    )
+    residual = ((t / r[:, None] - mean / rms[:, None]).square() / w).sum(-1) + noise / rms.square()
+    direction = student_t_log_density(df, dim, unit**2 * residual) - log_det + dim * math.log(unit)
     radial = torch.zeros_like(direction)
     if likelihood.radius is not None:
-        spread = (mean.square() * v + 0.5 * v.square()).sum(-1) / big_r.square()  # the variance of ‖z‖, about
-        squared = (r - (big_r.square() - spread).clamp_min(0).sqrt()).square() + spread
+        spread = (mean.square() * v + 0.5 * v.square()).sum(-1) / rms.square()  # the variance of ‖z‖, about
+        squared = (r - (rms.square() - spread).clamp_min(0).sqrt()).square() + spread
         width = likelihood.radius_scale.double()
         radial = student_t_log_density(df, 1, squared / width.square()) - width.log()
     return torch.stack([direction + radial - (dim - 1) * r.log(), direction, radial], -1)

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from torch import Tensor
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
-from pyro_vje.data import ImageSet, load_dataset, views_for
+from pyro_vje.data import ImageSet, views_for
 from pyro_vje.data.splits import load_train_set, reference_images
 from pyro_vje.model.encoding import Posteriors, encode, encode_batches, images_at_once
 from pyro_vje.runs.files import locked, parse_json, write_atomic
-from pyro_vje.runs.folder import CALIBRATION, CONFIG, PICTURES, REFERENCE, LoadedRun, load_posteriors
+from pyro_vje.runs.folder import CALIBRATION, REFERENCE, LoadedRun, load_posteriors
 
 log = logging.getLogger("pyro_vje")
 
@@ -107,43 +106,6 @@ class Rows:
         """Remove the file, when all that was made of it is written, and let other processes write it."""
         self.path.unlink()
         self._lock.close()
-
-
-def images_of(root: str | Path, image_size: int) -> ImageSet:
-    """All images of a folder, but for those that this package wrote: its run folders, and the pictures of `score`.
-
-    A run folder holds a ``config.json`` with a schema version; pictures of ``NAME.csv`` lie in the folder ``pictures``
-    beside ``NAME_summary.json``.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If there is no such folder, or no image in it.
-    """
-    images = load_dataset("folder", root, "all", image_size=image_size, residency="stream")
-
-    @cache
-    def is_ours(folder: Path) -> bool:
-        config = folder / CONFIG
-        try:
-            is_run = config.is_file() and "schema_version" in parse_json(config.read_bytes())
-        except (OSError, ValueError, TypeError):
-            is_run = False
-        is_drawn = folder.name == PICTURES and any(folder.parent.glob("*_summary.json"))
-        return is_run or is_drawn or (folder.parent not in above and is_ours(folder.parent))
-
-    above = {Path(root), *Path(root).parents}  # what was asked for is read
-    keep = [
-        i
-        for i, path in enumerate(images.paths)
-        if Path(path).parent in above or not is_ours(Path(path).parent)
-    ]
-    if len(keep) == len(images):
-        return images
-    log.info("%d images that pyro-vje wrote itself are left out", len(images) - len(keep))
-    if not keep:
-        raise ValueError(f"{root} holds no image but those that pyro-vje wrote itself")
-    return images.select(keep)
 
 
 def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:

@@ -79,7 +79,7 @@ def conditional(parts: LikelihoodParts) -> Tensor:
 @register()
 def elbo(parts: LikelihoodParts) -> Tensor:
     """Negative ELBO as it was trained: `conditional` plus the KL divergence from the prior at the trained weight."""
-    return parts.kl_weight * parts.kl - parts.log_likelihood
+    return parts.scorer.kl_weight * parts.kl - parts.log_likelihood
 
 
 @register(needs_reference=True)
@@ -119,7 +119,7 @@ def typicality(parts: LikelihoodParts) -> Tensor:
     An image can be too likely to be normal: Nalisnick et al., "Detecting out-of-distribution inputs to deep
     generative models using typicality" (arXiv 1906.02994).
     """
-    return (parts.log_likelihood - parts.typical).abs()
+    return (parts.log_likelihood - parts.scorer.typical).abs()
 
 
 @register()
