@@ -394,7 +394,7 @@ def particles_of(settings: Settings, count: int) -> Work:
     shape = (3, 16 if settings.quick else 4096, vje.embedding_dim)
     embeddings, loc, scale = torch.randn(shape, device=settings.device)
     scorer, posteriors = Scorer(vje, num_particles=count), Posteriors(embeddings, loc, scale.exp())
-    return lambda: scorer.parts(posteriors)
+    return lambda: scorer.parts(posteriors).log_likelihood
 
 
 def scoring_of(settings: Settings, count: int) -> Work:

@@ -21,7 +21,7 @@ from pyro_vje.config import ScoreConfig
     help="onnx, for ONNX Runtime (writing it needs pip install 'pyro-vje[export]'); torch, for torch.export.load.",
 )
 @options.of(ScoreConfig, "out", help="The file. [default: model.onnx or model.pt2 in the run folder]")
-@options.of(ScoreConfig, "score_likelihood", "num_particles", "seed", "trust_plugins")
+@options.of(ScoreConfig, "score", "score_likelihood", "num_particles", "seed", "trust_plugins")
 def command(ckpt: Path, **settings: Any) -> None:
     """Write a model as one file that runs without this package, with a model card beside it.
 

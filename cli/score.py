@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import options
 from pyro_vje.config import ScoreConfig
+
+NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.values())
+DEFAULT = ScoreConfig().score
 
 
 @options.command("score")
 @options.ckpt
-@options.of(ScoreConfig)
+@options.of(ScoreConfig, "score", help=f"{NAMES}; or your own as module:function. [default: {DEFAULT}]")
+@options.of(ScoreConfig, without=["score"])
 @click.pass_context
 def command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
@@ -22,21 +26,17 @@ def command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
 
     from pyro_vje import score
     from pyro_vje.data.imageset import counted
-    from pyro_vje.runs.folder import deterministic_kernels
 
-    values = dataclasses.asdict(config)
-    del values["reference_views"]
-    with deterministic_kernels(values.pop("deterministic")):
-        result = score(ckpt, **values)
-    how = result.settings
-    passes = f"{how.passes} forward pass{'es' if how.passes > 1 else ''} an image"
+    result = score(ckpt, config)
+    passes = f"{result.passes} forward pass{'es' if result.passes > 1 else ''} an image"
     click.echo(
-        f"{counted(result.scored)} scored by {how.score} "
-        f"({passes}, {how.num_particles} particles, seed {how.seed}): {result.csv}"
+        f"{counted(result.scored)} scored by {config.score} "
+        f"({passes}, {config.num_particles} particles, seed {config.seed}): {result.csv}"
     )
     if result.auroc is not None:
-        anomalies = result.scored - (result.normal or 0)
-        click.echo(f"AUROC {result.auroc:.4f} (anomalies positive: {anomalies}, normal: {result.normal})")
+        counts = f"anomalies positive: {result.anomalies}, normal: {result.normal}"
+        counts += f"; left out, without a label: {result.unlabelled}" if result.unlabelled else ""
+        click.echo(f"AUROC {result.auroc:.4f} ({counts})")
     if result.flagged is not None:
         rule = f"Benjamini-Hochberg at a false-discovery rate of {config.fdr}"
         rule = rule if config.alpha is None else f"p-value ≤ {config.alpha}"

@@ -195,7 +195,9 @@ class ScoreConfig:
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
     reference_views: int = say(0, "Kernels at so many augmented views of a reference image; 0: clean.", ge=0)
     num_pairs: int = say(0, "0: the image's own embedding, one pass. K: mean over K pairs, 2 K passes.", ge=0)
-    num_particles: int = say(16, "Samples of the latent an image; they cost no pass of the encoder.", ge=1)
+    num_particles: int = say(
+        16, "Samples of the latent, which cost no pass; 0: a formula without noise.", ge=0
+    )
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
     alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)
     fdr: float | None = say(None, "At most this share of those called is normal (by BH).", gt=0, lt=1)

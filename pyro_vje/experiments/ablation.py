@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyro_vje.anomaly.rows import HOW
 from pyro_vje.anomaly.table import score
 from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.data.splits import load_train_set
@@ -154,7 +155,10 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
         scored = score(folder, download=config.download, draw=False, trust_plugins=True)
         if scored.auroc is not None:
             measures["auroc"] = scored.auroc
-            protocols["auroc"] = {**dataclasses.asdict(scored.settings), "positive": "anomalies"}
+            protocols["auroc"] = {
+                **{name: getattr(scored.settings, name) for name in HOW},
+                "positive": "anomalies",
+            }
     return {"measures": measures, "protocols": protocols}
 
 

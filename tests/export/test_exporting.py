@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from torch import nn
 
 from pyro_vje import embed, evaluate, export, load_run, score
-from pyro_vje.config import ScoreConfig
 from pyro_vje.cli import main
+from pyro_vje.config import ScoreConfig
 from pyro_vje.data import load_dataset
 from pyro_vje.export import deploy as exporting
 from pyro_vje.model import encoders

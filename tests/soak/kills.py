@@ -194,8 +194,8 @@ def _live(arguments: Sequence[str], log: Path, pipe: int, aim: Aim | None) -> No
     announce(ablation, "_summarise", "table", "step")
     announce(protocols, "all_scores", "evaluation")
     announce(protocols, "_summarise", "table", "step")
-    announce(scoring, "_score_all", "evaluation", "table")
-    announce(scoring.Journal, "add", "step")
+    announce(scoring, "score_images", "evaluation", "table")
+    announce(scoring.Rows, "add", "step")
     checkpoints.CHECKPOINT_SECONDS = 0.0  # after every step: each is a moment to be killed in
     torch.set_num_threads(1)  # steps of this size are no faster on two
     command(list(arguments))  # exits
