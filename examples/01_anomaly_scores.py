@@ -47,7 +47,7 @@ for i in range(8):
 # On the command line: ``pyro-vje train --dataset folder --data-dir photos/ --holdout 0.2 ... --out run``. A
 # fifth of the images is kept out of training. They calibrate the scores: with n of them no p-value is below 1 /
 # (n + 1).
-settings = {"encoder": "resnet-small", "image_size": 16, "embedding_dim": 32, "batch_size": 64}
+settings = {"encoder": "resnet-small", "image_size": 16, "batch_size": 64}
 config = TrainConfig("folder", str(root / "photos"), holdout=0.2, epochs=10, **settings)
 run = train(config, root / "run")
 

@@ -37,7 +37,7 @@ def contaminated(loc, scale, settings):
 # same grid is one command: ``pyro-vje ablate --likelihood polar-student-t --likelihood my_family:contaminated
 # ...``. Every cell is a run folder with its weights; the command goes on where it was stopped, and more values
 # may be added.
-base = TrainConfig(dataset="digits", epochs=2, embedding_dim=32, hidden_dim=128, knn_every=0)
+base = TrainConfig(dataset="digits", epochs=2, hidden_dim=128, knn_every=0)
 axes = {"likelihood": ["polar-student-t", "__main__:contaminated"], "kl_weight": [0.03], "seed": [0]}
 result = ablate(base, axes, tempfile.mkdtemp())
 print(result.table)

@@ -1,6 +1,5 @@
 """Files that nobody vouches for: a pickle runs nothing, damage is one line, and so is memory that is too small."""
 
-import contextlib
 import csv
 import io
 import json
@@ -138,7 +137,6 @@ def test_the_fuzzer_sees_what_it_is_there_for(tmp_path, monkeypatch):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: no")]
 )
