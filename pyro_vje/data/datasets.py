@@ -206,8 +206,8 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
         raise FileNotFoundError(
             f"no such folder: {root.absolute()}: give the right one as data_dir (--data-dir){_elsewhere(root)}"
         )
-    folders = [entry.name for entry in os.scandir(root) if entry.is_dir()] if root.is_dir() else []
-    parts = {name: PARTS[name.lower()] for name in folders if name.lower() in PARTS}
+    known = [name for name in os.listdir(root) if name.lower() in PARTS] if root.is_dir() else []
+    parts = {name: PARTS[name.lower()] for name in sorted(known) if (root / name).is_dir()}
     test = next((part for part in held_out if part in parts.values()), None)
     if test is None or "train" not in parts.values():
         if parts and request.split != "all":
@@ -242,8 +242,9 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
             "images, by a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
         )
     paths = [path for path, _ in files]
-    labels = torch.tensor([index.get(class_of(place), -1) for _, place in files]) if names else None
-    images = ImageSet(LazyImages(paths, size), paths, labels, tuple(names) or None, root=str(root))
+    labels = torch.tensor([index.get(class_of(place), -1) for _, place in files])
+    labelled = labels if bool((labels >= 0).any()) else None
+    images = ImageSet(LazyImages(paths, size), paths, labelled, tuple(names) or None, root=str(root))
     return read_images(images, request.residency)
 
 
