@@ -58,8 +58,9 @@ def check_knn(ks: Sequence[int], temperatures: Sequence[float]) -> None:
         raise ValueError("k-NN needs at least one k and one temperature")
     if min(ks) < 1:
         raise ValueError(f"k must be at least 1, got {min(ks)}")
-    if not all(temperature > 0 for temperature in temperatures):
-        raise ValueError(f"temperature must be positive, got {list(temperatures)}")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
 
 
 def _pair(train: Array, test: Array) -> tuple[Tensor, Tensor]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import textwrap
 import warnings
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pyro_vje import metrics
+from pyro_vje.config import TrainConfig
 from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, load_dataset, views_for, warn_if_shared
 from pyro_vje.model.encoding import Encoded, encode
 from pyro_vje.model.vje import VJE
-from pyro_vje.pages import pictures
+from pyro_vje.pages.pictures import plot_rejection
 from pyro_vje.representation.probes import probe_views, sgd_probe
 from pyro_vje.runs.files import write_json
 from pyro_vje.runs.folder import PICTURES, LoadedRun, build_model, default_device, load_run
@@ -28,6 +29,15 @@ log = logging.getLogger("pyro_vje")
 LINEAR = ("logistic", "sgd")
 WIDTH = 110  # columns of the printed text
 
+Extract = Callable[[ImageSet], tuple[Tensor, Tensor]]
+"""Images to the indices ``(N,)`` of those that could be decoded and their features ``(N, F)``."""
+
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Features ``(N, F)`` and labels ``(N,)`` of the training images, then those of the test images."""
+
+Found = dict[str, tuple[Any, dict[str, Any]]]
+"""What was found by name, and the protocol behind it, empty where it needs none."""
+
 
 def load_split(
     run: LoadedRun, split: str, dataset: str | None, data_dir: str | None, *, download: bool = True
@@ -35,13 +45,9 @@ def load_split(
     """Load a split of the run's own data set, or of another one, at the run's image size."""
     config = run.info.config
     own = dataset is None or dataset == config.dataset
-    return load_dataset(
-        dataset or config.dataset,
-        data_dir if data_dir is not None or not own else config.data_dir,
-        split,
-        image_size=run.info.image_size,
-        download=download,
-    )
+    folder = data_dir if data_dir is not None or not own else config.data_dir
+    size = run.info.image_size
+    return load_dataset(dataset or config.dataset, folder, split, image_size=size, download=download)
 
 
 def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
@@ -50,37 +56,20 @@ def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
     return torch.cat([indices for indices, _ in batches]), torch.cat([values for _, values in batches])
 
 
-Extract = Callable[[ImageSet], tuple[Tensor, Tensor]]
-"""Images to the indices ``(N,)`` of those that could be decoded and their features ``(N, F)``."""
-
-
 def features_of(vje: VJE, view: CleanView, *, batch_size: int = 256) -> Extract:
     """Extractor of the encoder's output, on the device where the model lies."""
-    device = next(vje.parameters()).device
 
     def extract(images: ImageSet) -> tuple[Tensor, Tensor]:
-        encoded = encode(vje, images, view, batch_size=batch_size, device=device)
+        encoded = encode(vje, images, view, batch_size=batch_size, device=next(vje.parameters()).device)
         return encoded.indices, encoded.features
 
     return extract
 
 
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Features ``(N, F)`` and labels ``(N,)`` of the training images, then those of the test images."""
-
-Found = tuple[dict[str, Any], dict[str, Any]]
-"""What was found, and the protocol behind each number by the same name."""
-
-
 def probe(
-    extract: Extract,
-    train_set: ImageSet,
-    test_set: ImageSet,
-    *,
-    k: int = 200,
-    temperature: float = 0.1,
+    extract: Extract, train_set: ImageSet, test_set: ImageSet, *, k: int = 200, temperature: float = 0.1
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weighted k-NN and logistic regression on one representation of labelled images.
+    """Weighted k-NN and logistic regression on one representation of images; unlabelled ones are left out.
 
     Returns
     -------
@@ -88,15 +77,20 @@ def probe(
         What was found (``dim``, accuracies ``knn`` and ``linear``, ``linear_converged``), and the protocols behind
         the accuracies, by the same names.
     """
-    train_index, train = extract(train_set)
-    test_index, test = extract(test_set)
-    data = train, train_set.labels_at(train_index), test, test_set.labels_at(test_index)
-    return _merge(_knn(data, [k], [temperature]), _logistic(data))
+    train_set, test_set = train_set.labelled(), test_set.labelled()
+    data = _data(extract(train_set), train_set, extract(test_set), test_set)
+    return _split(_knn(data, [k], [temperature]) | _logistic(data))
 
 
-def _merge(*found: Found) -> Found:
-    rows, protocols = zip(*found, strict=True)
-    return dict(ChainMap(*reversed(rows))), dict(ChainMap(*reversed(protocols)))
+def _data(
+    train: tuple[Tensor, Tensor], train_set: ImageSet, test: tuple[Tensor, Tensor], test_set: ImageSet
+) -> Data:
+    return train[1], train_set.labels_at(train[0]), test[1], test_set.labels_at(test[0])
+
+
+def _split(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+    protocols = {name: protocol for name, (_, protocol) in found.items() if protocol}
+    return {name: value for name, (value, _) in found.items()}, protocols
 
 
 def _protocol(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,52 +101,38 @@ def _protocol(result: Mapping[str, Any]) -> dict[str, Any]:
 def _knn(data: Data, ks: Sequence[int], temperatures: Sequence[float]) -> Found:
     """k-NN for the first k and temperature, and under ``knn_sweep`` for all combinations where there are several."""
     results = metrics.knn_sweep(*data, ks=ks, temperatures=temperatures)
-    row: dict[str, Any] = {"dim": data[0].shape[1], "knn": results[0]["accuracy"]}
-    protocols = {"knn": _protocol(results[0])}
+    protocol = _protocol(results[0])
+    found: Found = {"dim": (data[0].shape[1], {}), "knn": (results[0]["accuracy"], protocol)}
     if len(results) > 1:
-        names = ("k", "temperature", "accuracy")
-        row["knn_sweep"] = [{name: result[name] for name in names} for result in results]
-        protocols["knn_sweep"] = {**protocols["knn"], "k": list(ks), "temperature": list(temperatures)}
-    return row, protocols
+        sweep = [{name: result[name] for name in ("k", "temperature", "accuracy")} for result in results]
+        found["knn_sweep"] = sweep, {**protocol, "k": list(ks), "temperature": list(temperatures)}
+    return found
 
 
 def _logistic(data: Data) -> Found:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said in the row instead
         result = metrics.linear_probe(*data)
-    row = {"linear": result["accuracy"], "linear_converged": result["converged"]}
-    return row, {"linear": _protocol(result)}
+    return {"linear": (result["accuracy"], _protocol(result)), "linear_converged": (result["converged"], {})}
 
 
-def _embed_views(
-    vje: VJE, images: ImageSet, views: TwoViews, *, batch_size: int = 256, seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Embeddings ``(N, D)`` of two augmented views of each image, on the CPU, by a model in evaluation mode."""
+def _geometry(vje: VJE, images: ImageSet, test: Encoded, views: TwoViews, views_of: str, seed: int) -> Found:
+    """Effective rank, uniformity, and alignment between two views of each image by a model in evaluation mode."""
     device = next(vje.parameters()).device
     generator = torch.Generator(device).manual_seed(derive_seed("alignment", seed))
     parts = []
-    for _, batch in images.batches(batch_size):
+    for _, batch in images.batches(256):
         with torch.no_grad():
             embeddings = vje.embed(views(batch.to(device), generator).flatten(0, 1))
         parts.append(embeddings.unflatten(0, (2, -1)).cpu())
-    first, second = torch.cat(parts, dim=1)
-    return first, second
-
-
-def _geometry(test: Encoded, augmented: tuple[Tensor, Tensor], protocol: dict[str, Any]) -> Found:
-    """Effective rank, alignment and uniformity; ``protocol`` says what the augmented views are."""
-    images = {"test_images": len(test.features)}
-    row = {
-        "effective_rank": metrics.effective_rank(test.features),
-        "alignment": metrics.alignment(*augmented),
-        "uniformity": metrics.uniformity(test.embeddings),
+    rank, uniform = metrics.effective_rank(test.features), metrics.uniformity(test.embeddings)
+    count, drawn = {"test_images": len(test.features)}, f"as in pretraining on {views_of}"
+    pairs = {"of": "normalised embeddings of two views", "alpha": 2.0, "views": drawn, "seed": seed}
+    return {
+        "effective_rank": (rank, {"of": "encoder features, not centred (RankMe)", **count}),
+        "alignment": (metrics.alignment(*torch.cat(parts, dim=1)), {**pairs, **count}),
+        "uniformity": (uniform, {"of": "normalised embeddings", "t": 2.0, **count}),
     }
-    protocols: dict[str, dict[str, Any]] = {
-        "effective_rank": {"of": "encoder features, not centred (RankMe)", **images},
-        "alignment": {"of": "normalised embeddings of two views", "alpha": 2.0, **protocol, **images},
-        "uniformity": {"of": "normalised embeddings", "t": 2.0, **images},
-    }
-    return row, protocols
 
 
 def _uncertainty(data: Data, scale: Tensor) -> tuple[Found, metrics.RejectionCurve]:
@@ -162,29 +142,27 @@ def _uncertainty(data: Data, scale: Tensor) -> tuple[Found, metrics.RejectionCur
     variance = scale.double().square().mean(1)
     curve = metrics.rejection_curve(correct, variance)
     steps = range(0, 100, 10)
-    row = {
-        "recall_at_1": correct.double().mean().item(),
-        # Undefined where retrieval never fails, or always does.
-        "r_auroc": metrics.r_auroc(correct, variance) if 0 < correct.sum() < len(correct) else None,
-        "rejection": {
-            "rejected": [step / 100 for step in steps],
-            "accuracy": [float(curve.accuracy[len(truth) * step // 100]) for step in steps],
-            "area": curve.area,
-        },
+    rejection = {
+        "rejected": [step / 100 for step in steps],
+        "accuracy": [float(curve.accuracy[len(truth) * step // 100]) for step in steps],
+        "area": curve.area,
     }
-    retrieval: dict[str, Any] = {
-        "of": "encoder features",
-        "retrieval": "nearest training image",
-        "metric": "cosine",
-    }
-    retrieval |= {"train_images": len(labels), "test_images": len(truth)}
-    uncertain = {"uncertainty": "mean posterior variance"}
-    protocols = {
-        "recall_at_1": retrieval,
-        "r_auroc": {**uncertain, "positive": "Recall@1 fails", **retrieval},
-        "rejection": {**uncertain, "accuracy": "Recall@1 of the images kept", **retrieval},
-    }
-    return (row, protocols), curve
+    # Undefined where retrieval never fails, or always does.
+    r_auroc = metrics.r_auroc(correct, variance) if 0 < correct.sum() < len(correct) else None
+    retrieval: dict[str, Any] = {"of": "encoder features", "retrieval": "nearest training image"}
+    retrieval |= {"metric": "cosine", "train_images": len(labels), "test_images": len(truth)}
+    by = {"uncertainty": "mean posterior variance"}
+    return {
+        "recall_at_1": (correct.double().mean().item(), retrieval),
+        "r_auroc": (r_auroc, {**by, "positive": "Recall@1 fails", **retrieval}),
+        "rejection": (rejection, {**by, "accuracy": "Recall@1 of the images kept", **retrieval}),
+    }, curve
+
+
+def control_name(config: TrainConfig) -> str:
+    """What the same model before its training is called: its encoder may have learned elsewhere."""
+    pretrained = getattr(config, "weights", "none") not in (None, "none")
+    return "pretrained encoder, no head" if pretrained else "untrained encoder"
 
 
 def evaluate(
@@ -204,7 +182,8 @@ def evaluate(
     """Probes and measures of the representation on the labelled splits: last epoch's weights and two controls.
 
     Weighted k-NN and linear probes; for the encoders also effective rank, alignment, uniformity, and whether the
-    posterior's variance says where nearest-neighbour retrieval fails (`metrics` defines each).
+    posterior's variance says where nearest-neighbour retrieval fails (`metrics` defines each). The controls are the
+    model before its training and raw pixels.
 
     Parameters
     ----------
@@ -243,56 +222,47 @@ def evaluate(
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
     metrics.check_knn(ks, temperatures)  # before minutes of encoding
     probes = [linear] if isinstance(linear, str) else list(linear)
-    for name in probes:
-        if name not in LINEAR:
-            raise ValueError(f"unknown linear probe {name!r}; known: {', '.join(LINEAR)}")
+    if unknown := set(probes) - set(LINEAR):
+        raise ValueError(f"unknown linear probe {unknown.pop()!r}; known: {', '.join(LINEAR)}")
     if probe_epochs < 1:
         raise ValueError(f"probe_epochs must be at least 1, got {probe_epochs}")
     device = default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     config, view = run.info.config, run.info.view
-    train_set = load_split(run, "train", dataset, data_dir, download=download).labelled()
-    test_set = load_split(run, "test", dataset, data_dir, download=download).labelled()
+    train_set, test_set = (
+        load_split(run, split, dataset, data_dir, download=download).labelled() for split in ("train", "test")
+    )
     warn_if_shared(train_set, test_set)
-    untrained = build_model(config, run.info.image_size).to(device).eval()
     recipe = views_for(config.dataset, run.info.image_size)[0].recipe
     views = TwoViews(run.info.image_size, recipe, view.mean, view.std)
-    views_protocol = {"views": f"as in pretraining on {config.dataset}", "seed": config.seed}
+    curves: dict[str, tuple[Any, Any]] = {}
 
-    def measure(vje: VJE | None) -> tuple[Found, metrics.RejectionCurve | None]:
+    def measure(name: str, vje: VJE | None) -> Found:
+        log.info("evaluating %s", name)
         encoded = None
         if vje is None:
-            (train_index, train), (test_index, test) = pixels(train_set, view), pixels(test_set, view)
+            data = _data(pixels(train_set, view), train_set, pixels(test_set, view), test_set)
         else:
-            train_index, train = features_of(vje, view, batch_size=batch_size)(train_set)
             encoded = encode(vje, test_set, view, batch_size=batch_size, device=device)
-            test_index, test = encoded.indices, encoded.features
-        data = train, train_set.labels_at(train_index), test, test_set.labels_at(test_index)
-        found = [_knn(data, ks, temperatures)]
-        if "logistic" in probes:
-            found.append(_logistic(data))
+            train = features_of(vje, view, batch_size=batch_size)(train_set)
+            data = _data(train, train_set, (encoded.indices, encoded.features), test_set)
+        found = _knn(data, ks, temperatures) | (_logistic(data) if "logistic" in probes else {})
         if vje is None or encoded is None:
-            return _merge(*found), None
+            return found
         if "sgd" in probes:
             own = probe_views(dataset or config.dataset, view)
             settings: dict[str, Any] = {"epochs": probe_epochs, "batch_size": batch_size, "seed": config.seed}
-            result = sgd_probe(vje.features, train_set, test, data[3], own, device=device, **settings)
-            found.append(({"linear_sgd": result["accuracy"]}, {"linear_sgd": _protocol(result)}))
-        augmented = _embed_views(vje, test_set, views, batch_size=batch_size, seed=config.seed)
+            result = sgd_probe(vje.features, train_set, *data[2:], own, device=device, **settings)
+            found["linear_sgd"] = result["accuracy"], _protocol(result)
+        found |= _geometry(vje, test_set, encoded, views, config.dataset, config.seed)
         uncertainty, curve = _uncertainty(data, encoded.scale)
-        return _merge(*found, _geometry(encoded, augmented, views_protocol), uncertainty), curve
+        curves[name] = curve.rejected, curve.accuracy
+        return found | uncertainty
 
-    rows: list[dict[str, Any]] = []
-    protocols: dict[str, Any] = {}
-    curves: dict[str, tuple[Any, Any]] = {}
-    for name, vje in {"trained encoder": run.vje, "untrained encoder": untrained, "raw pixels": None}.items():
-        log.info("evaluating %s", name)
-        (row, found), curve = measure(vje)
-        protocols = {**found, **protocols}  # the same for every row that has them
-        rows.append({"representation": name, **row})
-        if curve is not None:
-            curves[name] = curve.rejected, curve.accuracy
-    rows = [dict.fromkeys(rows[0]) | row for row in rows]  # empty cells where a measure does not apply
+    untrained = build_model(config, run.info.image_size).to(device).eval()
+    models = {"trained encoder": run.vje, control_name(config): untrained, "raw pixels": None}
+    found = {name: _split(measure(name, vje)) for name, vje in models.items()}
+    trained, protocols = found["trained encoder"]
     result = {
         "dataset": dataset or config.dataset,
         "train_images": len(train_set),
@@ -300,66 +270,68 @@ def evaluate(
         "image_size": run.info.image_size,
         "weights": f"epoch {config.epochs} of {config.epochs} (the last)",
         "seed": config.seed,
-        "rows": rows,
+        # Empty cells where a measure does not apply.
+        "rows": [
+            {"representation": name, **dict.fromkeys(trained), **row} for name, (row, _) in found.items()
+        ],
         "protocols": protocols,
     }
     target = Path(out) if out is not None else (run.folder / "eval.json" if run.folder else None)
     if target is not None:
         write_json(target, result)
-        (target.parent / PICTURES).mkdir(exist_ok=True)
         path = target.parent / PICTURES / f"{target.stem}_rejection.png"
-        pictures.plot_rejection(curves, path, ylabel="Recall@1 of the test images kept")
+        plot_rejection(curves, path, ylabel="Recall@1 of the test images kept")
     return result
 
 
-# Name in the result, heading, format; a line of protocol each.
-_COLUMNS = (
-    ("knn", "k-NN", ".4f"),
-    ("linear", "linear", ".4f"),
-    ("linear_sgd", "SGD", ".4f"),
-    ("effective_rank", "rank", ".1f"),
-    ("alignment", "align", ".4f"),
-    ("uniformity", "uniform", ".3f"),
-    ("recall_at_1", "R@1", ".4f"),
-    ("r_auroc", "R-AUROC", ".4f"),
-)
+# Heading in the table, decimals; a line of protocol each.
+_COLUMNS = {
+    "knn": ("k-NN", 4),
+    "linear": ("linear", 4),
+    "linear_sgd": ("SGD", 4),
+    "effective_rank": ("rank", 1),
+    "alignment": ("align", 4),
+    "uniformity": ("uniform", 3),
+    "recall_at_1": ("R@1", 4),
+    "r_auroc": ("R-AUROC", 4),
+}
+
+
+def _text(first: str, columns: Mapping[str, Sequence[str]], index: Sequence[str], width: int) -> list[str]:
+    """Lines of a table whose first column is headed ``first``."""
+    frame = pd.DataFrame(columns, index=[f"{name:<20}" for name in index]).rename_axis(columns=first)
+    text = frame.to_string(col_space={name: 5 if name == "dim" else width for name in columns})
+    return ["", *(line.rstrip() for line in text.splitlines())]
 
 
 def format_table(result: dict[str, Any]) -> str:
     """`evaluate`'s result as text: a row for each representation, tables, then the protocols."""
-    rows, protocols = result["rows"], result["protocols"]
-    columns = [column for column in _COLUMNS if column[0] in protocols]
-    lines = [
-        f"{result['dataset']}: {result['train_images']} training and {result['test_images']} test images, "
-        f"weights of {result['weights']}",
-        f"{'representation':<20}{'dim':>6}" + "".join(f"{heading:>9}" for _, heading, _ in columns),
-    ]
-    for row in rows:
-        cells = ("" if row[name] is None else format(row[name], form) for name, _, form in columns)
-        line = f"{row['representation']:<20}{row['dim']:>6}" + "".join(f"{cell:>9}" for cell in cells)
-        lines.append(line.rstrip())
+    rows, protocols = {row["representation"]: row for row in result["rows"]}, result["protocols"]
+    columns = {"dim": [str(row["dim"]) for row in rows.values()]}
+    for name, (heading, digits) in _COLUMNS.items():
+        if name in protocols:
+            values = [row[name] for row in rows.values()]
+            columns[heading] = ["" if value is None else f"{value:.{digits}f}" for value in values]
+    images = f"{result['train_images']} training and {result['test_images']} test images"
+    lines = [f"{result['dataset']}: {images}, weights of {result['weights']}"]
+    lines += _text("representation", columns, [*rows], 8)[1:]
     if "knn_sweep" in protocols:
-        lines += [
-            "",
-            f"{'k-NN for each k and T':<26}" + "".join(f"{row['representation']:>20}" for row in rows),
-        ]
-        for i, setting in enumerate(rows[0]["knn_sweep"]):
-            accuracies = "".join(f"{row['knn_sweep'][i]['accuracy']:>20.4f}" for row in rows)
-            lines.append(f"{'k {k}, T {temperature}'.format(**setting):<26}{accuracies}")
-    uncertain = [row for row in rows if row["rejection"] is not None]
-    rejected = [f"{share:.0%}" for share in uncertain[0]["rejection"]["rejected"]]
-    lines += [
-        "",
-        f"{'R@1, share rejected':<20}" + "".join(f"{share:>8}" for share in rejected) + f"{'area':>8}",
-    ]
-    for row in uncertain:
-        numbers = (*row["rejection"]["accuracy"], row["rejection"]["area"])
-        lines.append(f"{row['representation']:<20}" + "".join(f"{number:>8.4f}" for number in numbers))
-    lines.append("")
-    for name, heading in (*(column[:2] for column in columns), ("rejection", "rejected")):
-        protocol = ", ".join(f"{key} {value}" for key, value in protocols[name].items())
-        if name == "linear":
-            unfit = [row["representation"] for row in rows if not row["linear_converged"]]
+        sweeps = {name: [f"{x['accuracy']:.4f}" for x in row["knn_sweep"]] for name, row in rows.items()}
+        (settings, *_) = (row["knn_sweep"] for row in rows.values())
+        lines += _text(
+            "k-NN for each k and T", sweeps, ["k {k}, T {temperature}".format(**s) for s in settings], 8
+        )
+    curves = {name: row["rejection"] for name, row in rows.items() if row["rejection"] is not None}
+    shares = [f"{share:.0%}" for share in next(iter(curves.values()))["rejected"]]
+    kept = zip(*([*curve["accuracy"], curve["area"]] for curve in curves.values()), strict=True)
+    table = {
+        heading: [f"{x:.3f}" for x in column] for heading, column in zip([*shares, "area"], kept, strict=True)
+    }
+    lines += [*_text("R@1, share rejected", table, [*curves], 6), ""]
+    for name, (heading, _) in (*_COLUMNS.items(), ("rejection", ("rejected", 0))):
+        if name in protocols:
+            protocol = ", ".join(f"{key} {value}" for key, value in protocols[name].items())
+            unfit = [of for of, row in rows.items() if name == "linear" and not row["linear_converged"]]
             protocol += f"; NOT CONVERGED for {', '.join(unfit)}" if unfit else ""
-        lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", WIDTH, subsequent_indent=" " * 10)
+            lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", WIDTH, subsequent_indent=" " * 10)
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,24 +15,6 @@ from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, derive_seed, vi
 log = logging.getLogger("pyro_vje")
 
 BASE_LR, MOMENTUM = 0.1, 0.9
-
-
-class SgdResult(TypedDict):
-    """Accuracy of `sgd_probe` with its protocol; ``lr`` is the first epoch's, the accuracy the last epoch's."""
-
-    accuracy: float
-    classifier: str
-    lr: float
-    schedule: str
-    momentum: float
-    weight_decay: float
-    epochs: int
-    epoch: str
-    batch_size: int
-    augmentation: str
-    seed: int
-    train_images: int
-    test_images: int
 
 
 def probe_views(dataset: str, view: CleanView) -> TwoViews:
@@ -58,39 +40,22 @@ def sgd_probe(
     batch_size: int = 256,
     seed: int = 0,
     device: str | torch.device = "cpu",
-) -> SgdResult:
-    """Accuracy of a linear layer trained by SGD on the features of augmented images, with the protocol behind it.
+) -> dict[str, Any]:
+    """``accuracy`` of a linear layer trained by SGD on features of augmented images, with the protocol behind it.
 
     Learning rate 0.1 · batch / 256 with a cosine schedule to 0, momentum 0.9, no weight decay. Every epoch draws new
-    views and so takes a forward pass of the encoder over all training images.
-
-    Parameters
-    ----------
-    features : callable
-        Normalised images ``(B, 3, S, S)`` to features ``(B, F)``, frozen and in evaluation mode.
-    train_set : ImageSet
-        Labelled images; those that cannot be decoded are left out.
-    test_features, test_labels : (M, F), (M,)
-        Of the clean test images; looked at once, after the last epoch.
-    views : TwoViews
-        What is drawn of each image (`probe_views`), on ``device``.
-    epochs, batch_size : int
-        Passes over the training images; images in a step, all of them where there are fewer.
-    seed : int
-        Of the layer's start, the order and the views; the global generator is left alone.
-
-    Raises
-    ------
-    ValueError
-        If ``epochs`` or ``batch_size`` is below 1, or the training images have no labels or one class only.
-    FloatingPointError
-        If the layer's weights do not stay finite.
+    views (`probe_views`) and so takes a forward pass of the encoder over all training images. ``features`` takes
+    normalised images ``(B, 3, S, S)`` to features ``(B, F)``, frozen and in evaluation mode; the clean test images'
+    features ``(M, F)`` are looked at once, after the last epoch. Training images that cannot be decoded or have no
+    label are left out; ``seed`` draws the layer's start, the order and the views. Raises ``ValueError`` for settings
+    or labels that make no probe, and ``FloatingPointError`` if the weights do not stay finite.
     """
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+    train_set = train_set.labelled()
     labels = train_set.labels_at(torch.arange(len(train_set)))
-    if (labels < 0).any() or (labels == labels[0]).all():
-        raise ValueError("a linear probe needs a label for each training image, and two classes")
+    if (labels == labels[0]).all():
+        raise ValueError(f"a linear probe needs two classes, but all training labels are {labels[0]}")
     batch_size = min(batch_size, len(train_set))
     lr = BASE_LR * batch_size / 256
     generator = torch.Generator().manual_seed(derive_seed("probe", seed))
@@ -119,23 +84,22 @@ def sgd_probe(
         raise FloatingPointError(f"the linear probe by SGD diverged at lr {lr:g}: the features are too large")
     with torch.no_grad():
         predicted = linear(test_features.to(device), weight, bias).argmax(1)
-    return SgdResult(
-        accuracy=(predicted == test_labels.to(device)).double().mean().item(),
-        classifier="linear layer by SGD",
-        lr=lr,
-        schedule="cosine to 0 by epoch",
-        momentum=MOMENTUM,
-        weight_decay=0.0,
-        epochs=epochs,
-        epoch="last",
-        batch_size=batch_size,
-        augmentation="random resized crop of {} to {} of the area, flip {}".format(
-            *views.recipe.scale, views.recipe.flip
-        ),
-        seed=seed,
-        train_images=len(labels),
-        test_images=len(test_labels),
-    )
+    scale, flip = views.recipe.scale, views.recipe.flip
+    return {
+        "accuracy": (predicted == test_labels.to(device)).double().mean().item(),
+        "classifier": "linear layer by SGD",
+        "lr": lr,
+        "schedule": "cosine to 0 by epoch",
+        "momentum": MOMENTUM,
+        "weight_decay": 0.0,
+        "epochs": epochs,
+        "epoch": "last",
+        "batch_size": batch_size,
+        "augmentation": f"random resized crop of {scale[0]} to {scale[1]} of the area, flip {flip}",
+        "seed": seed,
+        "train_images": len(labels),
+        "test_images": len(test_labels),
+    }
 
 
 def _batches(images: ImageSet, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

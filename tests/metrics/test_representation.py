@@ -125,7 +125,7 @@ class TestKnn:
         ("change", "message"),
         [
             ({"k": 0}, "k must be at least 1, got 0"),
-            ({"temperature": 0.0}, r"temperature must be positive, got \[0.0\]"),
+            ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
             ({"train_features": torch.full((4, 2), torch.nan)}, "train_features has NaN"),
             ({"test_features": torch.zeros(3, 5)}, "train features have 2 columns, test features 5"),
             ({"test_features": torch.zeros(0, 2)}, "test_features has 0 rows"),

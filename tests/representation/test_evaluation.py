@@ -1,6 +1,7 @@
 """`evaluate`: three representations, each number with its protocol; the probe by SGD."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pyro_vje import evaluate, load_run, metrics
 from pyro_vje.cli import main
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, load_dataset, views_for
 from pyro_vje.model.encoding import encode
-from pyro_vje.representation.evaluation import _uncertainty, format_table
+from pyro_vje.representation.evaluation import _split, _uncertainty, control_name, format_table, probe
 from pyro_vje.representation.probes import probe_views, sgd_probe
 
 MEASURES = ("effective_rank", "alignment", "uniformity", "recall_at_1", "r_auroc", "rejection")
@@ -118,12 +119,12 @@ def test_uncertainty_that_knows_and_retrieval_that_never_fails():
     wrong = torch.rand(100, generator=generator) < 0.3
     scale = torch.where(wrong, 2.0, 1.0)[:, None] + 0.1 * torch.rand(100, 5, generator=generator)
     mistaken = torch.where(wrong, (truth + 1) % 4, truth)
-    (row, protocols), _ = _uncertainty((train, labels, test, mistaken), scale)
+    row, protocols = _split(_uncertainty((train, labels, test, mistaken), scale)[0])
     assert row["r_auroc"] == 1
     assert row["rejection"]["accuracy"][0] == pytest.approx(1 - wrong.double().mean().item())
     assert row["rejection"]["accuracy"][4] == 1
     assert protocols["r_auroc"]["uncertainty"] == "mean posterior variance"
-    (row, _), _ = _uncertainty((train, labels, test, truth), scale)
+    row, _ = _split(_uncertainty((train, labels, test, truth), scale)[0])
     assert (row["recall_at_1"], row["r_auroc"]) == (1, None)
 
 
@@ -158,6 +159,25 @@ def test_unlabelled_images_are_refused(trained_run, image_folder, tmp_path):
             (tmp_path / split / f"{i}.png").write_bytes(source.read_bytes())
     with pytest.raises(ValueError, match="no labels"):
         evaluate(trained_run, data_dir=str(tmp_path), out=tmp_path / "eval.json")
+
+
+def test_unlabelled_images_among_labelled_ones_are_left_out():
+    train, test = coloured(60, 2), coloured(30, 2, seed=1)
+    some = ImageSet(train.images, train.paths, train.labels.clone(), train.classes)
+    some.labels[::3] = -1
+
+    def extract(images):
+        return torch.arange(len(images)), mean_colour(CLEAN(images.images))
+
+    assert probe(extract, some, test) == probe(extract, some.select(some.labels >= 0), test)
+    assert probe(extract, some, test)[1]["linear"]["train_images"] == 40
+    assert probed(some, test, epochs=2) == probed(some.select(some.labels >= 0), test, epochs=2)
+
+
+def test_the_control_says_where_its_encoder_learned(tiny_config):
+    assert control_name(tiny_config) == "untrained encoder"
+    assert control_name(SimpleNamespace(weights="none")) == "untrained encoder"
+    assert control_name(SimpleNamespace(weights="imagenet")) == "pretrained encoder, no head"
 
 
 # The probe by SGD -----------------------------------------------------------------------------------------------------
@@ -259,18 +279,7 @@ def test_sgd_probe_bad_input():
         probed(train, test, epochs=0)
     with pytest.raises(ValueError, match="no labels"):
         probed(ImageSet(train.images, train.paths), test)
-    with pytest.raises(ValueError, match="and two classes"):
+    with pytest.raises(ValueError, match="needs two classes, but all training labels are 0"):
         probed(train.of_class("red"), test)
     with pytest.raises(FloatingPointError, match="diverged at lr"):
         sgd_probe(lambda x: 1e30 * mean_colour(x), train, torch.ones(10, 3), test.labels, VIEWS, epochs=5)
-
-
-def test_one_view_is_the_first_of_two():
-    images = coloured(5, 2).images
-    draws = torch.rand(5, 2, 32, generator=torch.Generator().manual_seed(0))
-    views = TwoViews(8, "byol")
-    first = views._render(images, draws)[0]
-    assert torch.equal(views._render(images, draws[:, :1])[0], first)
-    alone = views.one(images, torch.Generator().manual_seed(1))
-    assert alone.shape == (5, 3, 8, 8)
-    assert torch.equal(alone, views.one(images, torch.Generator().manual_seed(1)))
