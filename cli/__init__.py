@@ -1,7 +1,5 @@
 """The ``pyro-vje`` command: parse, call, print. Commands import what they call when they run."""
 
-from __future__ import annotations
-
 import functools
 import io
 import logging
@@ -21,17 +19,11 @@ from pyro_vje.config import is_first_process
 
 COMMANDS = ("train", "eval", "ablate", "benchmark", "score", "embed", "export")
 """A file each, with the command as ``command``."""
-EXIT_USAGE, EXIT_DIVERGED, EXIT_MEMORY, EXIT_BUG, EXIT_SIGNAL = 2, 3, 4, 70, 128
+EXIT_CODES = {FloatingPointError: 3, ValueError: 2, OSError: 2, MemoryError: 4}
+EXIT_MEMORY, EXIT_BUG, EXIT_SIGNAL = 4, 70, 128
 CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError)
+LEVELS = click.Choice(["debug", "info", "warning", "error"])
 log = logging.getLogger("pyro_vje")
-
-
-class Failure(click.ClickException):
-    """An error as one line, without a traceback."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]
 
 
 class Terminated(KeyboardInterrupt):
@@ -68,30 +60,23 @@ class Commands(click.Group):
         except KeyboardInterrupt as stop:
             click.echo(str(stop) or "stopped", err=True)
             ctx.exit(EXIT_SIGNAL + getattr(stop, "signum", signal.SIGINT))
-        except FloatingPointError as error:
-            self._fail(ctx, error, EXIT_DIVERGED)
-        except (ValueError, OSError) as error:
-            self._fail(ctx, error, EXIT_USAGE)
-        except MemoryError as error:
-            self._fail(ctx, error, EXIT_MEMORY, "" if str(error) else "out of memory: lower --batch-size")
         except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            code = next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), EXIT_BUG)
+            said = str(error)
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for its name
-                self._fail(ctx, error, EXIT_MEMORY, f"{error}: lower --batch-size")
-            self._fail(
-                ctx,
-                error,
-                EXIT_BUG,
-                f"a bug in pyro-vje, please report it: {type(error).__name__}: {error} "
-                "(pyro-vje --debug before the command shows the traceback)",
-            )
-
-    @staticmethod
-    def _fail(ctx: click.Context, error: Exception, exit_code: int, message: str = "") -> None:
-        if ctx.params.get("debug"):
-            raise error
-        if not message and isinstance(error, OSError) and error.filename is not None:
-            message = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        raise Failure(" ".join((message or str(error)).splitlines()), exit_code) from error
+                code, said = EXIT_MEMORY, f"{said}: lower --batch-size"
+            elif isinstance(error, OSError) and error.filename is not None:
+                said = f"{os.fsdecode(error.filename)}: {error.strerror}"
+            elif code == EXIT_MEMORY:
+                said = said or "out of memory: lower --batch-size"
+            elif code == EXIT_BUG:
+                said = f"a bug in pyro-vje, please report it: {type(error).__name__}: {said} "
+                said += "(pyro-vje --debug before the command shows the traceback)"
+            failure = click.ClickException(" ".join(said.splitlines()))
+            failure.exit_code = code  # type: ignore[misc]
+            raise failure from error
 
 
 def _log_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
@@ -103,11 +88,7 @@ def _log_warning(message: Warning | str, category: type[Warning], filename: str,
 @click.version_option(__version__, package_name="pyro-vje")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
 @click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    help="How much to say on stderr.",
+    "--log-level", type=LEVELS, default="info", show_default=True, help="How much to say on stderr."
 )
 def main(debug: bool, log_level: str) -> None:
     """Variational Joint Embedding: probabilistic image representations without labels.

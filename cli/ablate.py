@@ -1,7 +1,5 @@
 """``pyro-vje ablate``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +27,6 @@ def command(out: Path, **settings: Any) -> None:
     base = options.train_config({name: settings[name] for name in COMMON} | single)
 
     from pyro_vje import ablate
-    from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
-    try:
-        result = ablate(base, axes, out)
-    except KeyboardInterrupt as stop:
-        raise Interrupted.after(stop, GOES_ON) from None
-    click.echo(result.table)
-    click.echo(f"\n{len(result.cells)} cells: {result.folder}")
+    result = ablate(base, axes, out)
+    click.echo(f"{result.table}\n\n{len(result.cells)} cells: {result.folder}")

@@ -1,7 +1,5 @@
 """``pyro-vje benchmark``: published protocols of anomaly detection."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +8,9 @@ import click
 from pyro_vje.cli import options
 from pyro_vje.config import DATASET_DEFAULTS, ScoreConfig, TrainConfig
 
-likelihoods = click.option(
-    "--score-likelihood",
-    "likelihoods",
-    multiple=True,
-    metavar="FAMILY",
-    help="Score with this family too, beside the one trained with. Repeatable.",
-)
-outside_sets = click.option(
-    "--outside",
-    multiple=True,
-    required=True,
-    metavar="SET",
-    help="A data set by name, or a folder of images. Repeatable.",
+OUTSIDE = "A data set by name, or a folder of images. Repeatable."
+likelihoods = options.of(
+    ScoreConfig, "score_likelihood", multiple=True, help="Score with this family too. Repeatable."
 )
 
 
@@ -37,11 +25,7 @@ def command() -> None:
 @likelihoods
 @options.folder
 def one_class_command(
-    normal_class: tuple[str, ...],
-    seed: tuple[int, ...],
-    likelihoods: tuple[str, ...],
-    out: Path,
-    **settings: Any,
+    normal_class: Any, seed: Any, score_likelihood: Any, out: Path, **settings: Any
 ) -> None:
     """Train on one class, score all test images; every class (or those of --normal-class) and every seed.
 
@@ -50,25 +34,20 @@ def one_class_command(
     base = options.train_config(settings)
 
     from pyro_vje.experiments import one_class
-    from pyro_vje.runs.stopping import GOES_ON, Interrupted
 
-    try:
-        result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=likelihoods)
-    except KeyboardInterrupt as stop:
-        raise Interrupted.after(stop, GOES_ON) from None
-    click.echo(result.table)
-    click.echo(f"\n{result.folder}")
+    result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=score_likelihood)
+    click.echo(f"{result.table}\n\n{result.folder}")
 
 
 @command.command("ood", cls=options.OneValue)
 @options.ckpt
-@outside_sets
+@click.option("--outside", multiple=True, required=True, metavar="SET", help=OUTSIDE)
 @options.of(ScoreConfig, "data_dir", help="Where data sets named by --outside lie.")
 @likelihoods
 @options.folder
 @options.of(ScoreConfig, "trust_plugins")
 def ood_command(
-    ckpt: Path, outside: tuple[str, ...], data_dir: str | None, out: Path, **settings: Any
+    ckpt: Path, outside: Any, data_dir: Any, score_likelihood: Any, out: Path, **settings: Any
 ) -> None:
     """Tell a run's own test images from those of other data sets.
 
@@ -84,6 +63,5 @@ def ood_command(
 
     from pyro_vje.experiments import ood
 
-    result = ood(ckpt, places, out, **settings)
-    click.echo(result.table)
-    click.echo(f"\n{result.folder}")
+    result = ood(ckpt, places, out, likelihoods=score_likelihood, **settings)
+    click.echo(f"{result.table}\n\n{result.folder}")

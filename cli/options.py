@@ -1,26 +1,15 @@
 """Options of the commands, made from the settings in `pyro_vje.config`."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import click
 
-from pyro_vje.config import (
-    DATASET_DEFAULTS,
-    RECIPES,
-    Place,
-    TrainConfig,
-    choices_of,
-    fields_of,
-    load_recipe,
-    range_of,
-)
+from pyro_vje import config
 from pyro_vje.plugins import is_reference
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,16 +46,10 @@ class DataSet(click.Choice):
 
 command = functools.partial(click.command, cls=OneValue)
 EXISTING, ANY = click.Path(exists=True, path_type=Path), click.Path(path_type=Path)
-KINDS: dict[Any, Any] = {bool: bool, int: int, float: float, Place: ANY}
-SPECIAL: dict[str, Any] = {"dataset": DataSet(list(DATASET_DEFAULTS)), "data": EXISTING}
-
-ckpt = click.option(
-    "--ckpt",
-    required=True,
-    type=EXISTING,
-    metavar="RUN",
-    help="A run folder, or a weights file (.safetensors).",
-)
+KINDS: dict[Any, Any] = {bool: bool, int: int, float: float, config.Place: ANY}
+SPECIAL: dict[str, Any] = {"dataset": DataSet(list(config.DATASET_DEFAULTS)), "data": EXISTING}
+CKPT = "A run folder, or a weights file (.safetensors)."
+ckpt = click.option("--ckpt", required=True, type=EXISTING, metavar="RUN", help=CKPT)
 folder = click.option("--out", required=True, type=ANY, metavar="DIR", help="Folder of the results.")
 
 
@@ -76,7 +59,7 @@ def of(
     """Settings of a class as options, all or those named, with ``changes`` to what `click.option` takes."""
 
     def decorate(function: F) -> F:
-        for name in reversed(names or [name for name in fields_of(settings) if name not in without]):
+        for name in reversed(names or [name for name in config.fields_of(settings) if name not in without]):
             function = _option(settings, name, name in repeated, changes)(function)
         return function
 
@@ -84,39 +67,38 @@ def of(
 
 
 def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) -> Callable[[F], F]:
-    field = fields_of(settings)[name]
-    choices, default = choices_of(field), field.default
-    parts = get_args(field.annotation) or (field.annotation,)
-    kind = next((KINDS[part] for part in parts if part in KINDS), str)
-    flag = "--" + name.replace("_", "-")
-    off = field.json_schema_extra["off"]  # type: ignore[index]
-    if kind is bool:
-        shown = "" if off is None else flag.removeprefix("--") if default else off
-    else:
-        shown = "" if default is None else str(default)
-    help, _, told = (field.description or "").partition(" [default: ")
-    notes = [f"default: {told.removesuffix(']') or shown}" * bool(told or shown), range_of(field)]
-    notes = [note for note in notes if note]
-    return click.option(
-        f"{flag}/--{off}" if off else flag,
-        **{
-            "type": SPECIAL.get(name) or (OrNone(choices) if choices else kind),
-            "multiple": repeated,
-            "default": (default,) if repeated and default is not None else default,
-            "is_flag": kind is bool or None,
-            "help": " ".join([help, *["Repeatable."] * repeated, *[f"[{'; '.join(notes)}]"] * bool(notes)]),
-            **changes,
-        },
+    field = config.fields_of(settings)[name]
+    choices, default, off = config.choices_of(field), field.default, config.off_of(field)
+    kind = next(
+        (KINDS[part] for part in (*get_args(field.annotation), field.annotation) if part in KINDS), str
     )
+    flag = "--" + name.replace("_", "-")
+    if repeated and default is not None:
+        default = (default,)
+    repeated = repeated or get_origin(field.annotation) is tuple
+    shown = ", ".join(
+        map(str, default if isinstance(default, tuple) else [] if default is None else [default])
+    )
+    if kind is bool:
+        shown = "" if not off else flag[2:] if field.default else off
+    help, _, told = (field.description or "").partition(" [default: ")
+    told = told.removesuffix("]") or shown
+    notes = "; ".join(filter(None, [f"default: {told}" if told else "", config.range_of(field)]))
+    arguments = {
+        "type": SPECIAL.get(name) or (OrNone(choices) if choices else kind),
+        "multiple": repeated,
+        "default": default,
+        "is_flag": kind is bool or None,
+        "help": help + " Repeatable." * repeated + f" [{notes}]" * bool(notes),
+    }
+    return click.option(f"{flag}/--{off}" if off else flag, **{**arguments, **changes})
 
 
 def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | None) -> None:
     if name is None:
         return
-    several = {
-        option.name: option.multiple for option in ctx.command.params if isinstance(option, click.Option)
-    }
-    values = {key: "none" if value is None else value for key, value in load_recipe(name).items()}
+    several = {option.name: getattr(option, "multiple", False) for option in ctx.command.params}
+    values = {key: "none" if value is None else value for key, value in config.load_recipe(name).items()}
     absent = ", ".join(key for key in values if key not in several)
     if absent:
         raise click.UsageError(f"the recipe {name} sets {absent}, for which {ctx.info_name} has no option")
@@ -129,20 +111,14 @@ recipe = click.option(
     is_eager=True,  # before the options whose defaults it sets
     expose_value=False,
     callback=_take_recipe,
-    help=f"Settings of a published result, over which options go: {', '.join(RECIPES)}, or a TOML file's path.",
+    help=f"A published result's settings, below the options: {', '.join(config.RECIPES)}, or a TOML file's path.",
 )
 
 
-def train_config(settings: dict[str, Any]) -> TrainConfig:
-    """The settings of a command, checked as far as can be done without torch, which loads slowly.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If a value is out of its range, or the folder of images is not there.
-    """
-    config = TrainConfig(**settings)
-    config.resolved()
-    if config.dataset == "folder" and not Path(config.data_dir or "").exists():
-        raise FileNotFoundError(f"no such folder: {Path(config.data_dir or '').absolute()} (--data-dir)")
-    return config
+def train_config(settings: dict[str, Any]) -> config.TrainConfig:
+    """The settings of a command, checked as far as can be done without torch, which loads slowly."""
+    made = config.TrainConfig(**settings)
+    made.resolved()
+    if made.dataset == "folder" and not Path(made.data_dir or "").exists():
+        raise FileNotFoundError(f"no such folder: {Path(made.data_dir or '').absolute()} (--data-dir)")
+    return made

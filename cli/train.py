@@ -1,7 +1,5 @@
 """``pyro-vje train``."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -34,6 +34,11 @@ def fields_of(cls: type) -> dict[str, FieldInfo]:
     return cls.__pydantic_fields__  # type: ignore[attr-defined]
 
 
+def off_of(field: FieldInfo) -> str | None:
+    """What the flag that turns a setting off is called."""
+    return field.json_schema_extra["off"]  # type: ignore[index, return-value]
+
+
 def choices_of(field: FieldInfo) -> list[str | None]:
     """The values of a setting that takes a few named ones, else nothing."""
     parts = get_args(field.annotation)
@@ -195,9 +200,7 @@ class ScoreConfig:
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
     reference_views: int = say(0, "Kernels at so many augmented views of a reference image; 0: clean.", ge=0)
     num_pairs: int = say(0, "0: the image's own embedding, one pass. K: mean over K pairs, 2 K passes.", ge=0)
-    num_particles: int = say(
-        16, "Samples of the latent, which cost no pass; 0: a formula without noise.", ge=0
-    )
+    num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
     alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)
     fdr: float | None = say(None, "At most this share of those called is normal (by BH).", gt=0, lt=1)
@@ -215,6 +218,18 @@ class ScoreConfig:
             raise ValueError("alpha and fdr are two rules for one decision: give one of them")
         if self.data is not None and self.dataset is not None:
             raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
+
+
+@settings
+class EvalConfig:
+    """How features are evaluated; each of those that may be several is evaluated with each of the others."""
+
+    k: tuple[int, ...] = say((200,), "Neighbours of the k-NN, the first in the table.")
+    temperature: tuple[float, ...] = say((0.1,), "Temperature of the k-NN weights, as --k.")
+    linear: tuple[Literal["logistic", "sgd"], ...] = say(
+        ("logistic",), "Probe of clean or of augmented images."
+    )
+    probe_epochs: int = say(90, "Epochs of --linear sgd, in which both encoders see every image.", ge=1)
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.toml"))}

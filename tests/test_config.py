@@ -1,11 +1,15 @@
 """Settings, and what the package shows of itself."""
 
 import dataclasses
+import math
+import pickle
+import re
+from pathlib import Path
 
 import pytest
 
 import pyro_vje
-from pyro_vje import TrainConfig
+from pyro_vje import ScoreConfig, TrainConfig
 from pyro_vje.config import DATASET_DEFAULTS
 from pyro_vje.data import DATASETS
 
@@ -36,6 +40,38 @@ def test_limits_are_printed_in_full():
         TrainConfig(seed=2**32).resolved()
     with pytest.raises(ValueError, match=r"^holdout must be at least 0 and at most 0\.5, not 0\.7$"):
         TrainConfig(holdout=0.7).resolved()
+
+
+def test_settings_are_checked_when_they_are_made_and_say_what_they_may_be():
+    for wrong, message in (
+        ({"epochs": 0}, "epochs must be at least 1, not 0"),
+        ({"epochs": True}, "setting epochs must be int | None, not True"),
+        ({"epochs": "3"}, "setting epochs must be int | None, not '3'"),
+        ({"radius": "gamma"}, "radius must be one of student-t, log-student-t, None, not 'gamma'"),
+        ({"df": -1.0}, "df must be positive, not -1.0"),
+        ({"lr": math.inf}, "lr must be at least 0 and finite, not inf"),
+        ({"data_dir": 3}, "setting data_dir must be Text | None, not 3"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            TrainConfig(**wrong)
+    for wrong, message in (
+        ({"alpha": 0.1, "fdr": 0.1}, "alpha and fdr are two rules for one decision: give one of them"),
+        ({"data": "x", "dataset": "digits"}, "give either a folder of images"),
+        ({"alpha": 1}, "alpha must be above 0 and below 1, not 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            ScoreConfig(**wrong)
+    with pytest.raises(TypeError, match="no setting 'learning_rate': choose among dataset, "):
+        TrainConfig(learning_rate=1.0)
+
+
+def test_settings_are_values():
+    config = TrainConfig("folder", Path("photos"), df=math.inf, radius=None)
+    assert config == pickle.loads(pickle.dumps(config)) == TrainConfig.from_dict(config.to_dict())
+    assert {config: 1}[dataclasses.replace(config, lr=0.2)] == 1
+    assert (config.data_dir, ScoreConfig(data="photos").data) == ("photos", Path("photos"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 0.1
 
 
 def test_the_package_lists_its_api_alone():

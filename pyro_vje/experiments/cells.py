@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from pyro_vje.config import TrainConfig
 from pyro_vje.runs.files import check_form, is_begun, read_json, write_json
 from pyro_vje.runs.folder import CONFIG, WEIGHTS, read_info, versions
+from pyro_vje.runs.stopping import GOES_ON, Interrupted
 from pyro_vje.training.run import train
 
 log = logging.getLogger("pyro_vje")
@@ -147,10 +148,15 @@ class Cells:
         todo = [name for name in configs if name not in done]
         (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
         result = summarise()
-        for number, name in enumerate(todo, 1):
-            log.info("cell %d of %d (%d were done): %s", number, len(todo), len(configs) - len(todo), name)
-            self.write(self._run(name, configs[name], measure))
-            result = summarise()
+        try:
+            for number, name in enumerate(todo, 1):
+                log.info(
+                    "cell %d of %d (%d were done): %s", number, len(todo), len(configs) - len(todo), name
+                )
+                self.write(self._run(name, configs[name], measure))
+                result = summarise()
+        except KeyboardInterrupt as stop:
+            raise Interrupted.after(stop, GOES_ON) from None
         return result
 
     def _run(self, name: str, config: TrainConfig, measure: Measure) -> Cell:

@@ -2,16 +2,28 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from pyro_vje import ScoreConfig, TrainConfig
 from pyro_vje.cli import main
+from pyro_vje.config import ABLATION_AXES, fields_of
 
 SMALL = "--encoder tiny --embedding-dim 8 --hidden-dim 16 --batch-size 16 --precision 32 --image-size 16"
+
+
+def commands(group=main, names=()):
+    """Every command, by the words that call it."""
+    for name, command in group.commands.items():
+        yield from (
+            commands(command, (*names, name)) if isinstance(command, click.Group) else [(*names, name)]
+        )
 
 
 def run(*arguments):
@@ -20,18 +32,8 @@ def run(*arguments):
 
 def test_train_eval_score_embed(image_folder, tmp_path):
     out = tmp_path / "run"
-    result = run(
-        "train",
-        "--dataset",
-        "folder",
-        "--data-dir",
-        image_folder,
-        "--out",
-        out,
-        "--epochs",
-        2,
-        *SMALL.split(),
-    )
+    where = ("--dataset", "folder", "--data-dir", image_folder, "--out", out)
+    result = run("train", *where, "--epochs", 2, *SMALL.split())
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(out)
 
@@ -51,15 +53,8 @@ def test_train_eval_score_embed(image_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "18 images embedded" in result.stdout
 
-    result = run(
-        "score",
-        "--ckpt",
-        out / "weights.safetensors",
-        "--data",
-        image_folder / "test",
-        "--out",
-        tmp_path / "s.csv",
-    )
+    files = ("--data", image_folder / "test", "--out", tmp_path / "s.csv")
+    result = run("score", "--ckpt", out / "weights.safetensors", *files)
     assert result.exit_code == 0, result.output
 
 
@@ -208,63 +203,134 @@ def test_likelihood_of_the_users_own_file(image_folder, tmp_path, monkeypatch):
         "    return dist.Laplace(loc, scale).to_event(1)\n"
     )
     monkeypatch.chdir(tmp_path)
-    arguments = [
-        "--dataset",
-        "folder",
-        "--data-dir",
-        image_folder,
-        "--out",
-        "run",
-        "--epochs",
-        1,
-        *SMALL.split(),
-    ]
-    result = run("train", *arguments, "--likelihood", "mine_for_test:family")
+    arguments = ["--dataset", "folder", "--data-dir", image_folder, "--out", "run", *SMALL.split()]
+    result = run("train", *arguments, "--epochs", 1, "--likelihood", "mine_for_test:family")
     assert result.exit_code == 0, result.output
     assert run("score", "--ckpt", "run").exit_code == 2  # the run folder alone may not import code
     result = run("score", "--ckpt", "run", "--trust-plugins")
     assert result.exit_code == 0, result.output
 
 
-def imports_nothing_heavy(command, exit_code):
-    code = (
-        "import sys\n"
-        "from pyro_vje.cli import main\n"
-        f"try: main({command!r})\n"
-        f"except SystemExit as stop: assert stop.code == {exit_code}\n"
-        "heavy = {'torch', 'pyro', 'lightning', 'sklearn', 'matplotlib', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+LIGHT = """
+import sys
+from pyro_vje.cli import main
+for arguments, code in {calls}:
+    try: main(arguments)
+    except SystemExit as stop: assert stop.code == code, (arguments, stop.code)
+heavy = {{"torch", "pyro", "lightning", "sklearn", "matplotlib", "numpy", "pandas"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def call_lightly(calls, **environment):
+    """Standard output and error of calls in a process of their own, which may not import anything heavy."""
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT.format(calls=calls)],
+        capture_output=True,
+        timeout=60,
+        env={**os.environ, **environment},
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert "Usage" in result.stdout + result.stderr or "Error" in result.stderr
+    assert result.returncode == 0, result.stderr.decode()
+    return result
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["train", "--dataset", "nope"],
-        ["train", "--dataset", "folder", "--data-dir", "/no/such/place"],
-        ["train", "--seed", "-1"],
-        ["train", "--resume"],
-        ["ablate", "--epochs", "0", "--out", "x"],
-        ["eval", "--ckpt", "/no/such/run"],
-    ],
-)
-def test_bad_arguments_are_refused_before_torch_is_loaded(command):
-    imports_nothing_heavy(command, 2)
+def test_bad_arguments_are_refused_before_torch_is_loaded():
+    bad = """train --dataset nope; train --dataset folder --data-dir /no/such/place; train --seed -1; train --resume
+    ablate --epochs 0 --out x; eval --ckpt /no/such/run; score --ckpt . --alpha 2; train --lr 1 --lr 2"""
+    calls = [(call.split(), 2) for call in bad.replace("\n", ";").split(";")]
+    assert call_lightly(calls).stderr.count(b"Error: ") == len(calls)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["ablate"], ["score"], ["embed"]])
-def test_help_imports_nothing_heavy(command):
-    imports_nothing_heavy([*command, "--help"], 0)
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_every_help_on_every_stream_with_nothing_heavy(encoding):
+    calls = [([*words, "--help"], 0) for words in [(), *commands()]]
+    out = call_lightly(calls, PYTHONIOENCODING=encoding).stdout.decode()
+    assert out.count("Usage: ") == len(calls)
+    assert ("\\u221aD" if encoding == "cp1252" else "√D") in out  # Click writes UTF-8 where ASCII is named
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="counts the time of child processes as POSIX does")
+def test_help_answers_in_half_a_second():
+    import resource
+
+    def seconds():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    began = seconds()
+    subprocess.run([sys.executable, "-m", "pyro_vje.cli", "train", "--help"], capture_output=True, check=True)
+    assert seconds() - began < 0.5
+
+
+def test_every_setting_is_an_option_with_its_default():
+    for words, settings in (("train", TrainConfig), ("score", ScoreConfig)):
+        options = {option.name: option for option in main.commands[words].params}
+        for name, field in fields_of(settings).items():
+            assert (options[name].default, field.description.partition(" [")[0] in options[name].help) == (
+                field.default,
+                True,
+            )
+    ablate = {option.name: option.multiple for option in main.commands["ablate"].params}
+    single = {"dataset", "data_dir", "download", "out", "recipe"}
+    assert ablate == {name: name not in single for name in {*fields_of(TrainConfig), *single} - {"devices"}}
+
+
+def test_any_setting_of_several_values_makes_a_grid(monkeypatch):
+    called = []
+    monkeypatch.setattr("pyro_vje.experiments.ablation.ablate", lambda *given: called.append(given) or 1 / 0)
+    grid = "--lr 0.1 --lr 0.2 --epochs 3 --projector mlp --embedding-dim 8 --embedding-dim 16 --radius none"
+    with pytest.raises(ZeroDivisionError):
+        run("--debug", "ablate", "--out", "x", *grid.split(), "--separate-variance", "--shared-variance")
+    ((base, axes, out),) = called
+    assert (base.epochs, base.projector, base.lr, str(out)) == (3, "mlp", TrainConfig().lr, "x")
+    assert {name: axes.pop(name) for name in ("lr", "embedding_dim", "radius", "shared_variance")} == {
+        "lr": (0.1, 0.2),
+        "embedding_dim": (8, 16),
+        "radius": (None,),
+        "shared_variance": (False, True),
+    }
+    assert axes == {name: (getattr(base, name),) for name in axes}
+    assert set(axes) < set(ABLATION_AXES)
+
+
+def test_resuming_takes_the_stored_settings_and_those_given(trained_run, tiny_config, monkeypatch):
+    called = []
+    monkeypatch.setattr("pyro_vje.training.run.train", lambda *given, **how: called.append((given, how)))
+    resume = ("train", "--resume", "--out", trained_run)
+    assert run(*resume).exit_code == run(*resume, "--epochs", 9, "--encoder", "tiny").exit_code == 0
+    stored, more = (given[0] for given, _ in called)
+    assert (stored.encoder, stored.epochs, more.epochs) == ("tiny", tiny_config.epochs, 9)
+    assert all(how == {"resume": True, "overwrite": False} for _, how in called)
+    assert all(getattr(stored, n) == getattr(more, n) for n in fields_of(TrainConfig) if n != "epochs")
+
+
+def test_only_the_first_of_several_processes_prints_the_folder(monkeypatch):
+    monkeypatch.setattr("pyro_vje.training.run.train", lambda *_, **__: "the/run")
+    assert run("train", "--devices", 2).stdout == "the/run\n"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run("train", "--devices", 2).stdout == ""
+
+
+def test_a_data_set_of_ones_own(image_folder, tmp_path, monkeypatch):
+    (tmp_path / "own_photos.py").write_text(
+        "from pyro_vje.data.datasets import DATASETS\nphotos = DATASETS['folder']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    where = ("--dataset", "own_photos:photos", "--data-dir", image_folder, "--out", "run")
+    result = run("train", *where, "--epochs", 1, *SMALL.split())
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["dataset"] == where[1]
 
 
 @pytest.mark.parametrize(
     ("level", "rule"),
-    [("--alpha", "(p-value ≤ 0.5)"), ("--fdr", "(Benjamini-Hochberg at a false-discovery rate of 0.5)")],
+    [
+        ("--alpha", r"(p-value \u2264 0.5)"),
+        ("--fdr", "(Benjamini-Hochberg at a false-discovery rate of 0.5)"),
+    ],
 )
 def test_decisions_are_counted(trained_run, tmp_path, level, rule):
-    result = run("score", "--ckpt", trained_run, level, "0.5", "--no-draw", "--out", tmp_path / "s.csv")
+    arguments = ["score", "--ckpt", trained_run, level, "0.5", "--no-draw", "--out", tmp_path / "s.csv"]
+    result = CliRunner(charset="cp1252").invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert re.search(rf"^\d+ of 18 called anomalies {re.escape(rule)}$", result.stdout, re.MULTILINE)
