@@ -24,7 +24,7 @@ from pyro_vje import VJE, TrainConfig
 from pyro_vje.data import ResidentLoader, load_dataset, views_for
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.model.encoders import build_encoder, feature_dim
-from pyro_vje.representation.evaluation import features_of, probe
+from pyro_vje.representation.evaluation import probe
 from pyro_vje.runs.files import write_json
 
 LR, DECAY = 0.06 / 128, 5e-4
@@ -76,7 +76,7 @@ def cell(data_dir: str, encoder_name: str, epochs: int, seed: int) -> dict[str, 
             schedule.step()
     seconds = time.perf_counter() - start
     splits = (load_dataset("folder", data_dir, split, image_size=SIZE) for split in ("train", "test"))
-    found, _ = probe(features_of(VJE(encoder, dim).to(device), clean), *splits)
+    found, _ = probe(VJE(encoder, dim).to(device), clean, *splits)
     measures = {"loss": loss.item(), "knn": found["knn"], "linear": found["linear"], "seconds": seconds}
     settings = {
         "encoder": encoder_name,

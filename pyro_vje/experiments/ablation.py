@@ -21,7 +21,7 @@ from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.experiments import tables
 from pyro_vje.experiments.cells import NO_NUMBER, Cell, Cells
-from pyro_vje.representation.evaluation import features_of, load_split, probe
+from pyro_vje.representation.evaluation import load_split, probe
 from pyro_vje.runs.folder import METRICS, build_model, default_device, load_run
 from pyro_vje.training.monitor import HEALTH_IMAGES
 
@@ -147,7 +147,7 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     train_set = load_split(run, "train", None, None, download=config.download)
     if train_set.labels is not None and len(train_set.labels[train_set.labels >= 0].unique()) > 1:
         sets = train_set.labelled(), load_split(run, "test", None, None, download=config.download).labelled()
-        accuracy, found = probe(features_of(run.vje, run.info.view), *sets)
+        accuracy, found = probe(run.vje, run.info.view, *sets)
         found["linear"].pop("seed", None)  # the cell's
         measures |= {name: accuracy[name] for name in found}
         protocols |= found

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
@@ -221,22 +222,18 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: str | Path) -> Pat
 
     Takes the columns of ``metrics.csv``, all of one length; missing columns, NaN, ``None`` and empty text are left out.
     """
-    columns = {
-        name: np.array([float("nan") if value in (None, "") else float(value) for value in values])
-        for name, values in history.items()
-    }
-    panels = [panel for panel in _PANELS if np.isfinite(columns.get(panel[0], np.array([]))).any()]
+    columns = pd.DataFrame(history).apply(pd.to_numeric).astype(float)
+    panels = [panel for panel in _PANELS if panel[0] in columns and columns[panel[0]].notna().any()]
     if not panels:
-        raise ValueError(f"no column with a number among {', '.join(name for name, *_ in _PANELS)}")
+        raise ValueError("no column has a number")
     across = min(4, len(panels))
     down = -(-len(panels) // across)
     figure = new_figure(3.1 * across, 2.5 * down)
-    length = len(columns[panels[0][0]])
-    epochs = columns.get("epoch", np.arange(1.0, length + 1))
-    limits = epochs[0] - 0.02 * length, epochs[-1] + 0.02 * length
-    all_axes = figure.subplots(down, across, squeeze=False).flat
-    for axes, (name, title, unit, threshold) in zip(all_axes, panels, strict=False):
-        shown = np.isfinite(columns[name])
+    epochs = columns.get("epoch", columns.index + 1.0)
+    limits = min(epochs) - 0.02 * len(epochs), max(epochs) + 0.02 * len(epochs)
+    for place, (name, title, unit, threshold) in enumerate(panels, start=1):
+        axes = figure.add_subplot(down, across, place)
+        shown = columns[name].notna()
         marker = "o" if shown.sum() < 30 else ""
         axes.plot(epochs[shown], columns[name][shown], color=BLUE, linewidth=1.6, marker=marker, markersize=3)
         style(axes, title, "epoch", unit)
@@ -244,11 +241,9 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: str | Path) -> Pat
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         if threshold is not None:
             axes.axhline(threshold, color=VERMILION, linestyle="--", linewidth=1)
-            text = {"color": VERMILION, "fontsize": 7, "ha": "right", "va": "bottom"}
-            axes.text(limits[1], threshold, "unhealthy below ", **text)
+            note = axes.text(limits[1], threshold, "unhealthy below ", ha="right", va="bottom")
+            note.set(color=VERMILION, fontsize=7)
             axes.set_ylim(bottom=0)
-    for axes in figure.axes[len(panels) :]:
-        axes.remove()
     return save(figure, path)
 
 
@@ -366,14 +361,13 @@ def plot_strangest(images: Array, scores: Array, path: str | Path, k: int = 12) 
     part: SubFigure
     for part, (title, colour, chosen) in zip(parts[:, 0], halves, strict=True):
         part.suptitle(title, fontsize=11, color=colour, fontweight="bold")
-        for axes, i in zip(part.subplots(down, across, squeeze=False).flat, chosen, strict=False):
+        for place, i in enumerate(chosen, start=1):
+            axes = part.add_subplot(down, across, place)
             # Small images keep their pixels; large ones are filtered as they shrink.
             smoothing = "nearest" if max(pixels[i].shape) <= 96 else "antialiased"
             axes.imshow(pixels[i], interpolation=smoothing)
             axes.set_title(f"{values[i]:.4g}", fontsize=8, pad=2)
             axes.set_axis_off()
-        for axes in part.axes[len(chosen) :]:
-            axes.remove()
     return save(figure, path)
 
 

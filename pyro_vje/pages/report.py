@@ -26,7 +26,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import roc_curve
 
 from pyro_vje.pages.pictures import (
     BLUE,
@@ -93,7 +93,7 @@ def render_report(
         Where the page will lie: links to the images' files are relative to it.
     """
     table = table.reset_index(drop=True)
-    read = table[table["error"].fillna("").eq("")]
+    read = table[table["error"].isna() | table["error"].eq("")]
     scores = read["anomaly_score"].to_numpy(dtype=np.float64)
     unknown = read[np.isnan(scores)].assign(error="its score is not a number")
     unread = pd.concat([table.drop(read.index), unknown])[["path", "error"]].values.tolist()
@@ -239,7 +239,7 @@ def _charts(
     labels: NDArray[Any] | None,
     held_out: NDArray[np.float64],
 ) -> list[_Chart]:
-    """What there are numbers for: scores, p-values, parts of the likelihood, and curves where labels are known."""
+    """Charts of what there are numbers for; the ROC curve where labels are known."""
     charts: list[_Chart] = []
     if np.isfinite(scores).any():
         charts += _score_chart(read, scores, labels, held_out)
@@ -257,7 +257,7 @@ def _charts(
         )
     if labels is not None and {0, 1} <= set(labels[known := (labels >= 0) & ~np.isnan(scores)]):
         ranks = np.unique(scores[known], return_inverse=True)[1]  # scores may be infinite, ranks are not
-        charts += _label_charts(ranks, labels[known] == 1)
+        charts += _roc_chart(ranks, labels[known] == 1)
     return charts
 
 
@@ -299,26 +299,14 @@ def _p_value_chart(p_values: NDArray[np.float64], groups: Sequence[Group], steps
     return _chart("P-values", caption, sizes(groups), draw)
 
 
-def _label_charts(ranks: NDArray[Any], labels: NDArray[np.bool_]) -> list[_Chart]:
-    def roc(axes: Axes) -> None:
+def _roc_chart(ranks: NDArray[Any], labels: NDArray[np.bool_]) -> list[_Chart]:
+    def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
         axes.plot(*roc_curve(labels, ranks)[:2], color=VERMILION)
         style(axes, "", "share of normal images flagged", "share of anomalies found")
 
-    def precision_recall(axes: Axes) -> None:
-        for colour, positive, order in ((BLUE, ~labels, -ranks), (VERMILION, labels, ranks)):
-            precision, recall, _ = precision_recall_curve(positive, order)
-            axes.axhline(positive.mean(), color=colour, linestyle="--", linewidth=1)
-            axes.plot(recall, precision, color=colour, drawstyle="steps-post")
-        axes.set_ylim(0, 1.05)
-        style(axes, "", "recall", "precision")
-
-    positives = [("anomalies positive", VERMILION), ("normal images positive", BLUE)]
-    dashed = "Each point is a threshold. Dashed: a score that knows nothing."
-    return [
-        *_chart("ROC curve", dashed, positives[:1], roc),
-        *_chart("Precision and recall", dashed, positives, precision_recall),
-    ]
+    caption = "Each point is a threshold. Dashed: a score that knows nothing."
+    return _chart("ROC curve", caption, [("anomalies positive", VERMILION)], draw)
 
 
 # Text -----------------------------------------------------------------------------------------------------------------
@@ -326,13 +314,9 @@ def _label_charts(ranks: NDArray[Any], labels: NDArray[np.bool_]) -> list[_Chart
 
 def _quoted(found: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
     """Names of `detection_metrics` as a person reads them, and values with their intervals."""
-    names = {"auroc": "AUROC, anomalies positive"}
-    for kind in ("anomalies", "normal"):
-        names[f"aupr_{kind}_positive"] = f"AUPR, {kind} positive"
-        names[f"fpr_at_95_tpr_{kind}_positive"] = f"FPR at 95 % TPR, {kind} positive"
-    return [
-        (text, [found[name], *found.get(f"{name}_95", [])]) for name, text in names.items() if name in found
-    ]
+    named = ((name, re.sub("auroc|aupr|fpr|tpr", lambda m: m[0].upper(), name)) for name in found)
+    quoted = ((name, text.replace("_", " ")) for name, text in named if not name.endswith("_95"))
+    return [(text, [found[name], *found.get(f"{name}_95", [])]) for name, text in quoted]
 
 
 def _number(value: float, digits: int = 4) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,7 @@ log = logging.getLogger("pyro_vje")
 LINEAR = ("logistic", "sgd")
 WIDTH = 110  # columns of the printed text
 
-Extract = Callable[[ImageSet], tuple[Tensor, Tensor]]
-"""Images to the indices ``(N,)`` of those that could be decoded and their features ``(N, F)``."""
-
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
+Data = Sequence[Tensor]
 """Features ``(N, F)`` and labels ``(N,)`` of the training images, then those of the test images."""
 
 Found = dict[str, tuple[Any, dict[str, Any]]]
@@ -56,36 +53,23 @@ def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
     return torch.cat([indices for indices, _ in batches]), torch.cat([values for _, values in batches])
 
 
-def features_of(vje: VJE, view: CleanView, *, batch_size: int = 256) -> Extract:
-    """Extractor of the encoder's output, on the device where the model lies."""
-
-    def extract(images: ImageSet) -> tuple[Tensor, Tensor]:
-        encoded = encode(vje, images, view, batch_size=batch_size, device=next(vje.parameters()).device)
-        return encoded.indices, encoded.features
-
-    return extract
+def _encode(vje: VJE, images: ImageSet, view: CleanView, batch_size: int) -> Encoded:
+    return encode(vje, images, view, batch_size=batch_size, device=next(vje.parameters()).device)
 
 
 def probe(
-    extract: Extract, train_set: ImageSet, test_set: ImageSet, *, k: int = 200, temperature: float = 0.1
+    vje: VJE, view: CleanView, train_set: ImageSet, test_set: ImageSet
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weighted k-NN and logistic regression on one representation of images; unlabelled ones are left out.
+    """Weighted k-NN and logistic regression on an encoder's features of images; unlabelled ones are left out.
 
-    Returns
-    -------
-    tuple of dict
-        What was found (``dim``, accuracies ``knn`` and ``linear``, ``linear_converged``), and the protocols behind
-        the accuracies, by the same names.
+    Gives what was found (``dim``, accuracies ``knn`` and ``linear``, ``linear_converged``), and the protocols behind
+    the accuracies, by the same names.
     """
-    train_set, test_set = train_set.labelled(), test_set.labelled()
-    data = _data(extract(train_set), train_set, extract(test_set), test_set)
-    return _split(_knn(data, [k], [temperature]) | _logistic(data))
-
-
-def _data(
-    train: tuple[Tensor, Tensor], train_set: ImageSet, test: tuple[Tensor, Tensor], test_set: ImageSet
-) -> Data:
-    return train[1], train_set.labels_at(train[0]), test[1], test_set.labels_at(test[0])
+    data = []
+    for images in (train_set.labelled(), test_set.labelled()):
+        encoded = _encode(vje, images, view, 256)
+        data += [encoded.features, images.labels_at(encoded.indices)]
+    return _split(_knn(data, [200], [0.1]) | _logistic(data))
 
 
 def _split(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -229,32 +213,32 @@ def evaluate(
     device = default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     config, view = run.info.config, run.info.view
-    train_set, test_set = (
+    sets = [
         load_split(run, split, dataset, data_dir, download=download).labelled() for split in ("train", "test")
-    )
-    warn_if_shared(train_set, test_set)
+    ]
+    warn_if_shared(*sets)
     recipe = views_for(config.dataset, run.info.image_size)[0].recipe
     views = TwoViews(run.info.image_size, recipe, view.mean, view.std)
     curves: dict[str, tuple[Any, Any]] = {}
 
     def measure(name: str, vje: VJE | None) -> Found:
         log.info("evaluating %s", name)
-        encoded = None
-        if vje is None:
-            data = _data(pixels(train_set, view), train_set, pixels(test_set, view), test_set)
-        else:
-            encoded = encode(vje, test_set, view, batch_size=batch_size, device=device)
-            train = features_of(vje, view, batch_size=batch_size)(train_set)
-            data = _data(train, train_set, (encoded.indices, encoded.features), test_set)
+        parts = [
+            pixels(images, view) if vje is None else _encode(vje, images, view, batch_size) for images in sets
+        ]
+        data = [
+            x for images, part in zip(sets, parts, strict=True) for x in (part[1], images.labels_at(part[0]))
+        ]
         found = _knn(data, ks, temperatures) | (_logistic(data) if "logistic" in probes else {})
-        if vje is None or encoded is None:
+        encoded = parts[1]
+        if vje is None or not isinstance(encoded, Encoded):
             return found
         if "sgd" in probes:
             own = probe_views(dataset or config.dataset, view)
             settings: dict[str, Any] = {"epochs": probe_epochs, "batch_size": batch_size, "seed": config.seed}
-            result = sgd_probe(vje.features, train_set, *data[2:], own, device=device, **settings)
+            result = sgd_probe(vje.features, sets[0], data[2], data[3], own, device=device, **settings)
             found["linear_sgd"] = result["accuracy"], _protocol(result)
-        found |= _geometry(vje, test_set, encoded, views, config.dataset, config.seed)
+        found |= _geometry(vje, sets[1], encoded, views, config.dataset, config.seed)
         uncertainty, curve = _uncertainty(data, encoded.scale)
         curves[name] = curve.rejected, curve.accuracy
         return found | uncertainty
@@ -265,8 +249,8 @@ def evaluate(
     trained, protocols = found["trained encoder"]
     result = {
         "dataset": dataset or config.dataset,
-        "train_images": len(train_set),
-        "test_images": len(test_set),
+        "train_images": len(sets[0]),
+        "test_images": len(sets[1]),
         "image_size": run.info.image_size,
         "weights": f"epoch {config.epochs} of {config.epochs} (the last)",
         "seed": config.seed,

@@ -142,12 +142,12 @@ def test_a_plain_summary_then_the_numbers():
         "Images scored": "60",
         "Look strange": str(flagged.sum()),
         "Could not be read": "2",
-        "AUROC, anomalies positive": f"{found['auroc']:.3f}",
+        "AUROC": f"{found['auroc']:.3f}",
     }
     low, high = found["auroc_95"]
     for text in (
         f"{low:.3f} to {high:.3f}",
-        f"AUPR, normal positive {found['aupr_normal_positive']:.3f}",
+        f"AUPR normal positive {found['aupr_normal_positive']:.3f}",
         "likelihood polar",
         "b.txt not an image",
         "versions torch 2.8",
@@ -164,7 +164,7 @@ def test_charts_and_grids():
     asked = []
     table, held_out = rows()
     html = render(table, held_out, asked=asked)
-    assert charts(html) == ["Scores", "P-values", "Direction and radius", "ROC curve", "Precision and recall"]
+    assert charts(html) == ["Scores", "P-values", "Direction and radius", "ROC curve"]
     order = np.argsort(-table["anomaly_score"].to_numpy())
     flagged = int(table["decision"].eq("anomaly").sum())
     assert flagged > report.SHOWN
@@ -287,7 +287,7 @@ def test_scores_and_parts_that_are_not_finite():
     table.loc[:3, "anomaly_score"] = np.nan, np.inf, -np.inf, 1e30
     html = render(table, held_out)
     page = Page(html)
-    assert charts(html) == ["Scores", "ROC curve", "Precision and recall"]
+    assert charts(html) == ["Scores", "ROC curve"]
     assert "1 image has no score" in page.text
     assert "photos/0000.png its score is not a number" in page.text
     assert re.findall(r"score (\S+)", page.text.split("Strangest images")[1])[:2] == ["∞", "1e+30"]

@@ -161,17 +161,15 @@ def test_unlabelled_images_are_refused(trained_run, image_folder, tmp_path):
         evaluate(trained_run, data_dir=str(tmp_path), out=tmp_path / "eval.json")
 
 
-def test_unlabelled_images_among_labelled_ones_are_left_out():
-    train, test = coloured(60, 2), coloured(30, 2, seed=1)
-    some = ImageSet(train.images, train.paths, train.labels.clone(), train.classes)
+def test_unlabelled_images_among_labelled_ones_are_left_out(trained_run):
+    run, test = load_run(trained_run), coloured(30, 2, seed=1)
+    some = coloured(60, 2)
     some.labels[::3] = -1
-
-    def extract(images):
-        return torch.arange(len(images)), mean_colour(CLEAN(images.images))
-
-    assert probe(extract, some, test) == probe(extract, some.select(some.labels >= 0), test)
-    assert probe(extract, some, test)[1]["linear"]["train_images"] == 40
-    assert probed(some, test, epochs=2) == probed(some.select(some.labels >= 0), test, epochs=2)
+    known = some.select(some.labels >= 0)
+    view = CleanView(8, run.info.view.mean, run.info.view.std)
+    assert probe(run.vje, view, some, test) == probe(run.vje, view, known, test)
+    assert probe(run.vje, view, some, test)[1]["linear"]["train_images"] == 40
+    assert probed(some, test, epochs=2) == probed(known, test, epochs=2)
 
 
 def test_the_control_says_where_its_encoder_learned(tiny_config):
