@@ -74,25 +74,10 @@ class ImageError(ValueError):
 
 
 def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None) -> Tensor:
-    """Decode one image file, a path or its bytes, to RGB, as the table above says.
+    """Decode one image file, a path or its bytes, as the table above says, to RGB: uint8 (3, H, W).
 
-    Parameters
-    ----------
-    source
-        A path, or the bytes of a file.
-    size
-        Resize the shorter side to this many pixels (bilinear, antialiased) and crop the centre square.
-        ``None`` keeps the image as it is.
-
-    Returns
-    -------
-    Tensor
-        uint8, (3, size, size), or (3, H, W) when ``size`` is ``None``.
-
-    Raises
-    ------
-    ImageError
-        For whatever reason it cannot be decoded.
+    With ``size`` the shorter side is resized to so many pixels (bilinear, antialiased), and the centre square is left:
+    uint8 (3, size, size). Raises :class:`ImageError` for whatever reason that fails.
     """
     path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -182,13 +167,7 @@ def list_images(root: str | os.PathLike[str]) -> list[Path]:
     Hidden files and folders, run folders and the pictures that scoring draws are left out. Linked folders are followed,
     except a link to a folder that contains it. A folder that cannot be read stands in the list itself, as files do that
     are images which nothing here decodes, so that they are not passed over in silence. A single file is a list of one.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no such folder.
-    ValueError
-        There is no file with an image's extension in it.
+    Raises ``FileNotFoundError`` if there is no such folder, ``ValueError`` if there is nothing to list.
     """
     root = Path(root)
     if root.is_file():

@@ -124,7 +124,7 @@ class ImageSet:
         return digest.hexdigest()
 
     def select(self, indices: Tensor | Sequence[int]) -> ImageSet:
-        """Return the images at ``indices``, a sequence of integers or a boolean mask (N,)."""
+        """Return the images at ``indices``: integers, or a boolean mask (N,)."""
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         paths, images = [self.paths[i] for i in index.tolist()], self.images
@@ -184,8 +184,7 @@ class ImageSet:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images in order: indices int64 (B,) into the set, and uint8 images (B, 3, S, S).
 
-        B is at most ``batch_size``, and at most two batches of decoded images are held. Images that cannot be decoded
-        are left out and noted in ``self.failed``. Raises ``ValueError`` if ``batch_size`` is below 1.
+        Two batches of decoded images are held. What cannot be decoded is left out and noted in ``self.failed``.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -195,7 +194,7 @@ class ImageSet:
                 yield index, self.images[index[0] : index[-1] + 1]
             return
         decode = Decoded(self.images).__getitem__
-        with ThreadPoolExecutor(min(32, cpu_count())) as pool:  # Pillow decodes outside the GIL
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
             ahead = pool.map(decode, parts[0].tolist())
             for index, following in zip(parts, (*parts[1:], parts[0][:0]), strict=True):
                 now, ahead = ahead, pool.map(decode, following.tolist())
@@ -265,8 +264,3 @@ def free_memory() -> int:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)
     return max(free, 0)
-
-
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,6 +26,20 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def check_batch(batch_size: int, count: int, processes: int = 1) -> None:
+    """Raise ``ValueError`` unless the images make a batch, in equal shares for the processes."""
+    if batch_size < 1 or batch_size % processes:
+        # Gradients and batch statistics are averaged over the processes, which is right for equal shares.
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared equally by {processes} processes: "
+            f"choose a multiple of {processes}"
+        )
+    if batch_size > count:
+        raise ValueError(
+            f"batch_size {batch_size} is larger than the data, {count} images: choose at most {count}"
+        )
+
+
 class _EpochLoader:
     """Length, order and shard of the batches; a last one that would be short is left out.
 
@@ -43,15 +57,7 @@ class _EpochLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size {batch_size} cannot be shared by world_size {world_size} processes: "
-                f"take a positive multiple of {world_size}"
-            )
-        if batch_size > count:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the data, {count} images: take at most {count}, or more images"
-            )
+        check_batch(batch_size, count, world_size)
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
@@ -147,17 +153,13 @@ def make_loader(
     num_workers: int = 0,
     **arguments: Any,
 ) -> ResidentLoader | StreamingLoader:
-    """Choose the loader for a set of images and log the choice.
+    """Choose the loader for a set of images, in batches of ``batch_size`` over all processes, and log the choice.
 
     Parameters
     ----------
-    image_set, batch_size
-        What to read, and how many images make one batch of all processes.
-    device
-        Where training takes place. The batches of a set that is not held there lie in host memory.
-    residency
-        ``"memory"``: on the device. ``"stream"``: in host memory, or decoded when read, for a lazy set.
-        ``"auto"``: on the device when the images take at most half of its free memory.
+    device, residency
+        Where training takes place, and whether the images of a set in memory lie there: ``"memory"`` yes, ``"stream"``
+        no, ``"auto"`` if they take at most half of its free memory. Other batches lie in host memory.
     num_workers
         Processes that decode a lazy set; with 0 this one does.
     **arguments

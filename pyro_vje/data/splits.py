@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_vje.config import TrainConfig, machines
 from pyro_vje.data.datasets import load_dataset
 from pyro_vje.data.imageset import ImageSet, counted
-from pyro_vje.data.loaders import derive_seed
+from pyro_vje.data.loaders import check_batch, derive_seed
 
 log = logging.getLogger("pyro_vje")
 
@@ -47,18 +47,8 @@ def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
         train_set = train_set.of_class(config.normal_class)
         log.info("%s of the class %s", counted(len(train_set)), train_set.class_name(config.normal_class))
     train_set, held_out = hold_out(train_set, config)
-    if len(train_set) < (config.batch_size or 0):
-        raise ValueError(
-            f"batch_size {config.batch_size} is larger than the data, {len(train_set)} images: "
-            f"choose at most {len(train_set)}"
-        )
-    processes = config.devices * machines()
-    if (config.batch_size or 0) % processes:
-        # Gradients and batch statistics are averaged over the processes, which is right for equal shares.
-        raise ValueError(
-            f"batch_size {config.batch_size} cannot be shared equally by {processes} processes: "
-            f"choose a multiple of {processes}"
-        )
+    if config.batch_size is not None:
+        check_batch(config.batch_size, len(train_set), config.devices * machines())
     return train_set, held_out
 
 
