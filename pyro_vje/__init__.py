@@ -19,38 +19,24 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyro_vje import distributions, likelihoods
-    from pyro_vje.anomaly.table import embed, score
-    from pyro_vje.config import ScoreConfig, TrainConfig, load_recipe
-    from pyro_vje.experiments.ablation import ablate
-    from pyro_vje.export.deploy import export
-    from pyro_vje.model.encoders import build_encoder
-    from pyro_vje.model.objective import SymmetricELBO
-    from pyro_vje.model.vje import VJE, PosteriorNetwork
-    from pyro_vje.representation.evaluation import evaluate
-    from pyro_vje.runs.folder import load_run
-    from pyro_vje.training.run import train
+    from pyro_vje import distributions as distributions
+    from pyro_vje.anomaly.table import embed as embed
+    from pyro_vje.anomaly.table import score as score
+    from pyro_vje.config import ScoreConfig as ScoreConfig
+    from pyro_vje.config import TrainConfig as TrainConfig
+    from pyro_vje.config import load_recipe as load_recipe
+    from pyro_vje.experiments.ablation import ablate as ablate
+    from pyro_vje.export.deploy import export as export
+    from pyro_vje.model import likelihoods as likelihoods
+    from pyro_vje.model.encoders import build_encoder as build_encoder
+    from pyro_vje.model.objective import SymmetricELBO as SymmetricELBO
+    from pyro_vje.model.vje import VJE as VJE
+    from pyro_vje.model.vje import PosteriorNetwork as PosteriorNetwork
+    from pyro_vje.representation.evaluation import evaluate as evaluate
+    from pyro_vje.runs.folder import load_run as load_run
+    from pyro_vje.training.run import train as train
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "VJE",
-    "PosteriorNetwork",
-    "ScoreConfig",
-    "SymmetricELBO",
-    "TrainConfig",
-    "ablate",
-    "build_encoder",
-    "distributions",
-    "embed",
-    "evaluate",
-    "export",
-    "likelihoods",
-    "load_recipe",
-    "load_run",
-    "score",
-    "train",
-]
 
 _HOMES = {
     "anomaly.table": ("embed", "score"),
@@ -64,6 +50,7 @@ _HOMES = {
     "runs.folder": ("load_run",),
     "training.run": ("train",),
 }
+__all__ = sorted(["distributions", "likelihoods", *(name for names in _HOMES.values() for name in names)])
 _MOVED = {
     "calibration": "metrics.conformal",
     "encoders": "model.encoders",

@@ -47,7 +47,7 @@ def choices_of(field: FieldInfo) -> list[str | None]:
 
 
 def range_of(field: FieldInfo) -> str:
-    """The range of a setting in words, else an empty string."""
+    """The range of a setting of many values in words, else an empty string."""
     rules = [(word, getattr(rule, sign, None)) for rule in field.metadata for sign, word in BOUNDS.items()]
     found = " and ".join(f"{word} {bound}" for word, bound in rules if bound is not None)
     return "positive" if found == "above 0" else found
@@ -74,14 +74,11 @@ def settings(cls: S) -> S:
             name = list(fields)[name]
         if name not in fields:
             raise TypeError(f"{cls.__name__} has no setting {name!r}: choose among {', '.join(fields)}")
-        choices, limits = choices_of(fields[name]), range_of(fields[name])
-        what = f"setting {name} must be {made.__dataclass_fields__[name].type}"
-        if first["type"] == "literal_error":
-            what = f"{name} must be one of {', '.join(map(str, choices))}"
-        elif first["type"] == "finite_number":
-            what = f"{name} must be {limits} and finite"
-        elif limits and not first["type"].endswith("_type"):
-            what = f"{name} must be {limits}"
+        may_be = ", ".join(map(str, choices_of(fields[name])))
+        may_be = f"one of {may_be}" if may_be else range_of(fields[name])
+        what = f"{name} must be {may_be}" + " and finite" * (first["type"] == "finite_number")
+        if not may_be or first["type"].endswith("_type"):
+            what = f"setting {name} must be {made.__dataclass_fields__[name].type}"
         raise ValueError(f"{what}, not {first['input']!r}")
 
     made.__init__ = __init__
@@ -180,9 +177,9 @@ class TrainConfig:
         ValueError
             If a setting is unknown, out of its range, or of another type.
         """
-        unknown = sorted(set(values) - set(fields_of(cls)))
-        if unknown:
-            raise ValueError(f"unknown settings {', '.join(unknown)}: written by a newer version?")
+        known = fields_of(cls)
+        if unknown := ", ".join(name for name in values if name not in known):
+            raise ValueError(f"unknown settings {unknown} (of a newer version?); known: {', '.join(known)}")
         read: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in values.items()}
         return cls(**read)
 
@@ -246,15 +243,13 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     ValueError
         If there is no such recipe, it is no TOML, or a key is unknown or has a value of another type.
     """
-    path, known = RECIPES.get(str(name), Path(name)), fields_of(TrainConfig)
+    path = RECIPES.get(str(name), Path(name))
     if not path.is_file():
         raise ValueError(
             f"no recipe {str(name)!r}: choose one of {', '.join(RECIPES)}, or the path of a TOML file"
         )
     try:
         values = tomllib.loads(path.read_text("utf-8"))
-        if unknown := [key for key in values if key not in known]:
-            raise ValueError(f"unknown keys {', '.join(unknown)}; known: {', '.join(known)}")
         if values.get("radius") == "none":
             values["radius"] = None
         TrainConfig.from_dict(values)

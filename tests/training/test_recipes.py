@@ -111,7 +111,7 @@ def test_ablate_varies_what_a_recipe_fixes(tiny, image_folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch = 3\nlrate = 1.0", "unknown keys epoch, lrate; known: dataset, "),
+        ("epoch = 3\nlrate = 1.0", "unknown settings epoch, lrate (of a newer version?); known: dataset, "),
         ("epochs = 1.5", "setting epochs must be int"),
         ("epochs = [1, 2]", "setting epochs must be int"),
         ("epochs = ", "is no TOML"),
