@@ -20,10 +20,8 @@ from pyro_vje.model.encoding import Posteriors, cpu_rows, in_equal_parts
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.model.vje import VJE
 
-_TEMPORARIES = 12
-"""Matrices of one number a pair of images that evaluating the likelihood of all pairs holds at once, about."""
 _PAIRS = 1 << 22
-"""Pairs of images in a chunk: more are no faster."""
+"""Pairs of images in a chunk: more are no faster. A dozen matrices of so many numbers are held, 400 MB."""
 _CPU_NUMBERS, _CUDA_NUMBERS = 1 << 17, 1 << 24
 """Numbers in a chunk of latents, images × particles × D: as many as a CPU's cache holds are twice as fast."""
 
@@ -62,6 +60,8 @@ class Scorer:
     ValueError
         If the family is unknown or ``num_particles`` negative.
     """
+
+    kl_weight: float
 
     def __init__(
         self,
@@ -141,13 +141,9 @@ class Scorer:
         """Log-mean over the reference images i of p(t | e_i, v_i) for embeddings t ``(N, D)``, float64 ``(N,)``.
 
         Matrix products over ``chunk`` reference images at a time: no tensor is larger than chunk × N. By default as
-        many as are fast, and on a GPU no more than a quarter of the free memory allows.
+        many as are fast.
         """
-        if chunk is None:
-            pairs = _PAIRS  # on a CPU, of any free memory: sums of other chunks differ in their last digits
-            if self.device.type == "cuda":
-                pairs = min(pairs, torch.cuda.mem_get_info(self.device)[0] // (4 * 8 * _TEMPORARIES))
-            chunk = max(1, pairs // max(1, len(embeddings)))
+        chunk = chunk or max(1, _PAIRS // max(1, len(embeddings)))
         kernels = (self.vje.likelihood(e, scale, self.family) for e, _, scale in self.reference.split(chunk))
         found = [pairwise_log_prob(kernel, embeddings).double().logsumexp(0) for kernel in kernels]
         return torch.stack(found).logsumexp(0) - math.log(len(self.reference.loc))
@@ -165,6 +161,8 @@ class LikelihoodParts:
     scorer : Scorer
         By whom the images are judged; it holds ``reference``, ``typical`` and ``kl_weight``.
     """
+
+    scorer: Scorer
 
     def __init__(self, scorer: Scorer, encoded: Posteriors, *, at_once: bool = False) -> None:
         self.scorer, self.encoded, self._at_once = scorer, encoded, at_once
@@ -243,7 +241,7 @@ def expected_log_prob(
 
     The squared residual of a Student-t gives way to its expectation, exact but for ‖z‖, which is taken for its root
     mean square R (ours). So it lies below the expectation, by little where the residual varies little from sample to
-    sample: D in the hundreds, a posterior that is not mostly noise.
+    sample, as in hundreds of dimensions.
 
     ``likelihood`` is the one at the latent (loc² + scale²)^½, whose norm is R: a `DiagonalStudentT`, or a
     `PolarStudentT` of restricted direction and Student-t radius.

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
+from pyro_vje.anomaly.parts import Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet, views_for
@@ -30,14 +30,8 @@ from pyro_vje.runs.folder import CALIBRATION, REFERENCE, LoadedRun, load_posteri
 
 log = logging.getLogger("pyro_vje")
 
-PARTS = {
-    "log_likelihood": "log_likelihood",
-    "log_direction": "log_direction",
-    "log_radius": "log_radius",
-    "kl": "kl",
-    "posterior_variance": "variance",
-    "log_aggregate": "log_aggregate",
-}
+PARTS = {name: name for name in ("log_likelihood", "log_direction", "log_radius", "kl")}
+PARTS |= {"posterior_variance": "variance", "log_aggregate": "log_aggregate"}
 """Columns of numbers beside the score, and what they are called in `LikelihoodParts`."""
 HOW = ("score", "score_likelihood", "reference_views", "num_pairs", "num_particles", "seed")
 """Settings on which scores depend."""
@@ -45,56 +39,37 @@ PROGRESS_EVERY = 30.0  # seconds
 
 
 class Rows:
-    """Numbers of images on disk while they are scored: a line of JSON each, after one that says how they were made.
+    """Numbers of images on disk while they are scored: a line of JSON each, after one that says how they were ``made``.
 
-    Parameters
-    ----------
-    path : Path
-        The file; without ``resume``, and where there is none, it is begun anew.
-    made : dict
-        What rows depend on.
-    shape : (int, int)
-        Number of images, and of numbers in a row.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process is writing it.
-    ValueError
-        If the file's rows were made in another way, or the file is damaged.
+    ``shape`` is the number of images and of numbers in a row. Without ``resume`` the file is begun anew.
     """
 
     def __init__(self, path: Path, made: dict[str, Any], shape: tuple[int, int], *, resume: bool) -> None:
-        self.path, self.shape = path, shape
+        self.path = path
         self.numbers: dict[int, list[float]] = {}
         self._lock = ExitStack()
         self._lock.enter_context(locked(path))
         content = path.read_bytes() if resume and path.is_file() else b""
-        if not content:
-            if resume:
-                log.info("there is no %s to resume: from the beginning", path)
-            write_atomic(path, json.dumps(made) + "\n")
-            return
-        *whole, _ = content.split(b"\n")  # what a kill cut off is scored again
+        if resume and not content:
+            log.info("there is no %s to resume: from the beginning", path)
+        *whole, _ = (content or f"{json.dumps(made)}\n".encode()).split(
+            b"\n"
+        )  # what a kill cut off is scored again
         try:
             before, *rows = [parse_json(line) for line in whole]
             changed = [name for name, value in made.items() if before[name] != value]
-            if not changed:
-                for position, numbers in rows:
-                    self._check(position, numbers)
-                    self.numbers[position] = numbers
+            self.numbers = {} if changed else dict(rows)
+            good = all(type(i) is int and 0 <= i < shape[0] for i in self.numbers)
+            good &= all(list(map(type, row)) == [float] * shape[1] for row in self.numbers.values())
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path} is damaged: score again without --resume") from None
+            changed, good = [], False
         if changed:
             raise ValueError(
                 f"{path} was made with other settings ({', '.join(changed)}): score again without --resume"
             )
+        if not good or len(self.numbers) != len(rows):
+            raise ValueError(f"{path} is damaged: score again without --resume")
         write_atomic(path, b"\n".join([*whole, b""]))
-
-    def _check(self, position: Any, numbers: Any) -> None:
-        good = type(position) is int and 0 <= position < self.shape[0] and position not in self.numbers
-        if not good or list(map(type, numbers)) != [float] * self.shape[1]:
-            raise ValueError
 
     def add(self, rows: Mapping[int, list[float]]) -> None:
         """Append the numbers of images by their positions."""
@@ -111,13 +86,8 @@ class Rows:
 def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
     """The scorer of a run, with the reference images if the run has them, and their augmented views if asked for."""
     reference = load_posteriors(run, REFERENCE)
-    if settings.reference_views and get_score(settings.score).needs_reference:
-        try:
-            train_set, _ = training_images(run)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(
-                f"reference_views needs the images that the run was trained on: {error}"
-            ) from None
+    if settings.reference_views:
+        train_set, _ = _training_images(run, "kernels at augmented views of the training images need these")
         views, _ = views_for(run.info.config.dataset, run.info.image_size)
         device = next(run.vje.parameters()).device
         generator = torch.Generator(device).manual_seed(settings.seed)
@@ -126,8 +96,8 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
             encode(run.vje, images, lambda batch: views(batch, generator)[0], device=device).posteriors
             for _ in range(settings.reference_views)
         ]
-        drawn += [] if reference is None else [reference]
-        reference = Posteriors(*(torch.cat(tensors) for tensors in zip(*drawn, strict=True)))
+        known = [*drawn, *([] if reference is None else [reference])]
+        reference = Posteriors(*(torch.cat(tensors) for tensors in zip(*known, strict=True)))
     return Scorer(
         run.vje,
         reference=reference,
@@ -138,18 +108,15 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
     )
 
 
-def training_images(run: LoadedRun) -> tuple[ImageSet, ImageSet | None]:
-    """The images that a run was trained on, and those it held out.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If they are not at hand, or have changed.
-    """
+def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | None]:
+    """The images that a run was trained on and those it held out; ``ValueError`` with ``why`` if not as they were."""
     config = dataclasses.replace(run.info.config, image_size=run.info.image_size, download=False)
-    train_set, held_out = load_train_set(config)
+    try:
+        train_set, held_out = load_train_set(config)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{why}: {error}") from None
     if len(train_set) != run.info.train_images:
-        raise ValueError("the training images have changed since, and with them what was held out")
+        raise ValueError(f"{why}: the training images have changed since, and with them what was held out")
     return train_set, held_out
 
 
@@ -177,36 +144,36 @@ def calibration_scores(
     """
     if not settings.num_pairs:
         stored = [found for name in files if (found := load_posteriors(run, name)) is not None]
-        scores = [scorer.scores(settings.score, held_out).cpu().numpy() for held_out in stored]
-        return np.concatenate(scores) if scores else None
+        scores = [scorer.scores(settings.score, held_out) for held_out in stored]
+        return torch.cat(scores).cpu().numpy() if scores else None
     try:
-        _, held_out = training_images(run)
-    except (FileNotFoundError, ValueError) as error:
-        log.warning(
-            "no p-values: augmented pairs are calibrated on the held-out images themselves, and %s", error
-        )
+        _, held_out = _training_images(run, "no p-values, as pairs are calibrated on the held-out images")
+    except ValueError as error:
+        log.warning("%s", error)
         return None
-    if held_out is None:
-        return None
-    return np.concatenate([rows[:, 0] for _, rows in _score(run, scorer, settings, held_out)])
+    return (
+        None
+        if held_out is None
+        else np.concatenate([rows[:, 0] for _, rows in _score(run, scorer, settings, held_out)])
+    )
 
 
 def _score(
-    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, images: ImageSet, batch_size: int = 256
+    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, images: ImageSet
 ) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
     """Indices of the images of each batch, and a row for each: the score and `PARTS`."""
-    score = get_score(settings.score)
-
-    def row(parts: LikelihoodParts) -> Tensor:
-        values = [score(parts).double()]
-        for name in PARTS.values():
+    for index, pairs in posteriors_of(run, images, settings, settings.batch_size):
+        found = []
+        for pair in pairs:
+            parts = scorer.parts(pair)
+            score = get_score(settings.score)(parts).double()
             # A density over thousands of kernels is there if the score is made of it; nobody waits for it in vain.
-            wanted = name != "log_aggregate" or name in vars(parts)
-            values.append(getattr(parts, name) if wanted else torch.full_like(values[0], torch.nan))
-        return torch.stack(values, -1)
-
-    for index, pairs in posteriors_of(run, images, settings, batch_size):
-        yield index, torch.stack([row(scorer.parts(pair)) for pair in pairs]).mean(0).cpu().numpy()
+            absent = (
+                {} if "log_aggregate" in vars(parts) else {"log_aggregate": torch.full_like(score, torch.nan)}
+            )
+            columns = [absent[name] if name in absent else getattr(parts, name) for name in PARTS.values()]
+            found.append(torch.stack([score, *columns], -1))
+        yield index, torch.stack(found).mean(0).cpu().numpy()
 
 
 def score_images(
@@ -219,7 +186,7 @@ def score_images(
     todo = images.select(remaining)
     said, done = time.monotonic(), 0
     try:
-        for index, numbers in _score(run, scorer, settings, todo, settings.batch_size) if remaining else ():
+        for index, numbers in _score(run, scorer, settings, todo) if remaining else ():
             rows.add({remaining[i]: row for i, row in zip(index.tolist(), numbers.tolist(), strict=True)})
             done += len(index)
             if time.monotonic() - said > PROGRESS_EVERY:

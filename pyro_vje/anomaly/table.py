@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,13 @@ class ScoreResult:
     scored, failed : int
         Images scored, and images that could not be decoded (rows with an ``error``).
     normal, anomalies, unlabelled : int or None
-        Of those scored, images of the normal class, of other classes, and without a label, which no metric counts;
-        ``None`` where nothing says what is normal.
+        Of those scored, images of the normal class, of other classes, and without a label, which no metric counts.
     auroc : float or None
         Area under the ROC curve of the anomaly score, anomalies as the positive class.
     flagged : int or None
         Images decided to be anomalies, where ``alpha`` or ``fdr`` was given.
-    passes : int
-        Passes of the encoder an image.
-    settings : ScoreConfig
-        How it was done.
+    passes, settings : int, ScoreConfig
+        Passes of the encoder an image, and how it was done.
     """
 
     csv: Path
@@ -147,25 +145,18 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         )
     decision = None if calibration is None else _decide(table, calibration, settings)
 
-    known = table.is_anomaly.dropna()
-    counts: dict[str, int | None] = dict.fromkeys(("normal", "anomalies", "unlabelled"))
-    if len(known):
-        counts = {"normal": int((known == 0).sum()), "anomalies": int(known.sum())}
-        counts["unlabelled"] = len(scored) - len(known)
-    found = None
-    if known.nunique() == 2:
-        found = metrics.detection_metrics(table.anomaly_score[known.index].to_numpy(), known.to_numpy(bool))
-    own = run.info.config.data_dir if settings.data_dir is None else settings.data_dir
-    dataset = settings.dataset or run.info.config.dataset
+    counts, found = _against_labels(table)
+    dataset, passes = settings.dataset or run.info.config.dataset, 2 * settings.num_pairs or 1
+    place = (settings.data_dir or run.info.config.data_dir) if dataset == "folder" else dataset
+    how |= {
+        "meaning": chosen.description,
+        "likelihood": scorer.family.name,
+        "forward_passes_an_image": passes,
+    }
     summary = {
         "run": str(ckpt),
-        "data": str(settings.data or f"{own if dataset == 'folder' else dataset}, split test"),
-        "score": {
-            **how,
-            "meaning": chosen.description,
-            "likelihood": scorer.family.name,
-            "forward_passes_an_image": 2 * settings.num_pairs or 1,
-        },
+        "data": str(settings.data or f"{place}, split test"),
+        "score": how,
         "normal_class": normal,
         "counts": {"scored": len(scored), "failed": len(failed), **counts},
         "calibration": describe_calibration(calibration),
@@ -181,16 +172,12 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
     summary_path = write_json(target.with_name(f"{target.stem}_summary.json"), summary)
     if settings.draw:
         _draw(target, scored, images)
-    report = None
-    if settings.report:
+    report = target.with_name(f"{target.stem}_report.html") if settings.report else None
+    if report:
         title = f"Anomaly scores: {summary['data']}"
-
-        def thumbnails(rows: Sequence[int]) -> list[Image.Image]:
-            found = (_image(images, int(table.position.iloc[row])) for row in rows)
-            return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
-
+        thumbnails = partial(_thumbnails, images, table)
         page = render_report(title, table, summary, calibration, thumbnails, folder=target.parent)
-        report = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
+        write_atomic(report, page)
     rows.remove()  # only now is everything written
     return ScoreResult(
         csv=target,
@@ -201,7 +188,7 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         **counts,
         auroc=found["auroc"] if found else None,
         flagged=decision["anomalies"] if decision else None,
-        passes=2 * settings.num_pairs or 1,
+        passes=passes,
         settings=settings,
     )
 
@@ -277,6 +264,17 @@ def _decide(
     return {"rule": rule, "level": level, "anomalies": int(called.sum())}
 
 
+def _against_labels(table: pd.DataFrame) -> tuple[dict[str, int | None], dict[str, Any] | None]:
+    """Numbers of normal, anomalous and unlabelled images, if there are labels, and metrics over the first two."""
+    known = table.is_anomaly.dropna()
+    if not len(known):
+        return dict.fromkeys(("normal", "anomalies", "unlabelled")), None
+    anomalies, unlabelled = int(known.sum()), int(table.error.isna().sum()) - len(known)
+    scores = table.anomaly_score[known.index].to_numpy()
+    found = metrics.detection_metrics(scores, known.to_numpy(bool)) if known.nunique() == 2 else None
+    return {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}, found
+
+
 def describe_calibration(calibration: NDArray[np.float64] | None) -> dict[str, Any] | None:
     """Number of calibration images, and above which score an image's p-value is at most some levels."""
     if calibration is None:
@@ -292,20 +290,17 @@ def describe_calibration(calibration: NDArray[np.float64] | None) -> dict[str, A
 
 
 def _say_calibration(calibration: NDArray[np.float64] | None, settings: ScoreConfig) -> None:
-    if calibration is not None:
-        least = 1 / (len(calibration) + 1)
-        log.info("p-values against %d held-out images: none is below %.3g", len(calibration), least)
-        if settings.alpha is not None and settings.alpha < least:
-            log.warning(
-                "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)",
-                settings.alpha,
-            )
-    elif settings.alpha is not None or settings.fdr is not None:
-        raise ValueError(
-            "no p-values, so no decisions: this run has no held-out images to calibrate scores (train --holdout)"
-        )
-    else:
-        log.info("no p-values: this run has no held-out images to calibrate them")
+    if calibration is None:
+        no = "this run has no held-out images to calibrate scores (train --holdout)"
+        if settings.alpha is not None or settings.fdr is not None:
+            raise ValueError(f"no p-values, so no decisions: {no}")
+        log.info("no p-values: %s", no)
+        return
+    least = 1 / (len(calibration) + 1)
+    log.info("p-values against %d held-out images: none is below %.3g", len(calibration), least)
+    if (settings.alpha or 1) < least:
+        no = "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)"
+        log.warning(no, settings.alpha)
 
 
 # What is written ------------------------------------------------------------------------------------------------------
@@ -338,6 +333,11 @@ def _image(images: ImageSet, i: int) -> torch.Tensor:
         return torch.full((3, images.image_size, images.image_size), 128, dtype=torch.uint8)
 
 
+def _thumbnails(images: ImageSet, table: pd.DataFrame, rows: Sequence[int]) -> list[Image.Image]:
+    found = (_image(images, table.position[row]) for row in rows)
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
+
+
 def _draw(csv_path: Path, scored: pd.DataFrame, images: ImageSet) -> None:
     """Draw the histogram, the two factors, and the strangest images into a folder beside the CSV."""
     folder, name = csv_path.parent / PICTURES, csv_path.stem
@@ -367,17 +367,8 @@ def embed(
     """Write features, embeddings and posteriors of a folder of images to an ``.npz`` file.
 
     Arrays: ``features`` (N, F), ``embeddings``, ``loc``, ``scale`` (N, D) as float32, ``paths`` (N,) as text, and
-    ``labels`` (N,), -1 for none, with ``classes`` where the folder has class folders.
-
-    Returns
-    -------
-    tuple
-        The file, the number of images in it, and the number that could not be decoded.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        As for `score`.
+    ``labels`` (N,), -1 for none, with ``classes`` where the folder has class folders. Returns the file, the number of
+    images in it, and the number that could not be decoded. Raises as `score` does.
     """
     target, device = _target(out), default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import false_discovery_control
 
 from pyro_vje.metrics.arrays import Array, as_vector
 
@@ -75,8 +76,5 @@ def benjamini_hochberg(p_values: Array, fdr: float) -> NDArray[np.bool_]:
         raise ValueError(f"p_values must lie in [0, 1], got {values.min():g} to {values.max():g}")
     if not 0 < fdr < 1:
         raise ValueError(f"fdr must lie between 0 and 1, got {fdr}")
-    ordered = np.sort(values)
-    limits = fdr * np.arange(1, len(ordered) + 1) / len(ordered)
     # Conformal p-values are fractions and meet their limits exactly: rounding must not decide.
-    below = np.flatnonzero(ordered <= limits * (1 + 1e-12))
-    return values <= ordered[below[-1]] if len(below) else np.zeros(len(values), dtype=bool)
+    return false_discovery_control(values) <= fdr * (1 + 1e-12)

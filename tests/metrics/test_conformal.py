@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, false_discovery_control
+from scipy.stats import binom
 
 from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
 
@@ -33,7 +33,7 @@ class TestConformalPValues:
     @pytest.mark.parametrize("calibration_images", [19, 200])
     def test_coverage(self, rng, ties, calibration_images):
         # Calibration and test drawn anew each time: each draw gives one independent p-value.
-        draws = 20_000
+        draws = 10_000
         data = rng.standard_t(3, size=(draws, calibration_images + 1))
         data = data.round(0) if ties else data
         p = np.array([conformal_p_values(row[:1], row[1:])[0] for row in data])
@@ -70,11 +70,11 @@ class TestConformalPValues:
 
 class TestBenjaminiHochberg:
     @pytest.mark.parametrize("fdr", [0.01, 0.1, 0.3])
-    def test_scipy(self, rng, fdr):
+    def test_naive_reference(self, rng, fdr):
         for _ in range(50):
             p = np.concatenate([rng.random(40), rng.random(20) ** 6]).round(3)
-            expected = false_discovery_control(p) <= fdr * (1 + 1e-12)
-            assert (benjamini_hochberg(p, fdr) == expected).all()
+            limits = [value for k, value in enumerate(sorted(p), 1) if value <= fdr * k / 60 * (1 + 1e-12)]
+            assert (benjamini_hochberg(p, fdr) == (p <= max(limits, default=-1))).all()
 
     def test_step_up(self):
         # 0.04 alone misses its own threshold 0.0333, and is selected because 0.05 makes the last one.
