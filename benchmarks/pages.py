@@ -22,7 +22,7 @@ from pyro_vje.experiments.tables import NOT_USED, markdown, spread, text
 
 FOLDER = Path(__file__).parent
 PAGES = (*sorted(FOLDER.glob("*.md")), FOLDER.parent / "README.md")
-MARK = re.compile(r"(<!-- (\w+) (.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (\w+) ([^\n]+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 METHODS = {
     "elbo": "VJE",
     "benchmarks.controls:simsiam": "SimSiam",
