@@ -121,9 +121,8 @@ class TestKnn:
         half = torch.tensor(train.tolist(), dtype=torch.bfloat16)
         assert torch.equal(metrics.knn_predict(half, labels, half.flip(0), k=3), expected)
 
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
+    def test_bad_input(self):
+        cases = [
             ({"k": 0}, "k must be at least 1, got 0"),
             ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
             ({"train_features": torch.full((4, 2), torch.nan)}, "train_features has NaN"),
@@ -134,18 +133,17 @@ class TestKnn:
             ({"train_labels": torch.tensor([0, 1])}, "train_labels must be 4 integers"),
             ({"train_labels": torch.tensor([0.0, 1, 1, 0])}, "train_labels must be 4 integers"),
             ({"test_labels": torch.tensor([0, -1, 1])}, "test_labels holds 1 negative"),
-        ],
-    )
-    def test_bad_input(self, change, message):
-        good = {
-            "train_features": torch.eye(4)[:, :2] + 1,
-            "train_labels": torch.tensor([0, 1, 0, 1]),
-            "test_features": torch.ones(3, 2),
-            "test_labels": torch.tensor([0, 1, 0]),
-        }
-        assert metrics.knn_accuracy(**good)["k"] == 4
-        with pytest.raises(ValueError, match=message):
-            metrics.knn_accuracy(**{**good, **change})
+        ]
+        for change, message in cases:
+            good = {
+                "train_features": torch.eye(4)[:, :2] + 1,
+                "train_labels": torch.tensor([0, 1, 0, 1]),
+                "test_features": torch.ones(3, 2),
+                "test_labels": torch.tensor([0, 1, 0]),
+            }
+            assert metrics.knn_accuracy(**good)["k"] == 4
+            with pytest.raises(ValueError, match=message):
+                metrics.knn_accuracy(**{**good, **change})
 
 
 class TestLinearProbe:
@@ -272,9 +270,8 @@ class TestHealth:
         assert metrics.posterior_snr(loc, noisy) == pytest.approx(before, rel=0.01)
         assert metrics.posterior_snr(strong, scale) == pytest.approx(before, rel=0.01)
 
-    @pytest.mark.parametrize(
-        ("call", "message"),
-        [
+    def test_bad_input(self):
+        cases = [
             (lambda: metrics.effective_rank(np.zeros((0, 3))), "features has 0 rows"),
             (lambda: metrics.effective_rank(np.full((2, 2), np.nan)), "NaN or infinite"),
             (lambda: metrics.embedding_spread(np.ones((1, 3))), "1 rows; at least 2"),
@@ -282,11 +279,10 @@ class TestHealth:
             (lambda: metrics.alignment(np.ones((2, 3)), np.ones((3, 3))), r"first has shape \(2, 3\)"),
             (lambda: metrics.posterior_snr(np.ones((2, 3)), np.zeros((2, 3))), "scale must be positive"),
             (lambda: metrics.posterior_snr(np.ones((2, 3)), np.ones((2, 1))), "loc has shape"),
-        ],
-    )
-    def test_bad_input(self, call, message):
-        with pytest.raises(ValueError, match=message):
-            call()
+        ]
+        for call, message in cases:
+            with pytest.raises(ValueError, match=message):
+                call()
 
     def test_collapse_warning(self):
         assert metrics.collapse_warning(60.0, 0.98, 2.0, 128) is None

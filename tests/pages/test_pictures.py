@@ -25,13 +25,6 @@ def figures(monkeypatch):
     return saved
 
 
-@pytest.fixture(autouse=True)
-def _few_pixels(monkeypatch):
-    """Sizes are checked in inches; a third of the resolution saves most of the time."""
-    figure = pictures.Figure
-    monkeypatch.setattr(pictures, "Figure", lambda **settings: figure(**{**settings, "dpi": 40}))
-
-
 def check_png(path, least_width=200, least_height=150):
     """The file is a picture of a size for a README, and something is drawn on it."""
     with Image.open(path) as image:
