@@ -22,9 +22,8 @@ from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.metrics import auroc
 from pyro_vje.model.encoding import encode
-from pyro_vje.representation.evaluation import load_split
 from pyro_vje.runs.files import write_json
-from pyro_vje.runs.folder import LoadedRun, load_run
+from pyro_vje.runs.folder import LoadedRun, load_run, load_split
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

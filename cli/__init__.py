@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from pyro_vje import __version__
-from pyro_vje.config import is_first_process
+from pyro_vje.launch import is_first_process
 
 COMMANDS = ("train", "eval", "ablate", "benchmark", "score", "embed", "export")
 """A file each, with the command as ``command``."""

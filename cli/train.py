@@ -8,7 +8,8 @@ import click
 from click.core import ParameterSource
 
 from pyro_vje.cli import options
-from pyro_vje.config import TrainConfig, is_first_process
+from pyro_vje.config import TrainConfig
+from pyro_vje.launch import is_first_process
 
 
 @options.command("train")

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import tomllib
 from pathlib import Path
 from types import NoneType
@@ -96,11 +95,27 @@ class TrainConfig:
     download: bool = say(True, "Fetch a missing data set.", off="no-download")
     normal_class: str | None = say(None, "Pretrain on this class alone, by name or index. [default: all]")
     image_size: int | None = say(None, "Side of the square images in pixels. [default: the data set's]", ge=8)
-    holdout: float = say(0.05, "Share of images kept out to calibrate scores into p-values.", ge=0, le=0.5)
-    encoder: str | None = say(
-        None, "resnet-small, resnet18, 34 or 50, or module:factory. [default: the data set's]"
+    holdout: float | None = say(
+        None, "Share of images kept out to calibrate p-values. [default: 0.05; with folds 0]", ge=0, le=0.5
     )
-    projector: Literal["none", "linear", "mlp"] = say("none", "Between encoder and embedding.")
+    encoder: str | None = say(
+        None,
+        "resnet-small, resnet18, 34, 50, timm:NAME, torchvision:NAME, module:factory. [default: the data set's]",
+    )
+    weights: Text = say(
+        "none", "Of the encoder: none, default (pretrained, for timm:... and torchvision:...), FILE."
+    )
+    encoder_lr_scale: float | None = say(
+        None,
+        "Of the encoder against the head; 0 freezes it. [default: 0 for pretrained ones, else 1]",
+        ge=0,
+        le=1,
+    )
+    feature_views: int = say(6, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
+    folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
+    projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say(
+        "auto", "Between encoder and embedding; auto is whiten if it is frozen, else none."
+    )
     embedding_dim: int | None = say(None, "D; without a projector the encoder's width.", ge=2, le=2**20)
     hidden_dim: int = say(512, "Hidden width of projector and posterior network.", ge=1, le=2**20)
     likelihood: str = say("polar-student-t", "A likelihood family, or your own as module:function.")
@@ -138,30 +153,56 @@ class TrainConfig:
         if self.dataset == "folder" and self.data_dir is None:
             raise ValueError("the data set 'folder' needs to know which folder: name it (--data-dir DIR)")
         defaults = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}
+        scale = self.encoder_lr_scale
+        defaults["encoder_lr_scale"] = scale = float(self.weights == "none") if scale is None else scale
+        defaults["holdout"] = 0.0 if scale == 0 and self.folds else 0.05
         epochs = self.epochs or defaults["epochs"]
-        defaults = {"warmup_epochs": min(10.0, 0.1 * epochs), "knn_every": max(1, epochs // 10)} | defaults
-        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        if scale == 0:
+            defaults |= {"warmup_epochs": 0.0, "knn_every": 0}
+            del defaults["epochs"]  # follow from the number of images: `fitted`
+        else:
+            defaults = {
+                "warmup_epochs": min(10.0, 0.1 * epochs),
+                "knn_every": max(1, epochs // 10),
+            } | defaults
+        del defaults["batch_size"]  # follows from the number of images too
+        missing: dict[str, Any] = {
+            name: value for name, value in defaults.items() if getattr(self, name) is None
+        }
+        if self.projector == "auto":
+            missing["projector"] = "whiten" if scale == 0 else "none"
+        if scale == 0 and self.devices > 1:
+            raise ValueError(
+                f"the head of a frozen encoder trains on one device, not {self.devices} (--devices)"
+            )
         return dataclasses.replace(self, **missing)
 
-    def fitted(self, images: int, processes: int = 1) -> TrainConfig:
-        """Resolved settings whose default batch is no larger than the data, in equal shares for the processes.
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing of the encoder changes."""
+        return self.encoder_lr_scale == 0
 
-        Of fewer images than the default batch it takes a quarter: a step an epoch would hardly train.
+    def fitted(self, images: int, processes: int = 1) -> TrainConfig:
+        """Resolved settings fitted to the number of images: at least `STEPS` steps an epoch, or else a smaller batch.
+
+        A batch size that was asked for stays. A frozen encoder's head gets `HEAD_STEPS` steps unless epochs are said.
 
         Raises
         ------
         ValueError
             If there are too few images for any batch.
         """
-        most = self.batch_size or images
-        if images < most:
-            most = max(images // 4, min(16, images))
-        most -= most % processes
+        most = self.batch_size
+        if most is None:
+            default = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}["batch_size"]
+            most = min(default, max(images // STEPS, min(SMALLEST_BATCH, images)))
+            most -= most % processes
         if most < 2:  # batch norm needs two
             raise ValueError(f"training needs at least two images, and one a process, but has {images}")
-        if most != self.batch_size:
+        epochs = self.epochs or math.ceil(HEAD_STEPS / max(1, images // most))
+        if self.batch_size is None and most != default:
             logging.getLogger("pyro_vje").info("batch_size %d, to fit %d images", most, images)
-        return dataclasses.replace(self, batch_size=most)
+        return dataclasses.replace(self, batch_size=most, epochs=epochs)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""
@@ -270,15 +311,10 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a run on each data set uses where nothing is said."""
 
+STEPS, SMALLEST_BATCH = 20, 16
+"""Steps that an epoch should have, and the batch size below which none is made smaller for it."""
+HEAD_STEPS = 500
+"""Of the head of a frozen encoder: seconds on a CPU."""
+
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")
 """What an ablation always varies (with one value or several), the seed last."""
-
-
-def is_first_process() -> bool:
-    """Whether no launcher has started this process as one of the others; Lightning runs the command again in each."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
-def machines() -> int:
-    """Machines that train together, as torchrun tells its processes; ``devices`` are those of each machine."""
-    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))

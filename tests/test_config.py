@@ -22,10 +22,12 @@ def test_every_data_set_has_defaults():
 def test_a_default_batch_is_fitted_to_few_images():
     config = TrainConfig("folder", "photos").resolved()
     for images, processes, batch_size in (
-        (256, 1, 256),
-        (255, 1, 63),
-        (100, 1, 25),
-        (100, 3, 24),
+        (10_000, 1, 256),
+        (5_120, 1, 256),
+        (4_750, 1, 237),
+        (640, 1, 32),
+        (640, 3, 30),
+        (262, 1, 16),
         (17, 1, 16),
         (5, 1, 5),
     ):

@@ -5,7 +5,6 @@ Memory does not grow with the number of images, and an interrupted call can go o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -22,11 +21,11 @@ from torch import Tensor
 from pyro_vje.anomaly.parts import Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
-from pyro_vje.data import ImageSet, views_for
-from pyro_vje.data.splits import load_train_set, reference_images
+from pyro_vje.data import ImageSet
+from pyro_vje.data.splits import reference_images
 from pyro_vje.model.encoding import Posteriors, encode, encode_batches, images_at_once
 from pyro_vje.runs.files import locked, parse_json, write_atomic
-from pyro_vje.runs.folder import CALIBRATION, REFERENCE, LoadedRun, load_posteriors
+from pyro_vje.runs.folder import CALIBRATION, REFERENCE, LoadedRun, load_posteriors, training_images
 
 log = logging.getLogger("pyro_vje")
 
@@ -88,7 +87,7 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
     reference = load_posteriors(run, REFERENCE)
     if settings.reference_views:
         train_set, _ = _training_images(run, "kernels at augmented views of the training images need these")
-        views, _ = views_for(run.info.config.dataset, run.info.image_size)
+        views = run.info.views
         device = next(run.vje.parameters()).device
         generator = torch.Generator(device).manual_seed(settings.seed)
         images = reference_images(train_set, run.info.config.seed)
@@ -110,12 +109,11 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
 
 def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | None]:
     """The images that a run was trained on and those it held out; ``ValueError`` with ``why`` if not as they were."""
-    config = dataclasses.replace(run.info.config, image_size=run.info.image_size, download=False)
     try:
-        train_set, held_out = load_train_set(config)
+        train_set, held_out = training_images(run)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{why}: {error}") from None
-    if len(train_set) != run.info.train_images:
+    if run.info.fingerprint not in (None, train_set.fingerprint()) or len(train_set) != run.info.train_images:
         raise ValueError(f"{why}: the training images have changed since, and with them what was held out")
     return train_set, held_out
 
@@ -129,7 +127,7 @@ def posteriors_of(
         for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
             yield encoded.indices, [encoded.posteriors]
         return
-    views, _ = views_for(run.info.config.dataset, run.info.image_size)
+    views = run.info.views
     draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
     for index, batch in images.batches(images_at_once(images, batch_size, device)):
         yield index, augmented_pairs(run.vje, views, batch.to(device), **draw)

@@ -26,12 +26,11 @@ from pyro_vje import metrics
 from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibration_scores, make_scorer, score_images
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
-from pyro_vje.data import ImageError, ImageSet, load_dataset
+from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
 from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
 from pyro_vje.pages.report import render_report
-from pyro_vje.representation.evaluation import load_split
 from pyro_vje.runs.files import check_writable, write_atomic, write_json
 from pyro_vje.runs.folder import (
     PICTURES,
@@ -40,6 +39,7 @@ from pyro_vje.runs.folder import (
     default_device,
     deterministic_kernels,
     load_run,
+    load_split,
     versions,
 )
 
@@ -201,8 +201,7 @@ def _target(path: str | Path) -> Path:
 def _images_and_normal_class(run: LoadedRun, settings: ScoreConfig) -> tuple[ImageSet, str | None]:
     """The images to score, and the name of the class that is normal among them, if anything says so."""
     if settings.data is not None:
-        size = run.info.image_size
-        images = load_dataset("folder", settings.data, "all", image_size=size, residency="stream")
+        images = load_split(run, "all", "folder", settings.data, residency="stream")
     else:
         images = load_split(run, "test", settings.dataset, settings.data_dir, download=settings.download)
     classes = images.classes or ()
@@ -372,7 +371,7 @@ def embed(
     """
     target, device = _target(out), default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
-    images = load_dataset("folder", data, "all", image_size=run.info.image_size, residency="stream")
+    images = load_split(run, "all", "folder", data, residency="stream")
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
     arrays = {name: getattr(encoded, name).numpy() for name in ("features", "embeddings", "loc", "scale")}
     arrays["paths"] = np.array([images.paths[i] for i in encoded.indices.tolist()])

@@ -1,6 +1,14 @@
 """Data sets, views and loaders; knows no model."""
 
-from pyro_vje.data.datasets import DATASETS, Dataset, Request, find_dataset, load_dataset, views_for
+from pyro_vje.data.datasets import (
+    DATASETS,
+    Dataset,
+    Request,
+    find_dataset,
+    load_dataset,
+    recipe_for,
+    views_for,
+)
 from pyro_vje.data.decode import ImageError, decode_image, list_images
 from pyro_vje.data.imageset import ImageSet, LazyImages, counted, free_memory
 from pyro_vje.data.loaders import ResidentLoader, StreamingLoader, derive_seed, make_loader
@@ -29,6 +37,7 @@ __all__ = [
     "load_dataset",
     "load_train_set",
     "make_loader",
+    "recipe_for",
     "views_for",
     "warn_if_shared",
 ]

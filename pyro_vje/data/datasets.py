@@ -35,6 +35,7 @@ class Request:
     image_size: int | None
     download: bool
     residency: str
+    interpolation: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,18 @@ def find_dataset(name: str) -> Dataset:
     return Dataset(found)
 
 
+def recipe_for(name: str, image_size: int) -> str:
+    """Return the name of a data set's augmentation at an image size; raises ``ValueError`` for an unknown data set."""
+    by_size = "cifar" if image_size <= 40 else "stl10" if image_size <= 128 else "imagenet"
+    return find_dataset(name).recipe or by_size
+
+
 def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
     """Return the training and the evaluation views for a data set's name (`find_dataset`), as it is seen."""
     data = find_dataset(name)
-    recipe = data.recipe or ("cifar" if image_size <= 40 else "stl10" if image_size <= 128 else "imagenet")
-    return TwoViews(image_size, recipe, data.mean, data.std), CleanView(image_size, data.mean, data.std)
+    return TwoViews(image_size, recipe_for(name, image_size), data.mean, data.std), CleanView(
+        image_size, data.mean, data.std
+    )
 
 
 def load_dataset(
@@ -87,6 +95,7 @@ def load_dataset(
     image_size: int | None = None,
     download: bool = True,
     residency: str = "auto",
+    interpolation: str = "bilinear",
 ) -> ImageSet:
     """Load one split of a data set as square RGB images.
 
@@ -106,6 +115,8 @@ def load_dataset(
         Fetch what is missing, where that is possible.
     residency
         ``"memory"``, ``"stream"`` or ``"auto"``: whether image files are decoded once, or when they are read.
+    interpolation
+        ``"bilinear"`` or ``"bicubic"``: how image files are resized.
 
     Raises
     ------
@@ -121,7 +132,9 @@ def load_dataset(
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     root = Path(data_dir if data_dir is not None else os.environ.get("PYRO_VJE_DATA", "data_sets"))
     try:
-        images = entry.load(Request(name, root, split, image_size or entry.image_size, download, residency))
+        images = entry.load(
+            Request(name, root, split, image_size or entry.image_size, download, residency, interpolation)
+        )
     except Exception as error:
         if name in DATASETS or isinstance(error, (ValueError, OSError, MemoryError)):
             raise
@@ -244,7 +257,8 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     paths = [path for path, _ in files]
     labels = torch.tensor([index.get(class_of(place), -1) for _, place in files])
     labelled = labels if bool((labels >= 0).any()) else None
-    images = ImageSet(LazyImages(paths, size), paths, labelled, tuple(names) or None, root=str(root))
+    lazy = LazyImages(paths, size, request.interpolation)
+    images = ImageSet(lazy, paths, labelled, tuple(names) or None, root=str(root))
     return read_images(images, request.residency)
 
 

@@ -73,11 +73,13 @@ class ImageError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None) -> Tensor:
+def decode_image(
+    source: str | os.PathLike[str] | bytes, size: int | None = None, interpolation: str = "bilinear"
+) -> Tensor:
     """Decode one image file, a path or its bytes, as the table above says, to RGB: uint8 (3, H, W).
 
-    With ``size`` the shorter side is resized to so many pixels (bilinear, antialiased), and the centre square is left:
-    uint8 (3, size, size). Raises :class:`ImageError` for whatever reason that fails.
+    With ``size`` the shorter side is resized to so many pixels (``"bilinear"`` or ``"bicubic"``, antialiased), and the
+    centre square is left: uint8 (3, size, size). Raises :class:`ImageError` for whatever reason that fails.
     """
     path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -98,7 +100,7 @@ def decode_image(source: str | os.PathLike[str] | bytes, size: int | None = None
                 side = min(rgb.size)
                 left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
                 box = (left, top, left + side, top + side)
-                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+                rgb = rgb.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
             return torch.from_numpy(np.asarray(rgb).transpose(2, 0, 1).copy())
     except ImageError:
         raise

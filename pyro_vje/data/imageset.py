@@ -27,14 +27,14 @@ _WARNINGS = 10  # damaged files named one by one in the log; all of them are in 
 class LazyImages:
     """Image files that are decoded to uint8 (3, size, size) when indexed, or raise ImageError."""
 
-    def __init__(self, paths: Sequence[str], size: int) -> None:
-        self.paths, self.size = list(paths), size
+    def __init__(self, paths: Sequence[str], size: int, interpolation: str = "bilinear") -> None:
+        self.paths, self.size, self.interpolation = list(paths), size, interpolation
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return decode_image(self.paths[index], self.size)
+        return decode_image(self.paths[index], self.size, self.interpolation)
 
 
 class Decoded(Dataset[Any]):
@@ -130,7 +130,9 @@ class ImageSet:
         paths, images = [self.paths[i] for i in index.tolist()], self.images
         return replace(
             self,
-            images=images[index] if isinstance(images, Tensor) else LazyImages(paths, images.size),
+            images=images[index]
+            if isinstance(images, Tensor)
+            else LazyImages(paths, images.size, images.interpolation),
             paths=paths,
             labels=None if self.labels is None else self.labels[index],
             failed=list(self.failed),

@@ -7,10 +7,11 @@ import logging
 import torch
 from torch import Tensor
 
-from pyro_vje.config import TrainConfig, machines
+from pyro_vje.config import TrainConfig
 from pyro_vje.data.datasets import load_dataset
 from pyro_vje.data.imageset import ImageSet, counted
 from pyro_vje.data.loaders import check_batch, derive_seed
+from pyro_vje.launch import machines
 
 log = logging.getLogger("pyro_vje")
 
@@ -20,7 +21,9 @@ MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
 """Most images that the k-NN monitor uses; `evaluate` uses all."""
 
 
-def _load_split(config: TrainConfig, split: str, image_size: int | None) -> ImageSet:
+def _load_split(
+    config: TrainConfig, split: str, image_size: int | None, interpolation: str = "bilinear"
+) -> ImageSet:
     return load_dataset(
         config.dataset,
         config.data_dir,
@@ -28,10 +31,13 @@ def _load_split(config: TrainConfig, split: str, image_size: int | None) -> Imag
         image_size=image_size,
         download=config.download,
         residency=config.residency,
+        interpolation=interpolation,
     )
 
 
-def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+def load_train_set(
+    config: TrainConfig, image_size: int | None = None, interpolation: str = "bilinear"
+) -> tuple[ImageSet, ImageSet | None]:
     """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
     What identifies them is ``train_set.fingerprint()`` and ``held_out.names``. A normal class is named by
@@ -42,7 +48,7 @@ def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     ValueError, FileNotFoundError
         If there is no such data set or class, or it has fewer images than a batch.
     """
-    train_set = _load_split(config, "pretrain", config.image_size)
+    train_set = _load_split(config, "pretrain", image_size or config.image_size, interpolation)
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
         log.info("%s of the class %s", counted(len(train_set)), train_set.class_name(config.normal_class))
@@ -54,7 +60,7 @@ def load_train_set(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
 
 def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """Split off ``config.holdout`` of the images, drawn by the run's seed; ``None`` if that is not one image."""
-    count = round(config.holdout * len(images))
+    count = round((config.holdout or 0.0) * len(images))
     if count == 0:
         return images, None
     log.info("%d of %d images are held out of training, to calibrate scores", count, len(images))
@@ -73,7 +79,7 @@ def reference_images(train_set: ImageSet, seed: int) -> ImageSet:
 
 
 def monitor_sets(
-    config: TrainConfig, image_size: int, train_set: ImageSet
+    config: TrainConfig, image_size: int, train_set: ImageSet, interpolation: str = "bilinear"
 ) -> tuple[ImageSet, ImageSet] | None:
     """Labelled training and test images for the k-NN monitor, where there are labels of two classes."""
     if not config.knn_every or config.normal_class is not None or train_set.labels is None:
@@ -81,7 +87,7 @@ def monitor_sets(
     labelled = train_set.labelled()
     if labelled.labels is None or len(labelled.labels.unique()) < 2:
         return None
-    test = _load_split(config, "test", image_size).labelled()
+    test = _load_split(config, "test", image_size, interpolation).labelled()
     warn_if_shared(train_set, test)
     return labelled.select(evenly_spread(len(labelled), MONITOR_TRAIN)), test.select(
         evenly_spread(len(test), MONITOR_TEST)

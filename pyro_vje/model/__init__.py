@@ -7,6 +7,7 @@ from pyro_vje.model.encoding import (
     cpu_rows,
     encode,
     encode_batches,
+    encode_features,
     images_at_once,
     in_equal_parts,
 )
@@ -19,13 +20,15 @@ from pyro_vje.model.likelihoods import (
     register,
 )
 from pyro_vje.model.objective import ELBO, SymmetricELBO, own_objective
-from pyro_vje.model.vje import MIN_SCALE, VJE, PosteriorNetwork, ViewPair, build_projector, stack_views
+from pyro_vje.model.projector import PROJECTORS, Whitening, build_projector
+from pyro_vje.model.vje import MIN_SCALE, VJE, PosteriorNetwork, ViewPair, stack_views
 
 __all__ = [
     "ELBO",
     "ENCODERS",
     "FAMILIES",
     "MIN_SCALE",
+    "PROJECTORS",
     "SETTINGS",
     "VJE",
     "Encoded",
@@ -35,12 +38,14 @@ __all__ = [
     "Posteriors",
     "SymmetricELBO",
     "ViewPair",
+    "Whitening",
     "build_encoder",
     "build_projector",
     "cpu_rows",
     "describe_stem",
     "encode",
     "encode_batches",
+    "encode_features",
     "feature_dim",
     "get_family",
     "images_at_once",

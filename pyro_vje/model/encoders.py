@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
+from pyro_vje.model.pretrained import LIBRARIES, library_model, load_state, read_state
 from pyro_vje.plugins import look_up
 
 SMALL_IMAGE = 64
@@ -98,15 +100,32 @@ def describe_stem(name: str, image_size: int) -> str:
     return "its own stem"
 
 
-def build_encoder(name: str, image_size: int) -> nn.Module:
-    """Build an encoder by name, or by ``module:factory`` with ``factory(image_size) -> nn.Module``.
+def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Module:
+    """Build an encoder by name: built in, ``timm:NAME``, ``torchvision:NAME``, or your own ``module:factory``.
+
+    Parameters
+    ----------
+    name : str
+        A factory of your own takes the image size and returns an ``nn.Module``.
+    image_size : int
+        Side of the square images, in pixels.
+    weights : str
+        ``"none"``: freshly initialised. ``"default"``: the library's pretrained weights. Or the path of a file:
+        safetensors, or a state dict, which is read without running what is in it.
 
     Raises
     ------
     ValueError
-        If the name is unknown, or the factory fails or does not give an ``nn.Module``.
+        If the name is unknown, the factory fails or does not give an ``nn.Module``, or the weights cannot be had or
+        do not fit.
     """
-    factory = look_up(name, ENCODERS, what="encoder", group="pyro_vje.model.encoders")
+    if name.partition(":")[0] in LIBRARIES:
+        return library_model(name, weights)
+    if weights == "default":
+        raise ValueError(
+            f"encoder {name!r} has no pretrained weights: name timm:... or torchvision:..., or a file"
+        )
+    factory = look_up(name, ENCODERS, what="encoder", group="pyro_vje.encoders")
     if not callable(factory):
         raise ValueError(f"encoder {name!r} is no function from an image size to an nn.Module")
     try:
@@ -121,6 +140,8 @@ def build_encoder(name: str, image_size: int) -> nn.Module:
             f"encoder {name!r} gave a {type(encoder).__name__}: it must return an nn.Module, from images "
             "(N, 3, S, S) to features (N, F)"
         )
+    if weights != "none":
+        load_state(encoder, read_state(Path(weights)), Path(weights))
     return encoder
 
 

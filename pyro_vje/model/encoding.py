@@ -142,3 +142,18 @@ def encode(
     if not batches:
         raise ValueError("no image could be encoded: not one of them could be decoded")
     return Encoded(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+@torch.no_grad()
+def encode_features(vje: VJE, features: Tensor) -> Encoded:
+    """What a model says of images whose encoder's features ``(N, F)`` are at hand, on their device."""
+
+    def head(part: Tensor) -> tuple[Tensor, ...]:
+        embeddings = vje.project(part)
+        return embeddings, *vje.posterior(embeddings)
+
+    was_training = vje.training
+    vje.eval()
+    parts = in_equal_parts(head, features, rows=128)
+    vje.train(was_training)
+    return Encoded(torch.arange(len(features)), features, *parts)

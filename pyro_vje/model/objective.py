@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask
@@ -17,20 +18,16 @@ from pyro_vje.model.vje import VJE, ViewPair, stack_views
 from pyro_vje.plugins import look_up
 
 Monitor = Callable[[Trace, Trace], None]
+Views = Tensor | Sequence[Tensor] | ViewPair
 
 ELBO = "elbo"
-Objective = Callable[[VJE, Tensor], Tensor]
-"""What may take the ELBO's place: a model and stacked views ``(2, B, 3, S, S)`` to a loss in nats an image."""
+BOUNDS = ("elbo", "iwae")
+Objective = Callable[[VJE, Views], Tensor]
+"""What may take the ELBO's place: a model and a batch of views, for `VJE.encode_views`, to a loss in nats an image."""
 
 
 def own_objective(name: str) -> Objective | None:
-    """Resolve an objective named as ``module:function``; ``None`` for ``elbo``, the symmetric ELBO.
-
-    Raises
-    ------
-    ValueError
-        If there is no such module or function.
-    """
+    """Resolve an objective named as ``module:function``; ``None`` for ``elbo``, the symmetric ELBO."""
     found: Any = look_up(name, {ELBO: None}, what="objective")
     if found is not None and not callable(found):
         raise ValueError(f"objective {name!r} must be a function (vje, views) -> loss, not {found!r}")
@@ -40,25 +37,37 @@ def own_objective(name: str) -> Objective | None:
 class SymmetricELBO(Trace_ELBO):
     """½ [ELBO(view 1 → view 2) + ELBO(view 2 → view 1)], averaged over the images of the batch.
 
-    A drop-in `Trace_ELBO` for a model and guide that take ``views`` and hold both directions in plates, as
-    `pyro_vje.VJE` does. ``elbo(model, guide)`` is an ``nn.Module`` whose call gives the negative objective in nats
-    an image, differentiable, for a torch optimiser; the same object is a ``loss`` for `pyro.infer.SVI`.
+    A `Trace_ELBO` for a model and guide on view pairs that hold both directions in plates, as `pyro_vje.VJE` does.
+    ``elbo(model, guide)`` is an ``nn.Module`` whose call gives the negative objective in nats an image, differentiable,
+    for a torch optimiser; the same object is a ``loss`` for `pyro.infer.SVI`. The methods of a `VJE` get what its
+    `encode_views` made of the views, so that guide and model share one pass of the encoder.
 
     Unlike `Trace_ELBO` it returns one differentiable scalar and reads nothing back from the device, which asks for
-    reparameterised guides. Oji & Fieguth (arXiv 2602.05639), the symmetric objective.
+    reparameterised guides; and it divides by the number of targets, 2 B: so is a global latent's term of a model of
+    your own. Oji & Fieguth (arXiv 2602.05639), the symmetric objective.
 
     Parameters
     ----------
     num_particles : int
         Samples of z for each image and direction.
     kl_weight : float
-        Weight of log q(z) - log p(z), at least 0; 1 gives the ELBO proper.
+        Weight of log q(z) - log p(z), at least 0. At 1 this is the ELBO proper; the model and guide themselves know of
+        no weight, so that Pyro's other inference means what it says.
     analytic_kl : bool
         Take the KL divergence of each latent in closed form, where there is one, instead of by its samples.
+    bound : str
+        ``"elbo"``, or ``"iwae"``: the importance-weighted bound of Burda et al. (arXiv 1509.00519) for each image by
+        itself, over ``num_particles``. `pyro.infer.RenyiELBO` weighs the whole batch as one.
     monitor : callable, optional
         Called with each (model trace, guide trace) under ``no_grad``, for logging the parts of the objective.
     **kwargs
         Passed on to `Trace_ELBO` (``vectorize_particles``, ``max_plate_nesting``, ...).
+
+    Raises
+    ------
+    ValueError
+        If ``kl_weight`` or ``bound`` is none of these, or the iwae bound is asked for with another weight than 1 or
+        with an analytic KL: it would be no bound.
     """
 
     def __init__(
@@ -67,15 +76,21 @@ class SymmetricELBO(Trace_ELBO):
         *,
         kl_weight: float = 1.0,
         analytic_kl: bool = False,
+        bound: str = "elbo",
         monitor: Monitor | None = None,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= kl_weight < float("inf"):
+        if not 0 <= kl_weight < math.inf:
             raise ValueError(f"kl_weight must be finite and at least 0, not {kl_weight}")
+        if bound not in BOUNDS:
+            raise ValueError(f"bound must be one of {', '.join(BOUNDS)}, not {bound!r}")
+        if bound == "iwae" and (kl_weight != 1 or analytic_kl):
+            raise ValueError(
+                f"with kl_weight {kl_weight} and analytic_kl {analytic_kl} iwae is no bound: leave them at 1 and False"
+            )
         kwargs.setdefault("max_plate_nesting", 2)
         super().__init__(num_particles=num_particles, **kwargs)
-        self.kl_weight, self.analytic_kl = kl_weight, analytic_kl
-        self.monitor = monitor
+        self.kl_weight, self.analytic_kl, self.bound, self.monitor = kl_weight, analytic_kl, bound, monitor
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ELBOModule:
         """Bind model and guide in an ``nn.Module`` that owns the parameters behind them.
@@ -91,21 +106,16 @@ class SymmetricELBO(Trace_ELBO):
         return module
 
     def differentiable_loss(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        views: Tensor | Sequence[Tensor] | ViewPair,
-        *args: Any,
-        **kwargs: Any,
+        self, model: Callable[..., Any], guide: Callable[..., Any], views: Views, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Negative symmetric ELBO, a scalar tensor in nats an image.
+        """Negative symmetric objective, a scalar tensor in nats an image.
 
         Parameters
         ----------
         model, guide : callable
             Pyro callables on ``views``.
-        views : tensor or pair of tensors
-            ``(2, B, C, H, W)``, or two tensors ``(B, C, H, W)``.
+        views : tensor, pair of tensors, or ViewPair
+            ``(2, B, C, H, W)``, or two tensors ``(B, C, H, W)``, or `VJE.encode_views` of one of these.
 
         Raises
         ------
@@ -113,36 +123,49 @@ class SymmetricELBO(Trace_ELBO):
             If ``views`` is not a pair of views, or a latent of the guide is not reparameterised.
         """
         owner = getattr(model, "__self__", None)
-        if isinstance(owner, VJE) and not isinstance(views, ViewPair):
-            views = owner.encode_views(views)  # once for guide and model
-        total: Tensor | float = 0.0
+        if not isinstance(views, ViewPair):
+            views = owner.encode_views(views) if isinstance(owner, VJE) else stack_views(views)
+        found = []
         for model_trace, guide_trace in self._get_traces(model, guide, (views, *args), kwargs):
             _require_rsample(guide_trace)
-            total = total + self._loss(model_trace, guide_trace)
+            found.append(self._terms(model_trace, guide_trace))
             if self.monitor is not None:
                 with torch.no_grad():
                     self.monitor(model_trace, guide_trace)
-        # With vectorised particles _get_traces yields one trace whose sums run over all of them.
-        shape = views.loc.shape if isinstance(views, ViewPair) else stack_views(views).shape
-        images = shape[0] * shape[1]
-        return torch.as_tensor(total) / (self.num_particles * images)
+        directions, images = (views.loc if isinstance(views, ViewPair) else views).shape[:2]
+        count = directions * images
+        if self.bound == "elbo":
+            # With vectorised particles _get_traces yields one trace whose sums run over all of them.
+            return torch.stack(found).sum() / (self.num_particles * count)
+        weights = torch.stack(found).reshape(self.num_particles, count)
+        return (math.log(self.num_particles) - (-weights).logsumexp(0)).mean()
 
-    def _loss(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        """kl_weight · Σ over latents (log q - log p, or KL) - Σ over observations log p."""
-        latents = [name for name, site in guide_trace.nodes.items() if _is_latent(site)]
-        exact = [name for name in latents if self.analytic_kl and name in model_trace.nodes]
-        divergence: Tensor | float = sum(_kl(model_trace.nodes[n], guide_trace.nodes[n]) for n in exact)
-        guide_trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
-        model_trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
-        loss: Tensor | float = 0.0
+    def _terms(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
+        """kl_weight · Σ over latents (log q - log p, or their KL) - Σ over observations log p.
+
+        A scalar for the ELBO; for the iwae bound of each image by itself, of the plates' shape.
+        """
+
+        def of(values: Tensor) -> Tensor:
+            return values.sum() if self.bound == "elbo" else values
+
+        exact = {name for name, site in guide_trace.nodes.items() if self.analytic_kl and _is_latent(site)}
+        latents: Tensor | float = 0.0
+        observed: Tensor | float = 0.0
+        for name in exact:
+            site: Any = guide_trace.nodes[name]
+            divergence = kl_divergence(site["fn"], cast(Any, model_trace.nodes[name]["fn"]))
+            latents = latents + of(scale_and_mask(divergence, site["scale"], site["mask"]))
         for trace, sign in ((guide_trace, 1.0), (model_trace, -1.0)):
+            trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
             for name, site in trace.nodes.items():
-                if site["type"] == "sample" and name not in exact:
-                    if site["is_observed"]:
-                        loss = loss + sign * site["log_prob_sum"]
-                    else:
-                        divergence = divergence + sign * site["log_prob_sum"]
-        return torch.as_tensor(loss + self.kl_weight * divergence)
+                if site["type"] != "sample" or name in exact:
+                    continue
+                if site["is_observed"]:
+                    observed = observed + sign * of(site["log_prob"])
+                else:
+                    latents = latents + sign * of(site["log_prob"])
+        return torch.as_tensor(observed + self.kl_weight * latents)
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -163,15 +186,9 @@ def _is_latent(site: Any) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
 
 
-def _kl(model_site: Any, guide_site: Any) -> Tensor:
-    return scale_and_mask(
-        kl_divergence(guide_site["fn"], model_site["fn"]), guide_site["scale"], guide_site["mask"]
-    ).sum()
-
-
 def _require_rsample(guide_trace: Trace) -> None:
     for name, site in guide_trace.nodes.items():
-        if _is_latent(site) and not site["fn"].has_rsample:
+        if _is_latent(site) and not cast(Any, site["fn"]).has_rsample:
             raise ValueError(
                 f"the guide's site {name!r} is not reparameterised ({type(site['fn']).__name__} has no rsample): "
                 "SymmetricELBO's gradient would be wrong; use pyro.infer.Trace_ELBO"

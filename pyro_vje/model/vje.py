@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import pyro
 import pyro.distributions as dist
@@ -28,15 +28,13 @@ from pyro_vje.model.likelihoods import (
     resolve_radius,
     resolve_unit_radius,
 )
+from pyro_vje.model.projector import DEFAULT_DIM, build_projector
 
 MIN_SCALE = 1e-3
 """Floor of the posterior's standard deviation: the restricted likelihood's mass grows without bound below it."""
 
 
-PROJECTORS = ("none", "linear", "mlp")
 RADIUS_SCALES = ("learned", "shared")
-DEFAULT_DIM = 128
-"""Embedding dimension behind a projector; without one it is the encoder's width."""
 
 
 class ViewPair(NamedTuple):
@@ -90,31 +88,6 @@ class PosteriorNetwork(nn.Module):
         return at_least_float32(self.loc(hidden)), scale
 
 
-def build_projector(kind: str, feature_dim: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
-    """What makes the embedding of the encoder's features: nothing but a batch norm, a linear map, or an MLP.
-
-    Each closes with a batch norm without parameters, which puts every embedding feature at unit variance, hence the
-    embedding's radius near √D: the unit of the prior z ~ Normal(0, I).
-    """
-    if kind not in PROJECTORS:
-        raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, not {kind!r}")
-    if kind == "none" and embedding_dim != feature_dim:
-        raise ValueError(
-            f"without a projector the embedding is the encoder's {feature_dim} features, not {embedding_dim}: leave "
-            "embedding_dim out, or use the projector 'linear' or 'mlp'"
-        )
-    layers: list[nn.Module] = []
-    if kind == "mlp":
-        layers = [
-            nn.Linear(feature_dim, hidden_dim, bias=False),
-            nn.BatchNorm1d(hidden_dim),
-            nn.ReLU(inplace=True),
-        ]
-    if kind != "none":
-        layers.append(nn.Linear(hidden_dim if kind == "mlp" else feature_dim, embedding_dim, bias=False))
-    return nn.Sequential(*layers, nn.BatchNorm1d(embedding_dim, affine=False))
-
-
 class VJE(nn.Module):
     """Variational Joint Embedding: a latent-variable model of one view's embedding given the other view.
 
@@ -134,13 +107,14 @@ class VJE(nn.Module):
     feature_dim : int
         Width of the encoder's output (`pyro_vje.model.encoders.feature_dim` measures it).
     embedding_dim : int, optional
-        D, the dimension of the embedding and of the latent: by default the encoder's width without a projector, 128
-        behind one.
+        D, the dimension of the embedding and of the latent: by default the encoder's width without a projector,
+        `DEFAULT_DIM` behind one.
     hidden_dim : int
         Width of the hidden layer of the posterior network, and of the projector ``"mlp"``.
     projector : str or nn.Module
-        Features to embedding: ``"none"``, a batch norm without parameters; ``"linear"`` or ``"mlp"`` before it; or a
-        module of your own from ``(N, feature_dim)`` to ``(N, embedding_dim)``.
+        Features to embedding: ``"none"``, a batch norm without parameters; ``"linear"`` or ``"mlp"`` before it;
+        ``"whiten"``, for a frozen encoder (`pyro_vje.model.projector`); or a module of your own from
+        ``(N, feature_dim)`` to ``(N, embedding_dim)``.
     likelihood : str
         A family by name or ``module:function``.
     df : float, optional
@@ -156,6 +130,8 @@ class VJE(nn.Module):
         to which training sacrifices a few features (an ablation).
     shared_variance : bool
         If false, the likelihood has one learned scale per feature instead of the posterior's (an ablation).
+    name : str
+        Under which `pyro.infer.SVI` finds the parameters in Pyro's store; two models in one program need two.
 
     Raises
     ------
@@ -177,10 +153,13 @@ class VJE(nn.Module):
         radius: str | None = "student-t",
         radius_scale: str = "learned",
         shared_variance: bool = True,
+        name: str = "vje",
     ) -> None:
         super().__init__()
         if embedding_dim is None:
-            embedding_dim = DEFAULT_DIM if projector in ("linear", "mlp") else feature_dim
+            embedding_dim = (
+                DEFAULT_DIM.get(projector, feature_dim) if isinstance(projector, str) else feature_dim
+            )
         if embedding_dim < 2:
             raise ValueError(
                 f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}"
@@ -191,7 +170,8 @@ class VJE(nn.Module):
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
         if radius_scale not in RADIUS_SCALES:
             raise ValueError(f"radius_scale must be one of {', '.join(RADIUS_SCALES)}, not {radius_scale!r}")
-        self.encoder = encoder
+        self.name = name
+        self.encoder, self.frozen = encoder, False
         if isinstance(projector, str):
             projector = build_projector(projector, feature_dim, hidden_dim, embedding_dim)
         self.projector = projector
@@ -205,6 +185,18 @@ class VJE(nn.Module):
         self.likelihood_raw_scale = None if shared_variance else nn.Parameter(torch.zeros(embedding_dim))
         learned = radius_scale == "learned" and _uses_radius_scale(self.family, self.settings, embedding_dim)
         self.raw_radius_scale = nn.Parameter(torch.tensor(0.5413)) if learned else None  # softplus gives 1
+
+    def freeze_encoder(self) -> None:
+        """Keep everything of the encoder as it is from now on, the statistics of its batch norms included."""
+        self.frozen = True
+        self.encoder.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for a frozen encoder."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
 
     def features(self, images: Tensor) -> Tensor:
         """Encoder features ``(N, feature_dim)`` of normalised images, on which probes are trained."""
@@ -237,14 +229,19 @@ class VJE(nn.Module):
             settings = dataclasses.replace(settings, radius_scale=radius_scale)
         return (family or self.family)(z, scale, settings)
 
-    def encode_views(self, views: Tensor | Sequence[Tensor]) -> ViewPair:
+    def encode_views(self, views: Tensor | Sequence[Tensor] | ViewPair) -> ViewPair:
         """Posterior and stopped target of both directions, from one pass over the 2·B images."""
+        if isinstance(views, ViewPair):
+            return views
         stacked = stack_views(views)
-        batch = stacked.shape[1]
-        embeddings = self.embed(stacked.flatten(0, 1))
+        return self.pair(self.features(stacked.flatten(0, 1)).unflatten(0, (2, -1)))
+
+    def pair(self, features: Tensor) -> ViewPair:
+        """`encode_views` from the views' features ``(2, B, feature_dim)``."""
+        embeddings = self.project(features.flatten(0, 1))
         loc, scale = self.posterior(embeddings)
-        shape = (2, batch, self.embedding_dim)
-        return ViewPair(loc.view(shape), scale.view(shape), embeddings.detach().view(shape).flip(0))
+        loc, scale, embeddings = (x.unflatten(0, (2, -1)) for x in (loc, scale, embeddings))
+        return ViewPair(loc, scale, embeddings.detach().flip(0))
 
     def model(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
         """Pyro model of both targets given latents.
@@ -253,7 +250,7 @@ class VJE(nn.Module):
         model and guide together.
         """
         self._register_for_svi()
-        pair = views if isinstance(views, ViewPair) else self.encode_views(views)
+        pair = self.encode_views(views)
         with self._plates(pair):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1))
             return pyro.sample("target", self.likelihood(z, pair.scale), obs=pair.target)
@@ -261,7 +258,7 @@ class VJE(nn.Module):
     def guide(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
         """Pyro guide: the amortised posterior of each direction's latent given its context view; ``views`` as above."""
         self._register_for_svi()
-        pair = views if isinstance(views, ViewPair) else self.encode_views(views)
+        pair = self.encode_views(views)
         with self._plates(pair):
             return pyro.sample("z", dist.Normal(pair.loc, pair.scale).to_event(1))
 
@@ -279,13 +276,13 @@ class VJE(nn.Module):
             return
         store = pyro.get_param_store()
         for name, parameter in self.named_parameters():
-            full_name = f"vje$$${name}"
+            full_name = f"{self.name}$$${name}"
             if full_name in store and store[full_name] is not parameter:
                 raise ValueError(
-                    "another VJE's parameters are in Pyro's parameter store: call pyro.clear_param_store() before "
-                    "training this one with SVI"
+                    f"another model's parameters are in Pyro's parameter store under the name {self.name!r}: give this "
+                    "one another (VJE(..., name=...)), or call pyro.clear_param_store() before training it"
                 )
-        pyro.module("vje", self)
+        pyro.module(self.name, self)
 
 
 def _uses_radius_scale(family: LikelihoodFamily, settings: LikelihoodSettings, dim: int) -> bool:

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pyro_vje import metrics
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, load_dataset, views_for, warn_if_shared
+from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, warn_if_shared
 from pyro_vje.model.encoding import Encoded, encode
 from pyro_vje.model.vje import VJE
 from pyro_vje.pages.pictures import plot_rejection
 from pyro_vje.representation.probes import probe_views, sgd_probe
 from pyro_vje.runs.files import write_json
-from pyro_vje.runs.folder import PICTURES, LoadedRun, build_model, default_device, load_run
+from pyro_vje.runs.folder import PICTURES, build_model, default_device, load_run, load_split
 
 log = logging.getLogger("pyro_vje")
 
@@ -34,17 +34,6 @@ Data = Sequence[Tensor]
 
 Found = dict[str, tuple[Any, dict[str, Any]]]
 """What was found by name, and the protocol behind it, empty where it needs none."""
-
-
-def load_split(
-    run: LoadedRun, split: str, dataset: str | None, data_dir: str | None, *, download: bool = True
-) -> ImageSet:
-    """Load a split of the run's own data set, or of another one, at the run's image size."""
-    config = run.info.config
-    own = dataset is None or dataset == config.dataset
-    folder = data_dir if data_dir is not None or not own else config.data_dir
-    size = run.info.image_size
-    return load_dataset(dataset or config.dataset, folder, split, image_size=size, download=download)
 
 
 def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
@@ -217,17 +206,19 @@ def evaluate(
         load_split(run, split, dataset, data_dir, download=download).labelled() for split in ("train", "test")
     ]
     warn_if_shared(*sets)
-    recipe = views_for(config.dataset, run.info.image_size)[0].recipe
-    views = TwoViews(run.info.image_size, recipe, view.mean, view.std)
+    views = run.info.views
     curves: dict[str, tuple[Any, Any]] = {}
 
     def measure(name: str, vje: VJE | None) -> Found:
         log.info("evaluating %s", name)
+        of = "embeddings" if config.frozen and vje is run.vje else "features"  # what was trained
         parts = [
             pixels(images, view) if vje is None else _encode(vje, images, view, batch_size) for images in sets
         ]
         data = [
-            x for images, part in zip(sets, parts, strict=True) for x in (part[1], images.labels_at(part[0]))
+            x
+            for images, part in zip(sets, parts, strict=True)
+            for x in (getattr(part, of, part[1]), images.labels_at(part[0]))
         ]
         found = _knn(data, ks, temperatures) | (_logistic(data) if "logistic" in probes else {})
         encoded = parts[1]
@@ -243,8 +234,10 @@ def evaluate(
         curves[name] = curve.rejected, curve.accuracy
         return found | uncertainty
 
-    untrained = build_model(config, run.info.image_size).to(device).eval()
-    models = {"trained encoder": run.vje, control_name(config): untrained, "raw pixels": None}
+    control = build_model(config, run.info.view_size).to(device).eval()
+    if config.frozen:  # what was trained is the head
+        control.encoder = run.vje.encoder
+    models = {"trained encoder": run.vje, control_name(config): control, "raw pixels": None}
     found = {name: _split(measure(name, vje)) for name, vje in models.items()}
     trained, protocols = found["trained encoder"]
     result = {

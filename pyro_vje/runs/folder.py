@@ -6,6 +6,8 @@
     RUN/weights.safetensors   weights; its header repeats config.json, so that the file stands alone
     RUN/calibration.safetensors   embeddings and posteriors of held-out images, which calibrate scores
     RUN/reference.safetensors     the same of images that were trained on, at most 10,000: the score `aggregate`
+    RUN/folds.safetensors     of a frozen encoder: heads that have each not seen a fold of the images
+    RUN/held_out.json         names of the held-out images
     RUN/metrics.csv           a row for each epoch
     RUN/checkpoints/          what resuming needs
     RUN/pictures/             training curves, embedding, scores
@@ -17,7 +19,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,24 +32,29 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import CleanView, ImageSet, find_dataset
+from pyro_vje.data import (
+    CleanView,
+    ImageSet,
+    TwoViews,
+    find_dataset,
+    load_dataset,
+    load_train_set,
+    recipe_for,
+)
 from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
 from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.pretrained import LIBRARIES, Preprocessing, preprocessing
 from pyro_vje.model.vje import VJE
 from pyro_vje.plugins import is_reference
 from pyro_vje.runs.files import check_form, parse_json, read_json, write_atomic, write_json
 
 SCHEMA_VERSION = 3
 MAX_IMAGE_SIZE = 8192
-CONFIG, WEIGHTS, CALIBRATION, REFERENCE, METRICS, CHECKPOINTS, PICTURES = (
-    "config.json",
-    "weights.safetensors",
-    "calibration.safetensors",
-    "reference.safetensors",
-    "metrics.csv",
-    "checkpoints",
-    "pictures",
+CONFIG, HELD_OUT, METRICS = "config.json", "held_out.json", "metrics.csv"
+WEIGHTS, CALIBRATION, REFERENCE, FOLDS = (
+    f"{name}.safetensors" for name in ("weights", "calibration", "reference", "folds")
 )
+CHECKPOINTS, PICTURES, CACHE = "checkpoints", "pictures", "cache"
 HEADER_KEY = "pyro_vje"
 
 
@@ -114,6 +121,12 @@ class RunInfo:
         Number of images pretrained on.
     stem : str
         The encoder's stem in words.
+    view_size : int
+        Pixels of what the encoder sees, a central square of the image: less than ``image_size`` for a pretrained one.
+    interpolation : str
+        How image files are resized: ``bilinear`` or ``bicubic``.
+    fingerprint : str or None
+        What identifies the images (`pyro_vje.data.ImageSet.fingerprint`).
     """
 
     config: TrainConfig
@@ -123,11 +136,19 @@ class RunInfo:
     classes: tuple[str, ...] | None
     train_images: int
     stem: str
+    view_size: int
+    interpolation: str
+    fingerprint: str | None
 
     @property
     def view(self) -> CleanView:
         """The deterministic view of an image that evaluation and scoring encode."""
-        return CleanView(self.image_size, self.mean, self.std)
+        return CleanView(self.view_size, self.mean, self.std, crop=self.view_size < self.image_size)
+
+    @property
+    def views(self) -> TwoViews:
+        """The augmented views of training."""
+        return TwoViews(self.view_size, recipe_for(self.config.dataset, self.view_size), self.mean, self.std)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the schema version and the versions of what made it."""
@@ -152,13 +173,19 @@ class RunInfo:
             "classes": list | None,
             "train_images": int,
             "stem": str,
+            "view_size": int,
+            "interpolation": str,
+            "fingerprint": str | None,
         }
-        values = check_form(migrate(values), form)
+        values = migrate(values)
+        later = {"view_size": values.get("image_size"), "interpolation": "bilinear", "fingerprint": None}
+        values = check_form({**later, **values}, form)
         kept = {name: values[name] for name in form}
         kept["config"] = TrainConfig.from_dict(kept["config"]).resolved()
         kept["classes"] = None if kept["classes"] is None else tuple(map(str, kept["classes"]))
-        if not 1 <= kept["image_size"] <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size must lie between 1 and {MAX_IMAGE_SIZE}, not {kept['image_size']}")
+        for name in ("image_size", "view_size"):
+            if not 1 <= kept[name] <= MAX_IMAGE_SIZE:
+                raise ValueError(f"{name} must lie between 1 and {MAX_IMAGE_SIZE}, not {kept[name]}")
         for name in ("mean", "std"):
             numbers = kept[name]
             if len(numbers) != 3 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in numbers):
@@ -178,10 +205,21 @@ class LoadedRun:
     folder: Path | None
 
 
-def build_model(config: TrainConfig, image_size: int, features: int | None = None) -> VJE:
+def build_model(
+    config: TrainConfig, image_size: int, features: int | None = None, *, weights: str = "none"
+) -> VJE:
     """A freshly initialised model; the same configuration gives the same weights.
 
-    ``features`` is the width of the encoder's output, which is measured where it is not known.
+    Parameters
+    ----------
+    config : TrainConfig
+        Resolved settings.
+    image_size : int
+        Pixels of what the encoder sees.
+    features : int, optional
+        Width of the encoder's output, which is measured where it is not known.
+    weights : str
+        Of the encoder (`pyro_vje.model.build_encoder`); a run that is loaded brings its own.
 
     Raises
     ------
@@ -192,10 +230,20 @@ def build_model(config: TrainConfig, image_size: int, features: int | None = Non
         raise ValueError("the configuration names no encoder: use TrainConfig.resolved()")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        encoder = build_encoder(config.encoder, image_size)
+        encoder = build_encoder(config.encoder, image_size, weights)
         # The encoder's convolutions are fastest with channels last on every device we measured.
         encoder.to(memory_format=torch.channels_last)
-        return _model(config, encoder, features or feature_dim(encoder, image_size))
+        vje = _model(config, encoder, features or feature_dim(encoder, image_size))
+    if config.encoder_lr_scale == 0:
+        vje.freeze_encoder()
+    return vje
+
+
+def build_head(config: TrainConfig, features: int) -> VJE:
+    """The model of a run without its encoder: its images are features ``(N, features)``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return _model(config, nn.Identity(), features)
 
 
 def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
@@ -204,7 +252,7 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
         features,
         embedding_dim=config.embedding_dim,
         hidden_dim=config.hidden_dim,
-        projector=config.projector,
+        projector="none" if config.projector == "auto" else config.projector,
         likelihood=config.likelihood,
         df=config.df,
         unit_radius=config.unit_radius,
@@ -216,10 +264,35 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
 
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     """Collect what a new run will be described by."""
-    dataset = find_dataset(config.dataset)
-    size = train_set.image_size
-    stem = describe_stem(config.encoder or "", size)
-    return RunInfo(config, size, dataset.mean, dataset.std, train_set.classes, len(train_set), stem)
+    wanted = preprocessing_of(config)
+    dataset, size = find_dataset(config.dataset), train_set.image_size
+    mean, std = (wanted.mean, wanted.std) if wanted else (dataset.mean, dataset.std)
+    view_size = round(size * wanted.crop) if wanted else size
+    return RunInfo(
+        config,
+        size,
+        tuple(mean),
+        tuple(std),
+        train_set.classes,
+        len(train_set),
+        describe_stem(config.encoder or "", view_size),
+        view_size,
+        wanted.interpolation if wanted else "bilinear",
+        train_set.fingerprint(),
+    )
+
+
+def decoded_as(config: TrainConfig) -> tuple[int | None, str]:
+    """Side in pixels and interpolation at which a run's image files are decoded; ``None``: the data set's own side."""
+    wanted = preprocessing_of(config)
+    if wanted is None:
+        return config.image_size, "bilinear"
+    return round((config.image_size or wanted.image_size) / wanted.crop), wanted.interpolation
+
+
+def preprocessing_of(config: TrainConfig) -> Preprocessing | None:
+    """How the encoder of a run wants its images, where its weights are pretrained and it says so."""
+    return None if config.weights == "none" else preprocessing(config.encoder or "")
 
 
 def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
@@ -259,6 +332,43 @@ def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
     if not images or not (tensors["scale"] > 0).all():
         raise ValueError(f"{path} holds no image, or a scale that is not positive")
     return Posteriors(**tensors)
+
+
+def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor) -> Path:
+    """Write what cross-conformal p-values need: each image's fold and features, and the head that has not seen it."""
+    tensors = {"fold": fold, "features": features.contiguous()}
+    for k, head in enumerate(heads):
+        tensors |= {f"{k}.{name}": value.contiguous() for name, value in head.state_dict().items()}
+    header = {HEADER_KEY: json.dumps({"schema_version": SCHEMA_VERSION})}
+    return write_atomic(path, safetensors_bytes(tensors, header))
+
+
+def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
+    """What `save_folds` wrote, if the run has it: folds ``(N,)``, features ``(N, F)``, heads of features.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or does not fit the model.
+    """
+    path = None if run.folder is None else run.folder / FOLDS
+    if path is None or not path.is_file():
+        return None
+    _, tensors = _read_tensors(path)
+    count, device = len(tensors.get("fold", ())), next(run.vje.parameters()).device
+    images = torch.empty(count, run.vje.feature_dim, device="meta")
+    head = build_head(run.info.config, run.vje.feature_dim)
+    wanted = {"fold": torch.empty(count, dtype=torch.int64, device="meta"), "features": images}
+    heads = sorted({int(name.partition(".")[0]) for name in tensors if name[0].isdigit()})
+    for k in heads:
+        wanted |= {f"{k}.{name}": value for name, value in head.state_dict().items()}
+    check_state(path, tensors, wanted)
+    found = []
+    for k in heads:
+        own = build_head(run.info.config, run.vje.feature_dim)
+        own.load_state_dict({name: tensors[f"{k}.{name}"] for name in own.state_dict()})
+        found.append(own.to(device).eval().requires_grad_(False))
+    return tensors["fold"], tensors["features"], found
 
 
 def read_info(folder: Path) -> RunInfo:
@@ -334,7 +444,8 @@ def load_run(
     info, state = _read_weights(path)
     for setting in ("dataset", "encoder", "likelihood"):
         name = getattr(info.config, setting)
-        if is_reference(name) and not trust_plugins:
+        built_in = setting == "encoder" and str(name).partition(":")[0] in LIBRARIES
+        if is_reference(name) and not built_in and not trust_plugins:
             raise ValueError(
                 f"{path} uses the {setting} {name!r}, which is code outside this package: if you trust it, say so "
                 "(--trust-plugins, or trust_plugins=True)"
@@ -348,10 +459,39 @@ def load_run(
     with torch.device("meta"):
         head = _model(info.config, nn.Identity(), features).state_dict()
     check_state(path, {name: t for name, t in state.items() if not name.startswith("encoder.")}, head)
-    vje = build_model(info.config, info.image_size, features)
+    vje = build_model(info.config, info.view_size, features)
     check_state(path, state, vje.state_dict())
     vje.load_state_dict(state)
     return LoadedRun(vje.to(device).eval().requires_grad_(False), info, folder)
+
+
+def load_split(
+    run: LoadedRun,
+    split: str,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    *,
+    download: bool = True,
+    residency: str = "auto",
+) -> ImageSet:
+    """Load a split of the run's own data set, or of another one, as the run's encoder wants its images."""
+    config = run.info.config
+    own = dataset is None or dataset == config.dataset
+    return load_dataset(
+        dataset or config.dataset,
+        data_dir if data_dir is not None or not own else config.data_dir,
+        split,
+        image_size=run.info.image_size,
+        interpolation=run.info.interpolation,
+        download=download,
+        residency=residency,
+    )
+
+
+def training_images(run: LoadedRun) -> tuple[ImageSet, ImageSet | None]:
+    """The images that a run was trained on, and those it held out; raises if they are not at hand any more."""
+    config = dataclasses.replace(run.info.config, download=False)
+    return load_train_set(config, run.info.image_size, run.info.interpolation)
 
 
 def _read_tensors(path: Path) -> tuple[str | None, dict[str, Tensor]]:

@@ -31,6 +31,13 @@ CHECK_EVERY = 5
 """Steps after which several processes ask each other whether one of them was told to stop."""
 
 
+OPTIMISERS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+}
+"""What each keeps of a parameter, in its shape."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the one before, syncs it, renames it; what goes wrong is kept in ``error``."""
 
@@ -122,13 +129,7 @@ class Checkpoints(Checkpoint):
 
 
 def check_checkpoint(path: Path, module: lightning.LightningModule) -> None:
-    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run.
-
-    Raises
-    ------
-    ValueError
-        If it is one of these.
-    """
+    """Refuse a checkpoint that is damaged, of another model, or no checkpoint; nothing in it is run."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums that it writes
             if (broken := archive.testzip()) is not None:
@@ -143,11 +144,12 @@ def check_checkpoint(path: Path, module: lightning.LightningModule) -> None:
         }
         check_form(saved, {**form, "epoch": int, "global_step": int})
         check_state(path, saved["state_dict"], module.state_dict())
-        (momenta,) = saved["optimizer_states"]
+        (states,) = saved["optimizer_states"]
         optimizer: Any = cast(dict[str, Any], module.configure_optimizers())["optimizer"]
-        optimizer.load_state_dict(momenta)
+        optimizer.load_state_dict(states)
         for parameter, state in optimizer.state.items():
-            check_state(path, state, {"momentum_buffer": parameter})
+            moments = {name: value for name, value in state.items() if name != "step"}
+            check_state(path, moments, dict.fromkeys(OPTIMISERS[type(optimizer)], parameter))
     except pickle.UnpicklingError:  # whose text tells how to run what is in the file
         raise ValueError(
             f"{path} is no checkpoint of ours, and nothing in it was run: train anew with --overwrite"

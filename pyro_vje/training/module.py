@@ -1,10 +1,13 @@
-"""The Lightning module of a pretraining run: a step of the objective, its random draws, the means of an epoch."""
+"""A step of pretraining as a Lightning module: views, the objective, its random draws, the means of an epoch."""
 
 from __future__ import annotations
 
+import logging
 import math
 import random
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import lightning
@@ -17,17 +20,18 @@ from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, derive_seed, make_loader, views_for
-from pyro_vje.model.objective import SymmetricELBO, own_objective
-from pyro_vje.model.vje import VJE
+from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, TwoViews, derive_seed, make_loader
+from pyro_vje.model import VJE, SymmetricELBO, ViewPair, own_objective
 from pyro_vje.training.distributed import GlobalNoise
 
+HEAD_LR = 1e-3
+"""Of AdamW, for a head on cached features."""
 PART_EVERY = 5
 """Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
 
 
 class Pretraining(lightning.LightningModule):
-    """VJE pretraining as a Lightning module: views, symmetric ELBO, SGD with a cosine schedule.
+    """VJE pretraining: two views of each image, the symmetric ELBO, an optimiser with a cosine schedule.
 
     All random draws of a step (views, latents) are functions of (seed, step), so a resumed run draws what an
     uninterrupted one would, and several processes draw what one would for their global batch.
@@ -38,11 +42,15 @@ class Pretraining(lightning.LightningModule):
         The model to train.
     config : TrainConfig
         Resolved settings.
-    train_set : ImageSet
-        The images.
+    train_set : ImageSet or tensor
+        The images; or ``(N, V, feature_dim)``, what a frozen encoder has made of V views of each.
+    views : TwoViews, optional
+        What draws two views of each image.
     """
 
-    def __init__(self, vje: VJE, config: TrainConfig, train_set: ImageSet) -> None:
+    def __init__(
+        self, vje: VJE, config: TrainConfig, train_set: ImageSet | Tensor, views: TwoViews | None = None
+    ) -> None:
         super().__init__()
         self.objective = SymmetricELBO(
             config.num_particles,
@@ -52,9 +60,7 @@ class Pretraining(lightning.LightningModule):
         )
         self.elbo = self.objective(vje.model, vje.guide)
         self.own_objective = own_objective(config.objective)
-        self.config = config
-        self.train_set = train_set
-        self.views, _ = views_for(config.dataset, train_set.image_size)
+        self.config, self.train_set, self.views = config, train_set, views
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -68,50 +74,15 @@ class Pretraining(lightning.LightningModule):
         """The model being trained, which the ELBO module owns."""
         return self.elbo.vje  # type: ignore[return-value]
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with momentum; decay on matrices and kernels only; linear warm-up, then cosine to zero."""
-        parameters = [p for p in self.vje.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.config.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        lr = self.config.lr * self.batch_size / 256
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-        steps_per_epoch = len(self.train_set) // self.batch_size
-        warmup = round((self.config.warmup_epochs or 0) * steps_per_epoch)
-        total = (self.config.epochs or 1) * steps_per_epoch
-
-        def schedule(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def train_dataloader(self) -> ResidentLoader | StreamingLoader:
-        """This process's share of every global batch, in the order of (seed, epoch)."""
-        return make_loader(
-            self.train_set,
-            self.batch_size,
-            device=self.device,
-            residency=self.config.residency if self.train_set.in_memory else "auto",
-            num_workers=self.config.workers,
-            seed=self.config.seed,
-            rank=self.global_rank,
-            world_size=self.trainer.world_size,
-        )
-
-    def on_train_epoch_start(self) -> None:
-        """Choose the epoch's order, also after resuming."""
-        self.begun = True
-        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
-
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Loss of a uint8 image batch ``(B, 3, H, W)``, in nats an image."""
+        """Loss of uint8 images ``(B, 3, H, W)``, or of cached features ``(B, V, feature_dim)``, in nats an image."""
         rank, world_size = self.global_rank, self.trainer.world_size
         generator = self._seeded_generator(batch.device)
-        views = self.views(batch, generator, rank=rank, world_size=world_size)
+        views: Tensor | ViewPair
+        if self.views is not None:
+            views = self.views(batch, generator, rank=rank, world_size=world_size)
+        else:
+            views = self.vje.pair(_two_of(batch, generator))
         noise: GlobalNoise | nullcontext[None] = nullcontext()
         if world_size > 1:  # from the seed of the only process's latents, see below
             generator.manual_seed(derive_seed("latents", self.config.seed, self.global_step, 0))
@@ -124,17 +95,63 @@ class Pretraining(lightning.LightningModule):
         self._add("loss", loss.detach())
         if self.global_step == 0:
             self.first_loss = loss.detach()
-        if batch_idx % PART_EVERY == 0 and self.trainer.progress_bar_callback is not None:
-            for name in ("loss", "log_direction", "log_radius", "kl"):
-                if name in self.sums:
-                    self.log(
-                        name.removeprefix("log_"),
-                        self.sums[name] / self.counts[name],
-                        prog_bar=True,
-                        logger=False,
-                    )
         # Nats a dimension keep one learning rate right for every D: the likelihood's gradient grows with D.
         return loss / self.vje.embedding_dim
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """SGD with momentum, or AdamW for a head on features; decay on matrices and kernels; warm-up and cosine."""
+        config, lr = self.config, self.config.lr * self.batch_size / 256
+        groups = []
+        for encoder in (False, True):
+            for decayed in (False, True):
+                parameters = [
+                    p
+                    for name, p in self.vje.named_parameters()
+                    if p.requires_grad and (p.dim() > 1) == decayed and name.startswith("encoder.") == encoder
+                ]
+                if parameters:
+                    rate = lr * (config.encoder_lr_scale or 0.0) if encoder else lr
+                    decay = config.weight_decay if decayed else 0.0
+                    groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+        optimizer: torch.optim.Optimizer
+        if not config.frozen:
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+        else:
+            optimizer = torch.optim.AdamW([{**group, "lr": HEAD_LR} for group in groups], lr=HEAD_LR)
+        steps_per_epoch = len(self.train_set) // self.batch_size
+        warmup = round((config.warmup_epochs or 0) * steps_per_epoch)
+        total = (config.epochs or 1) * steps_per_epoch
+
+        def schedule(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_dataloader(self) -> ResidentLoader | StreamingLoader:
+        """This process's share of every global batch, in the order of (seed, epoch)."""
+        share: dict[str, Any] = {
+            "seed": self.config.seed,
+            "rank": self.global_rank,
+            "world_size": self.trainer.world_size,
+        }
+        if isinstance(self.train_set, Tensor):
+            return ResidentLoader(self.train_set, self.batch_size, **share)
+        return make_loader(
+            self.train_set,
+            self.batch_size,
+            device=self.device,
+            residency=self.config.residency if self.train_set.in_memory else "auto",
+            num_workers=self.config.workers,
+            **share,
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """Choose the epoch's order, also after resuming."""
+        self.begun = True
+        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
 
     def _seeded_generator(self, device: torch.device) -> torch.Generator:
         if self._generator is None or self._generator.device != device:
@@ -155,10 +172,8 @@ class Pretraining(lightning.LightningModule):
 
     def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
         posterior = cast(Independent, guide_trace.nodes["z"]["fn"]).base_dist
-        target, likelihood = (
-            model_trace.nodes["target"]["value"],
-            cast(Any, model_trace.nodes["target"]["fn"]),
-        )
+        target = model_trace.nodes["target"]["value"]
+        likelihood = cast(Any, model_trace.nodes["target"]["fn"])
         kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
         self._add("kl", kl.mean())
         self._add("log_likelihood", likelihood.log_prob(target).mean())
@@ -190,3 +205,26 @@ class Pretraining(lightning.LightningModule):
         self.sums, self.counts = {}, {}
         # Equal shares of every batch: the mean over the processes is that over all images.
         return dict(zip(names, self.trainer.strategy.reduce(means).tolist(), strict=True))
+
+
+def _two_of(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Two different views ``(2, B, F)`` of each image, drawn from its ``(B, V, F)``."""
+    batch, views, _ = features.shape
+    drawn = torch.rand(batch, views, generator=generator, device=features.device).argsort(1)[:, :2]
+    return features[torch.arange(batch, device=features.device)[:, None], drawn].transpose(0, 1)
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's hints and its own deprecations off the user's screen."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

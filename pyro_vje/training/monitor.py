@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
+from torch import Tensor
 
 from pyro_vje import metrics
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import CleanView, ImageSet
 from pyro_vje.data.splits import evenly_spread
-from pyro_vje.model.encoding import encode
-from pyro_vje.model.vje import VJE
+from pyro_vje.model import VJE, Encoded, encode, encode_features
 from pyro_vje.pages import pictures
 from pyro_vje.runs.files import write_atomic
 from pyro_vje.runs.folder import METRICS, PICTURES
@@ -31,6 +31,8 @@ MAX_RISE = 10.0
 """Nats a dimension above the best epoch at which the loss counts as exploding; healthy runs stay within 3 of it."""
 FEW_IMAGES = 8
 """In a batch below this the mean of a feature is off by a third of its deviation (1/√8) or more."""
+TIMED_STEPS = 10
+"""Steps after which the time of the whole run is known well enough to be said."""
 CHECK_EVERY = 100
 """Steps between looks at whether the loss is finite: each waits for the device."""
 
@@ -56,18 +58,45 @@ class TrainingDiverged(FloatingPointError):
 
 
 class EpochReport(lightning.pytorch.Callback):
-    """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite."""
+    """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    train_set : ImageSet
+        The images that are trained on.
+    knn_sets : pair of ImageSet or None
+        Labelled training and test images for the k-NN monitor.
+    view : CleanView
+        How they are encoded.
+    features : tensor, optional
+        ``(N, V, feature_dim)``, what a frozen encoder has made of the training images.
+    """
 
     def __init__(
-        self, folder: Path, train_set: ImageSet, knn_sets: tuple[ImageSet, ImageSet] | None, view: CleanView
+        self,
+        folder: Path,
+        train_set: ImageSet,
+        knn_sets: tuple[ImageSet, ImageSet] | None,
+        view: CleanView,
+        features: Tensor | None = None,
     ) -> None:
         self.path = folder / METRICS
         self.view = view
-        self.health_set = train_set.select(evenly_spread(len(train_set), HEALTH_IMAGES))
+        watched = evenly_spread(len(train_set), HEALTH_IMAGES)
+        self.health_set = train_set.select(watched)
+        self.health_features = None if features is None else features[watched, 0]
         self.knn_sets = knn_sets
         self.rows: list[dict[str, Any]] = []
-        self.started = 0.0
+        self.started = self.shown = 0.0
         self.warned: set[str] = set()
+
+    def _encode_watched(self, vje: VJE) -> Encoded:
+        device = next(vje.parameters()).device
+        if self.health_features is not None:
+            return encode_features(vje, self.health_features.to(device))
+        return encode(vje, self.health_set, self.view, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, so that a resumed run's file holds each epoch once, what was said, the epoch's seconds."""
@@ -101,17 +130,29 @@ class EpochReport(lightning.pytorch.Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *arguments: Any) -> None:
-        """Stop long before the end of an epoch of many steps.
+        """Say how long it will take, and stop long before the end of an epoch of many steps.
 
         Raises
         ------
         TrainingDiverged
             If the loss is no longer finite.
         """
+        step, steps = trainer.fit_loop.batch_idx + 1, int(trainer.num_training_batches)
         if trainer.global_step % CHECK_EVERY == 0 and not math.isfinite(pl_module.sums["loss"].item()):
             raise TrainingDiverged(
                 f"the loss became not finite by step {trainer.global_step}: {_gentler(pl_module.config)}"
             )
+        if not trainer.is_global_zero:
+            return
+        now = time.perf_counter()
+        epochs = trainer.max_epochs or 0
+        left = (now - self.started) / step * (steps - step + (epochs - trainer.current_epoch - 1) * steps)
+        if not self.rows and step == min(TIMED_STEPS, steps):
+            log.info("%d epochs of %d steps, about %s", epochs, steps, duration(left))
+        if sys.stderr.isatty() and now - self.shown > 1:
+            self.shown = now
+            part = f"epoch {trainer.current_epoch + 1}/{epochs}  step {step}/{steps}  {duration(left)} left"
+            print(f"\r{part:<78}", end="\r", file=sys.stderr, flush=True)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the row, print a line where there is no progress bar, and check the run's health.
@@ -154,8 +195,7 @@ class EpochReport(lightning.pytorch.Callback):
                 trainer.logger.log_metrics(
                     {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
                 )
-            if not sys.stderr.isatty():
-                log.info(_line(row, trainer.max_epochs or 0))
+            log.info(_line(row, trainer.max_epochs or 0))
 
     def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
         """Draw the curves and the embedding of held-out (else training) images into the run folder."""
@@ -164,13 +204,14 @@ class EpochReport(lightning.pytorch.Callback):
         history = {name: [row.get(name, math.nan) for row in self.rows] for name in COLUMNS}
         pictures.plot_training(history, folder / "training.png")
         shown = self.knn_sets[1] if self.knn_sets else self.health_set
-        encoded = encode(vje, shown, self.view, device=next(vje.parameters()).device)
+        device = next(vje.parameters()).device
+        encoded = encode(vje, shown, self.view, device=device) if self.knn_sets else self._encode_watched(vje)
         labels = None if shown.labels is None else shown.labels[encoded.indices]
         pictures.plot_embedding(encoded.embeddings, labels, classes, folder / "embedding.png")
 
     def _measure(self, vje: VJE, config: TrainConfig) -> dict[str, float]:
         device = next(vje.parameters()).device
-        encoded = encode(vje, self.health_set, self.view, device=device)
+        encoded = self._encode_watched(vje)
         if not all(tensor.isfinite().all() for tensor in encoded):
             raise TrainingDiverged(
                 f"the embeddings are not finite after an epoch whose loss was: {_gentler(config)}"
@@ -212,6 +253,14 @@ class EpochReport(lightning.pytorch.Callback):
 
 def _gentler(config: TrainConfig) -> str:
     return f"lower lr (now {config.lr:g}), raise warmup_epochs (now {config.warmup_epochs:g}), or use precision 32"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``40 s``, ``3 min``, ``2 h 5 min``."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

@@ -5,37 +5,55 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import os
 import shutil
 import signal
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
-from pyro_vje.config import TrainConfig, is_first_process, machines
-from pyro_vje.data.splits import load_train_set, monitor_sets, reference_images
-from pyro_vje.model.encoding import encode
-from pyro_vje.model.objective import ELBO
+from pyro_vje.config import TrainConfig
+from pyro_vje.data import ImageSet
+from pyro_vje.data.splits import (
+    REFERENCE_IMAGES,
+    evenly_spread,
+    load_train_set,
+    monitor_sets,
+    reference_images,
+)
+from pyro_vje.launch import check_launch, is_first_process, launcher, machines
+from pyro_vje.model import ELBO, VJE, encode, encode_features
 from pyro_vje.runs.files import LOCK, is_begun, locked, write_json
 from pyro_vje.runs.folder import (
+    CACHE,
     CALIBRATION,
     CHECKPOINTS,
     CONFIG,
+    FOLDS,
+    HELD_OUT,
     REFERENCE,
     WEIGHTS,
     RunInfo,
     build_model,
+    decoded_as,
+    default_device,
     describe_run,
     deterministic_kernels,
     read_info,
+    save_folds,
     save_posteriors,
     save_weights,
 )
@@ -54,10 +72,14 @@ from pyro_vje.training.checkpoints import (
     check_checkpoint,
 )
 from pyro_vje.training.distributed import CPUSyncBatchNorm
-from pyro_vje.training.module import PART_EVERY, Pretraining
+from pyro_vje.training.features import cache_features, fit_folds, fit_whitening
+from pyro_vje.training.module import PART_EVERY, Pretraining, quiet_lightning
 from pyro_vje.training.monitor import EpochReport
 
 log = logging.getLogger("pyro_vje")
+
+
+_TRAINING = threading.Lock()
 
 
 def train(
@@ -72,8 +94,9 @@ def train(
     out : path, optional
         The run folder; by default ``runs/<dataset>-<number>``.
     resume : bool
-        Go on from the last checkpoint in ``out``, or from the beginning where there is none yet, with the settings
-        stored there: the run ends as if it had never been interrupted.
+        Go on from the last checkpoint in ``out``, or from the beginning where there is none yet: the run ends as if it
+        had never been interrupted. ``config`` must be the one stored there, but for more ``epochs``, which extend the
+        run (its learning rate follows the longer schedule from there on), and for what changes no number.
     overwrite : bool
         Replace the run that ``out`` holds.
 
@@ -87,7 +110,7 @@ def train(
     FileExistsError
         If ``out`` already holds a run, or holds anything else, and neither flag was given.
     ValueError, FileNotFoundError
-        If a setting or the data are unusable.
+        If a setting or the data are unusable, or not those of the run that is resumed.
     BlockingIOError
         If another process is at work on ``out``.
     OSError
@@ -98,55 +121,61 @@ def train(
         On SIGINT, and on SIGTERM during the epochs: the step is finished and a checkpoint written.
     MemoryError
         If the device's memory does not hold a step of ``batch_size`` images.
+    RuntimeError
+        If another thread of this process is training: Pyro keeps its handlers in one global stack.
     """
-    unset = config.batch_size is None
-    config, folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
-    with ExitStack() as stack, restored_handlers(), deterministic_kernels(config.deterministic):
-        try:
-            if not is_first_process():
-                if "RANK" not in os.environ:  # it is Lightning that has launched it
-                    follow_parent()
-            elif (folder / CONFIG).is_file():
-                stack.enter_context(locked(folder))
-            return _train(config, folder, stack, unset=unset, resume=resume, overwrite=overwrite)
-        except KeyboardInterrupt as stop:
-            how = f"--resume --out {folder} goes on"
-            if not (folder / CONFIG).is_file():
-                how = "nothing was written, the same command begins anew"
-            raise Interrupted.after(stop, f"stopped: {how}") from None
+    check_launch(config.devices)
+    if not _TRAINING.acquire(blocking=False):
+        raise RuntimeError(
+            "another thread of this process is training, and Pyro knows no threads: use processes"
+        )
+    try:
+        folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
+        with ExitStack() as stack, restored_handlers(), deterministic_kernels(config.deterministic):
+            try:
+                if not is_first_process():
+                    if launcher() == "lightning":
+                        follow_parent()
+                elif (folder / CONFIG).is_file():
+                    stack.enter_context(locked(folder))
+                return _train(config, folder, stack, resume=resume, overwrite=overwrite)
+            except KeyboardInterrupt as stop:
+                how = f"--resume --out {folder} goes on"
+                if not (folder / CONFIG).is_file():
+                    how = "nothing was written, the same command begins anew"
+                raise Interrupted.after(stop, f"stopped: {how}") from None
+    finally:
+        _TRAINING.release()
 
 
-def _train(
-    config: TrainConfig, folder: Path, stack: ExitStack, *, unset: bool, resume: bool, overwrite: bool
-) -> Path:
-    if unset and not resume:
-        train_set, held_out = load_train_set(dataclasses.replace(config, batch_size=None))
-        config = config.fitted(len(train_set), config.devices * machines())
-    else:
-        train_set, held_out = load_train_set(config)
+def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool, overwrite: bool) -> Path:
+    before = read_info(folder) if resume else None
+    config = _to_resume(config, before.config, folder) if before else config.resolved()
+    size, interpolation = decoded_as(config)
+    train_set, held_out = load_train_set(config, size, interpolation)
+    if before is not None and before.fingerprint not in (None, train_set.fingerprint()):
+        raise ValueError(
+            f"{folder} was trained on other images ({before.train_images}, now {len(train_set)}): the held-out images "
+            "would no longer be those that calibrate it; restore the data, or train anew with --overwrite"
+        )
+    config = config.fitted(len(train_set), config.devices * machines())
+    if config.normal_class is not None:  # its index would be another class elsewhere
+        config = dataclasses.replace(config, normal_class=train_set.class_name(config.normal_class))
     info = describe_run(config, train_set)
-    vje = build_model(config, info.image_size)
+    vje = build_model(config, info.view_size, weights=config.weights)
     if config.compile:
         vje.encoder.compile()
+    vje.family.check(vje.embedding_dim, vje.settings)
     precision = choose_precision(config.precision)
     log.info(
-        "%s, %s; likelihood %s; %s; %d images of %d×%d pixels",
-        *(
-            config.encoder,
-            info.stem,
-            config.likelihood,
-            precision,
-            len(train_set),
-            info.image_size,
-            info.image_size,
-        ),
+        "%s, %s; likelihood %s; %s; %d images of %d×%d pixels, batches of %d",
+        *(config.encoder, info.stem, config.likelihood, precision, len(train_set)),
+        *(info.view_size, info.view_size, config.batch_size),
     )
-    module = Pretraining(vje, config, train_set)
-    report = EpochReport(folder, train_set, monitor_sets(config, info.image_size, train_set), info.view)
-    vje.family.check(vje.embedding_dim, vje.settings)
     checkpoint = folder / CHECKPOINTS / LAST
-    if resume:
-        _check_resumable(folder, info, module, checkpoint)
+    knn_sets = monitor_sets(config, info.image_size, train_set, info.interpolation)
+    if resume and checkpoint.is_file():
+        check_checkpoint(checkpoint, Pretraining(vje, config, train_set))
     # Only now, with data and model at hand, is anything on disk touched.
     if is_first_process():
         if not (folder / CONFIG).is_file():
@@ -157,9 +186,56 @@ def _train(
         if overwrite:
             _empty(folder)
         write_json(folder / CONFIG, info.to_dict())
+        write_json(folder / HELD_OUT, [] if held_out is None else held_out.names)
+    features = None
+    if config.frozen:
+        device = default_device()
+        vje.to(device)
+        features, train_set = cache_features(
+            vje, train_set, info.view, info.views, folder / CACHE,
+            augmented=config.feature_views, seed=config.seed, device=device,
+        )  # fmt: skip
+        fit_whitening(vje, features[:, 0])
+    report = EpochReport(folder, train_set, knn_sets, info.view, features)
+    views = info.views if features is None else None
+    module = Pretraining(vje, config, train_set if features is None else features, views)
+    _fit(module, folder, [report], precision, resume=resume)
+    if is_first_process():
+        _keep(folder, vje, info, train_set, held_out, features)
+        report.draw(vje, info.classes)
+    return folder
+
+
+def _keep(
+    folder: Path,
+    vje: VJE,
+    info: RunInfo,
+    train_set: ImageSet,
+    held_out: ImageSet | None,
+    features: Tensor | None,
+) -> None:
+    """Write what a finished run is scored with: calibration, reference images, and last the weights."""
+    device = next(vje.parameters()).device
+    if held_out is not None:
+        save_posteriors(folder / CALIBRATION, encode(vje, held_out, info.view, device=device).posteriors)
+    if features is None:
+        reference = encode(vje, reference_images(train_set, info.config.seed), info.view, device=device)
+    else:
+        kept = evenly_spread(len(features), REFERENCE_IMAGES)
+        reference = encode_features(vje, features[kept, 0].to(device))
+        if held_out is None and info.config.folds:
+            save_folds(folder / FOLDS, *fit_folds(info.config, features), features[:, 0])
+        shutil.rmtree(folder / CACHE)
+    save_posteriors(folder / REFERENCE, reference.posteriors)
+    save_weights(folder, vje, info)
+
+
+def _fit(module: Pretraining, folder: Path, callbacks: list[Any], precision: str, *, resume: bool) -> None:
+    """Run the epochs, from the last checkpoint if there is one to resume."""
+    checkpoint = folder / CHECKPOINTS / LAST
     stop = StopRequest()
-    with _quiet_lightning():
-        trainer = _trainer(folder, config, [report, Checkpoints(checkpoint, stop)], precision)
+    with quiet_lightning():
+        trainer = _trainer(folder, module.config, [*callbacks, Checkpoints(checkpoint, stop)], precision)
         begun = resume and checkpoint.is_file()
         try:
             trainer.fit(module, ckpt_path=checkpoint if begun else None, weights_only=True)
@@ -172,42 +248,17 @@ def _train(
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
                 raise MemoryError(
-                    f"batch_size {config.batch_size} does not fit in the memory of {module.device}: lower it "
+                    f"batch_size {module.batch_size} does not fit in the memory of {module.device}: lower it "
                     "(--batch-size), or image_size"
                 ) from None
-            restoring = begun and not module.begun and not isinstance(error, ValueError | OSError)
-            if restoring:  # a whole archive, but not what Lightning looks for in it
+            if begun and not module.begun and not isinstance(error, ValueError | OSError):
+                # a whole archive, but not what Lightning looks for in it
                 raise ValueError(
                     f"{folder} cannot be gone on with ({type(error).__name__}: {error}): train anew with --overwrite"
                 ) from error
             raise
     if stop.signum:
         raise_interrupted(stop.signum, None)
-    if trainer.is_global_zero:
-        device = next(vje.parameters()).device
-        kept = {CALIBRATION: held_out, REFERENCE: reference_images(train_set, config.seed)}
-        for name, images in kept.items():
-            if images is not None:
-                save_posteriors(folder / name, encode(vje, images, info.view, device=device).posteriors)
-        save_weights(folder, vje, info)
-        report.draw(vje, info.classes)
-    return folder
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's hints and its own deprecations off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
@@ -225,21 +276,17 @@ def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
     return "bf16-mixed" if setting == "bf16" else "32-true"
 
 
-def _choose_folder(
-    config: TrainConfig, out: str | Path | None, *, resume: bool, overwrite: bool
-) -> tuple[TrainConfig, Path]:
-    """Check that the run folder may be written or resumed; return the settings to train with and the folder."""
+def _choose_folder(config: TrainConfig, out: str | Path | None, *, resume: bool, overwrite: bool) -> Path:
+    """The run folder, after checking that it may be written or resumed."""
     if out is None:
         if resume:
             raise ValueError("resuming needs the run folder to go on with: name it (--out RUN)")
         numbers = (Path("runs") / f"{config.dataset}-{number}" for number in itertools.count(1))
         out = next(path for path in numbers if not path.exists())
     folder = Path(out)
-    if resume:
-        return read_info(folder).config, folder
-    if is_first_process():  # when the others come, this one may have begun to fill the folder
+    if not resume and is_first_process():  # when the others come, this one may have begun to fill the folder
         _refuse_existing(folder, overwrite=overwrite)
-    return config.resolved(), folder
+    return folder
 
 
 def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
@@ -264,32 +311,38 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _check_resumable(folder: Path, info: RunInfo, module: Pretraining, checkpoint: Path) -> None:
-    """Refuse to go on with a damaged checkpoint, or on other images than the run began with."""
-    before = read_info(folder).train_images
-    if before != info.train_images:
+FREE = ("download", "workers", "residency", "devices", "data_dir", "epochs")
+"""Settings that may be others when a run goes on: they change no number, the data are compared by their fingerprint,
+and more epochs extend the run."""
+
+
+def _to_resume(config: TrainConfig, stored: TrainConfig, folder: Path) -> TrainConfig:
+    """The settings to go on with: those stored, with what may be new of ``config``; its defaults are not said."""
+    default, given, fixed = TrainConfig().to_dict(), config.to_dict(), stored.to_dict()
+    said = {name: value for name, value in given.items() if value not in (default[name], fixed[name])}
+    changed = [name for name in said if name not in FREE]
+    if changed:
+        name = changed[0]
         raise ValueError(
-            f"{folder} was trained on {before} images, but now there are {info.train_images}: the held-out images "
-            "would no longer be those that calibrate it; restore the data, or train anew with --overwrite"
+            f"{folder} was trained with {name} {fixed[name]}, not {given[name]}: leave it out to go on, or train anew "
+            "with --overwrite or another --out"
         )
-    if not checkpoint.is_file():
-        log.info("%s holds no checkpoint yet: from the beginning", folder)
-        return
-    check_checkpoint(checkpoint, module)
+    if said.get("epochs", fixed["epochs"]) < fixed["epochs"]:
+        raise ValueError(
+            f"{folder} is a run of {fixed['epochs']} epochs, not {given['epochs']}: it can only become longer"
+        )
+    return dataclasses.replace(stored, **said)
 
 
 def _trainer(
     folder: Path, config: TrainConfig, callbacks: list[lightning.pytorch.Callback], precision: str
 ) -> lightning.Trainer:
-    progress = sys.stderr.isatty()
-    if progress:
-        callbacks.append(lightning_callbacks.TQDMProgressBar(refresh_rate=PART_EVERY))
     try:
         logger: Any = TensorBoardLogger(folder, name="", version="tensorboard")
     except ModuleNotFoundError:  # neither tensorboard nor tensorboardX is installed
         logger = False
     several = config.devices * machines() > 1
-    plugins: list[Any] = [AtomicCheckpointIO()]
+    plugins: list[Any] = [AtomicCheckpointIO(), _environment()]
     if several and not torch.cuda.is_available():
         plugins.append(CPUSyncBatchNorm())
     return lightning.Trainer(
@@ -307,9 +360,18 @@ def _trainer(
         precision=precision,  # type: ignore[arg-type]
         callbacks=callbacks,
         logger=logger,
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         log_every_n_steps=PART_EVERY,
         num_sanity_val_steps=0,
     )
+
+
+def _environment() -> ClusterEnvironment:
+    """Lightning's view of who started the processes, held to ours: it takes one task of SLURM for a launcher."""
+    kinds: dict[str, Any] = {
+        "torchrun": TorchElasticEnvironment,
+        "srun": partial(SLURMEnvironment, auto_requeue=False),
+    }
+    return kinds.get(launcher(), LightningEnvironment)()

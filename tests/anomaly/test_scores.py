@@ -22,8 +22,7 @@ from pyro_vje.data import ImageSet, decode_image
 from pyro_vje.model import encoding
 from pyro_vje.model.encoding import Posteriors, encode
 from pyro_vje.model.likelihoods import get_family
-from pyro_vje.representation.evaluation import load_split
-from pyro_vje.runs.folder import REFERENCE, load_posteriors
+from pyro_vje.runs.folder import REFERENCE, load_posteriors, load_split
 
 
 @pytest.fixture(scope="module")

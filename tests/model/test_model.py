@@ -144,7 +144,7 @@ def test_the_radius_has_a_scale_of_its_own_where_its_density_has_one():
         ({"unit_radius": "D"}, "unit_radius must be"),
         ({"radius": "gamma"}, "radius must be one of"),
         ({"radius_scale": "own"}, "radius_scale must be one of learned, shared, not 'own'"),
-        ({"projector": "deep"}, "projector must be one of none, linear, mlp, not 'deep'"),
+        ({"projector": "deep"}, "projector must be one of none, linear, mlp, whiten, not 'deep'"),
         ({"likelihood": "gauss"}, "unknown likelihood family 'gauss'"),
     ],
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.functional import center_crop
 
 from pyro_vje.data.views import operations as pixels
 
@@ -72,6 +73,8 @@ class CleanView:
         Side S of the output; images of another size are resized (bilinear, antialiased).
     mean, std
         Of each channel, in [0, 1].
+    crop
+        Take the central square of larger images instead of resizing them.
 
     Raises
     ------
@@ -79,18 +82,22 @@ class CleanView:
         If there is no image of this side, or the statistics are not those of three channels.
     """
 
-    def __init__(self, image_size: int, mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3) -> None:
+    def __init__(
+        self, image_size: int, mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3, *, crop: bool = False
+    ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std need three channels, std positive; got {mean} and {std}")
-        self.image_size, self.mean, self.std = image_size, tuple(mean), tuple(std)
+        self.image_size, self.mean, self.std, self.crop = image_size, tuple(mean), tuple(std), crop
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise uint8 images (B, 3, H, W) to float32 (B, 3, S, S)."""
         check_images(images)
+        if self.crop:
+            images = center_crop(images, [self.image_size])
         x = images.float().div_(255)
         if images.shape[-2:] != (self.image_size, self.image_size):
             x = interpolate(x, (self.image_size, self.image_size), mode="bilinear", antialias=True)
