@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,7 +119,8 @@ class StreamingLoader(_EpochLoader):
         self.image_set = image_set
         self._batches = DataLoader(
             Decoded(image_set.images),
-            batch_sampler=_EpochBatches(self),
+            # A circle would leave the workers to the garbage collector, which waits five seconds for each.
+            batch_sampler=_EpochBatches(weakref.proxy(self)),
             collate_fn=_collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,

@@ -132,6 +132,7 @@ LAYOUTS = {
     "validation": (["train/a/x/0", "Validation/b/1"], {"train": "a", "test": "b", "all": "b a"}),
     "deep": (["train/a/x/y/0", "test/a/1"], {"train": "a", "test": "a", "all": "a a"}),
     "not UTF-8": ([b"train/\xe9/\xe9", b"test/\xe9/0"], {"train": "\udce9", "test": "\udce9"}),
+    "not UTF-8, no splits": ([b"\xe9/0", b"\xe9/1", b"\xe9/2"], {"train": "\udce9 \udce9 \udce9"}),
     "train alone": (["train/a/0", "cat/1"], {"all": "cat train", "train": "cat train"}),
     "no train": (["val/a/0", "test/a/1"], {"all": "test val", "train": "test val"}),
     "empty train": (["test/a/1", "train/a/notes.txt"], {"test": "a", "all": "a"}),
@@ -151,6 +152,7 @@ def test_layouts_of_a_folder(layout, tmp_path, caplog):
         found = ["-" if label < 0 else images.classes[label] for label in labels]
         assert found == expected.split()
         assert images.named(images.names).paths == images.paths
+        assert len(images.fingerprint()) == 64
     if layout in ("train alone", "no train"):
         assert "is read as a class" in caplog.text
     if layout == "empty train":
