@@ -15,6 +15,7 @@ from sphinx.writers.html5 import HTML5Translator
 from sphinx_gallery.sorting import FileNameSortKey
 
 import pyro_vje
+from pyro_vje.cli import COMMANDS
 
 HERE = Path(__file__).parent
 logging.getLogger("pyro_vje").setLevel(logging.WARNING)  # the tutorials show what their scripts print
@@ -36,6 +37,7 @@ extensions = [
 exclude_patterns = ["plots", "tutorials/README.rst"]
 suppress_warnings = [
     "config.cache",  # the order of the gallery is a class, which Sphinx does not keep between builds
+    "ref.python",  # one backtick may name a parameter, of which several classes have one of that name
 ]
 
 # Markdown, in which GitHub and the site show the same.
@@ -82,6 +84,19 @@ html_theme_options = {"navigation_with_keys": True}
 copybutton_prompt_text = "$ "
 copybutton_line_continuation_character = "\\"
 copybutton_exclude = ".linenos, .gp"
+
+
+# A page for each command: one that all would share is too long.
+COMMAND = """# {0}
+
+```{{eval-rst}}
+.. click:: pyro_vje.cli.{0}:command
+   :prog: pyro-vje {0}
+   :nested: full
+```
+"""
+for command in COMMANDS:
+    (HERE / "commands" / f"{command}.md").write_text(COMMAND.format(command))
 
 
 def _mathml(latex: str, display: str) -> str:
