@@ -104,7 +104,8 @@ def render_report(
     held_out = np.asarray([] if calibration_scores is None else calibration_scores, dtype=np.float64)
     decision, settings = summary.get("decision") or {}, summary["score"]
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
-    made = {"run": summary["run"], "data": summary["data"], **settings, "date": summary["date"]}
+    made = {"run": summary["run"], "data": summary["data"], **settings, "meaning": None}
+    made |= {"date": summary["date"], "versions": versions}
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, trim_blocks=True
     )
@@ -129,8 +130,7 @@ def render_report(
         cards=_cards(read, scores, labels, thumbnails, folder),
         charts=_charts(read, scores, labels, held_out),
         metrics=_quoted(summary.get("metrics") or {}),
-        made={name.replace("_", " "): value for name, value in made.items() if name != "meaning"}
-        | {"versions": versions},
+        made={name.replace("_", " "): value for name, value in made.items() if value is not None},
     )
     return printable(page)
 
