@@ -52,8 +52,14 @@ def load_train_set(
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
         log.info("%s of the class %s", counted(len(train_set)), train_set.class_name(config.normal_class))
-    if isinstance(train_set.images, Tensor) and train_set.images.min() == train_set.images.max():
-        raise ValueError(f"every pixel of the training images is {train_set.images.min()}: they show nothing")
+    if (
+        isinstance(train_set.images, Tensor)
+        and len(train_set)
+        and (train_set.images.min() == train_set.images.max())
+    ):
+        raise ValueError(
+            f"every pixel of the training images is {int(train_set.images.max())}: they show nothing"
+        )
     train_set, held_out = hold_out(train_set, config)
     if config.batch_size is not None:
         check_batch(config.batch_size, len(train_set), config.devices * machines())

@@ -10,6 +10,7 @@ import torch
 from on_disk import RNG, md5, write_image, write_imagenet, write_stl10
 from torchvision import datasets as torchvision_datasets
 
+from pyro_vje import TrainConfig
 from pyro_vje.data import (
     DATASETS,
     ImageSet,
@@ -17,6 +18,7 @@ from pyro_vje.data import (
     find_dataset,
     imageset,
     load_dataset,
+    load_train_set,
     views_for,
     warn_if_shared,
 )
@@ -184,13 +186,17 @@ def test_a_fingerprint_says_whether_these_are_the_same_images(tmp_path):
     assert digits[0] == digits[2] != digits[1]
 
 
-def test_test_images_that_are_training_images_are_noticed(tmp_path, caplog):
+def test_training_images_that_are_test_images_or_show_nothing_are_noticed(tmp_path, caplog):
     train, test = load_dataset("digits"), load_dataset("digits", split="test")
     warn_if_shared(train, test)
     assert not caplog.records
     warn_if_shared(train, train.select([3, 4]))
     assert "2 of 2 test images are training images too" in caplog.text
     caplog.clear()
+    for i in range(8):
+        write_image(tmp_path / "black" / f"{i}.png", value=0)
+    with pytest.raises(ValueError, match="every pixel of the training images is 0"):
+        load_train_set(TrainConfig("folder", str(tmp_path / "black")))
     tree(tmp_path, ["0.png", "1.png"])
     lazy = load_dataset("folder", tmp_path, "all", residency="stream")
     warn_if_shared(lazy, lazy.select([0]))
