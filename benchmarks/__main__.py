@@ -72,7 +72,7 @@ def as_json(results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
 def describe(command: str, settings: Settings) -> dict[str, Any]:
     """What the numbers depend on: hardware, versions, command, date, commit, threads, precision."""
     packages = {"pyro_vje": "pyro-vje", "pyro": "pyro-ppl", "torch": "torch", "torchvision": "torchvision"}
-    packages |= {name: name for name in ("numba", "lightning", "kornia", "lightly")}
+    packages |= {name: name for name in ("lightning", "kornia", "lightly")}
     versions = {package: version(package) for module, package in packages.items() if installed(module)}
     return {
         "command": command,

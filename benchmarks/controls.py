@@ -1,4 +1,4 @@
-"""Controls: other objectives on VJE's own encoder, projector and posterior network, data, views and schedule.
+"""Controls: other objectives on VJE's own networks, data, views and schedule.
 
 ``pyro-vje train --objective benchmarks.controls:simsiam``; ``ablate`` and ``benchmark one-class`` have the option too.
 Both losses are in nats an image, so that a learning rate means what it means for the ELBO.
@@ -17,7 +17,7 @@ def simsiam(vje: VJE, views: Tensor) -> Tensor:
     """SimSiam (Chen & He 2021, arXiv 2011.10566): the posterior's loc is the predictor, its scale is not used.
 
     D (1 - cos) is, up to a constant, the negative log-density of a unit Gaussian on the sphere of radius √D: that is,
-    the negative cosine similarity in nats. The projector has two layers where the paper's has three.
+    the negative cosine similarity in nats. The paper has a projector of three layers: ``--projector mlp`` has two.
     """
     loc, _, target = vje.encode_views(views)
     return vje.embedding_dim * (1 - functional.cosine_similarity(loc, target, dim=-1)).mean()

@@ -1,32 +1,55 @@
-"""``python -m benchmarks.pages``: the tables of the pages from the results' JSON, no number typed by hand."""
+"""``python -m benchmarks.pages``: the tables of the pages from the results' JSON, no number typed by hand.
+
+A page says what it wants between two comments, in the words of a function here, of results and of options to it::
+
+    <!-- settings study rows=likelihood columns=kl_weight measures=knn where="df == 5" -->
+    <!-- end -->
+"""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable
+import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from pyro_vje.experiments import tables
+import pandas as pd
+
+from pyro_vje.experiments.protocols import compare_scores
+from pyro_vje.experiments.tables import NOT_USED, markdown, spread, text
 
 FOLDER = Path(__file__).parent
-MAIN = ("conditional", "aggregate", "elbo", "k-NN 50", "Mahalanobis", "KDE")
-"""Scores of the short table."""
+PAGES = (*sorted(FOLDER.glob("*.md")), FOLDER.parent / "README.md")
+MARK = re.compile(r"(<!-- (\w+) ([^\n]+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 METHODS = {
     "elbo": "VJE",
     "benchmarks.controls:simsiam": "SimSiam",
     "benchmarks.controls:vi_simsiam": "VI-SimSiam",
 }
-"""Names of the objectives in tables and pictures."""
-LIKELIHOODS = {
-    "elbo": "likelihood polar-student-t",
-    "benchmarks.controls:vi_simsiam": "likelihood power-spherical",
+"""Names of the objectives in tables and pictures, in their order."""
+LIKELIHOODS = {"elbo": "polar-student-t", "benchmarks.controls:vi_simsiam": "power-spherical"}
+"""What the objectives that have a likelihood were trained with."""
+NAMES = {**METHODS, "controls_small": "the control", "simsiam_check": "lightly's heads, loss and settings"}
+NAMES |= {"score_parts_ood": "against MNIST", "score_parts_one_class": "one class of ten"}
+MEASURES = {
+    "knn": ("k-NN", ".3f"),
+    "linear": ("linear", ".3f"),
+    "auroc": ("AUROC", ".3f"),
+    "effective_rank": ("effective rank", ".0f"),
+    "posterior_snr": ("‖loc‖ / noise", ".2f"),
+    "seconds": ("seconds", ".0f"),
 }
-"""What the objectives that have one are scored with."""
+HEADINGS = {"kl_weight": "KL", "file": "result"}
 Cell = dict[str, Any]
-Key = Callable[[Cell], str]
+TABLES: dict[str, Callable[..., str]] = {}
+
+
+def table(function: Callable[..., str]) -> Callable[..., str]:
+    """Enter a function of results' names and options in what pages may ask for, under its name."""
+    TABLES[function.__name__] = function
+    return function
 
 
 def result(name: str) -> Any:
@@ -34,290 +57,209 @@ def result(name: str) -> Any:
     return json.loads((FOLDER / "results" / f"{name}.json").read_text())
 
 
-def number(value: Any) -> str:
+def score_rows(name: str) -> list[dict[str, Any]]:
+    """A row for each score of each cell; in results of the first versions normal class and seed are the cell's."""
+    return [
+        {"normal": cell.get("normal"), "seed": cell.get("seed"), **row}
+        for cell in result(name)["cells"]
+        for row in cell["scores"]
+    ]
+
+
+def value(found: Any) -> str:
     """A setting as written in the tables."""
-    if value == "inf" or (isinstance(value, float) and math.isinf(value)):
+    if found in ("inf", float("inf")):
         return "∞ (Gaussian)"
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return text(None) if pd.isna(found) else NAMES.get(found) or text(found)
 
 
-def entry(cells: list[Cell], measure: str) -> str:
-    """Mean ± standard deviation over seeds, or what went wrong."""
-    values = [cell["measures"][measure] for cell in cells if cell["status"] == "finished"]
-    if not cells:
-        return ""
-    if len(values) < len(cells):
-        return f"{len(cells) - len(values)} of {len(cells)} {next(c['status'] for c in cells if not c['measures'])}"
-    style = {"posterior_snr": ".2f", "effective_rank": ".0f"}.get(measure, ".3f")
-    spread = f" ± {stdev(values):{style}}" if len(values) > 1 else " (one seed)"
-    return f"{mean(values):{style}}{spread}"
+@table
+def settings(
+    *names: str, rows: str, columns: str = "", measures: str = "knn,linear", where: str = "", by: str = ""
+) -> str:
+    """Measures of cells, mean ± standard deviation over what differs otherwise: seeds.
 
-
-def pivot(cells: list[Cell], head: str, rows: Key, columns: Key, measures: dict[str, str]) -> str:
-    """Markdown: a row for each value of ``rows``, a column for each measure and value of ``columns``."""
-    across = list(dict.fromkeys(columns(cell) for cell in cells))
-    titles = [f"{title}, {column}" if column else title for title in measures.values() for column in across]
-    lines = [f"| {head} | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
-    for row in dict.fromkeys(rows(cell) for cell in cells):
-        chosen = [cell for cell in cells if rows(cell) == row]
-        entries = [
-            entry([cell for cell in chosen if columns(cell) == column], measure)
-            for measure in measures
-            for column in across
-        ]
-        lines.append(f"| {row} | {' | '.join(entries)} |")
-    return "\n".join(lines)
-
-
-def scores(rows: list[dict[str, Any]], *, classes: bool = True) -> str:
-    """Markdown: AUROC of each anomaly score, for each class, or the mean over classes alone."""
-    table = tables.compare_scores(rows)
-    return tables.markdown(table if classes else table[["score", "on", "mean", "95 %"]])
-
-
-def setting(name: str) -> Key:
-    """Reads a setting of a cell."""
-    return lambda cell: number(cell["config"][name])
-
-
-def variant(cell: Cell) -> str:
-    """What a cell of the paper's family changes, apart from df and the KL weight."""
-    config = cell["config"]
-    changes = {
-        "unit radius 1": config["unit_radius"] == "1",
-        "no radial factor": config["radius"] is None,
-        "Student-t in log-radius": config["radius"] == "log-student-t",
-        "separate variance": not config["shared_variance"],
-    }
-    return next((name for name, changed in changes.items() if changed), "as by default")
-
-
-def study() -> dict[str, str]:
-    """The tables of the ablation, by the names that their places have."""
-    cells, slow = result("study")["cells"], result("study_slow")["cells"]
-    accuracy = {"knn": "k-NN", "linear": "linear"}
-    kl: Key = lambda cell: f"KL {number(cell['config']['kl_weight'])}"  # noqa: E731
-    own = [cell for cell in cells if cell["config"]["likelihood"] == "polar-student-t"]
-    plain = [cell for cell in own if variant(cell) == "as by default"]
-    at: Key = lambda cell: f"df {number(cell['config']['df'])}, KL {number(cell['config']['kl_weight'])}"  # noqa: E731
-    changed = {at(cell) for cell in own if variant(cell) != "as by default"}
-    variants = sorted((cell for cell in own if at(cell) in changed), key=variant)
-    five = [
-        cell
-        for cell in cells
-        if cell["config"]["df"] == 5 or cell["config"]["likelihood"] in ("normal", "laplace")
+    ``rows`` and ``columns`` are settings, or ``file``; ``where`` a condition on them in pandas' words; ``by`` the
+    heading of the rows.
+    """
+    cells = [
+        {**cell["config"], **cell["measures"], "status": cell["status"], "file": name}
+        for name in names
+        for cell in result(name)["cells"]
     ]
-    five = [cell for cell in five if variant(cell) == "as by default"]
-    rows = result("study_controls")["rows"]
-    controls = [f"| {row['representation']} | {row['knn']:.3f} | {row['linear']:.3f} |" for row in rows]
-    return {
-        "controls": "\n".join(["| representation | k-NN | linear |", "|---|---|---|", *controls]),
-        "families": pivot(five, "family (df 5)", setting("likelihood"), kl, accuracy),
-        "snr": pivot(five, "family (df 5)", setting("likelihood"), kl, {"posterior_snr": "‖loc‖ / noise"}),
-        "df": pivot(plain, "df", setting("df"), kl, accuracy),
-        "variants": pivot(variants, "variant", variant, at, accuracy),
-        "slow": pivot(slow, "family, lr 0.02", setting("likelihood"), kl, accuracy),
-    }
+    order = list(METHODS)
+    cells.sort(key=lambda cell: order.index(cell["objective"]) if cell.get("objective") in order else -1)
+    frame = pd.DataFrame(cells)
+    frame = frame.query(where) if where else frame
+    down, across = rows.split(","), columns.split(",") if columns else []
+    chosen = [name for name in measures.split(",") if name in frame]
+
+    def entry(members: pd.DataFrame, measure: str) -> str:
+        lost = members[members["status"] != "finished"]
+        if len(lost):
+            return f"{len(lost)} of {len(members)} {lost['status'].iloc[0]}"
+        return spread(members[measure].astype(float), MEASURES[measure][1]) if len(members) else ""
+
+    def groups(part: pd.DataFrame, keys: list[str]) -> dict[tuple[Any, ...], pd.DataFrame]:
+        return dict(iter(part.groupby(keys, sort=False, dropna=False))) if keys else {(): part}
+
+    lines = []
+    for key, members in groups(frame, down).items():
+        found = groups(members, across)
+        line = {by or name: value(part) for name, part in zip(down, key, strict=True)}
+        for measure in chosen:
+            for over in groups(frame, across):
+                titles = [
+                    f"{HEADINGS.get(name, name)} {value(part)}"
+                    for name, part in zip(across, over, strict=True)
+                ]
+                cells_of = found.get(over, members[:0])
+                line[", ".join([MEASURES[measure][0], *titles])] = entry(cells_of, measure)
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
 
 
-def controls() -> dict[str, str]:
-    """VJE beside SimSiam and VI-SimSiam of the same networks and budget, and beside what others have published."""
-    published = json.loads((FOLDER / "published.json").read_text())["cifar10"]
-    others = [
-        "| published elsewhere | encoder | epochs | k-NN | linear | source |",
-        "|---|---|---|---|---|---|",
+@table
+def scores(name: str, where: str = "", classes: str = "yes") -> str:
+    """AUROC of each anomaly score, for each class, or the mean over classes alone."""
+    rows = pd.DataFrame(score_rows(name))
+    rows = rows.query(where) if where else rows
+    found = compare_scores(rows.to_dict("records"))
+    return markdown(found if classes == "yes" else found[["score", "on", "mean", "95 %"]])
+
+
+@table
+def methods(*names: str, where: str = "") -> str:
+    """AUROC of scores in one protocol, the mean over classes and seeds, a column for each objective's result."""
+    found = {}
+    for name in names:
+        summary = result(name)
+        config = summary["cells"][0].get("config") or summary["settings"]["config"]
+        rows = pd.DataFrame(score_rows(name))
+        its = f"likelihood {LIKELIHOODS.get(config['objective'])}"
+        rows["on"] = rows["on"].replace(its, "its likelihood")
+        rows = rows[~rows["on"].str.startswith("likelihood")]
+        rows = rows.query(where) if where else rows
+        found[METHODS[config["objective"]]] = rows.groupby(["score", "on"], sort=False)["auroc"].mean()
+    frame = pd.DataFrame(found).loc[
+        list(dict.fromkeys(key for means in found.values() for key in means.index))
     ]
-    for row in published:
-        accuracies = " | ".join("" if row[name] is None else f"{row[name]:.3f}" for name in ("knn", "linear"))
-        others.append(
-            f"| {row['method']} | {row['encoder']} | {row['epochs']} | {accuracies} | {row['source']} |"
-        )
-    own = {
-        "published": "\n".join(others),
-        "methods-ood": by_method("ood", METHODS),
-        "methods-one-class": by_method("one_class", LIKELIHOODS),
-        "simsiam-check": simsiam_check(),
-    }
-    return {
-        **methods("controls", ""),
-        **methods("controls_small", "-small"),
-        **own,
-        **made("one_class_vi_simsiam", "methods-one-class"),
-    }
+    shown = frame.map("{:.3f}".format).where(frame.notna(), NOT_USED)
+    return markdown(shown.reset_index())
 
 
-def by_method(protocol: str, objectives: Iterable[str]) -> str:
-    """AUROC of the main scores, the mean over classes, in a protocol that was run for each objective."""
-    auroc: dict[tuple[str, str], dict[str, list[float]]] = {}
-    names = {objective: METHODS[objective] for objective in objectives}
-    for objective, method in names.items():
-        name = f"{protocol}_{objective.partition(':')[2] or objective}"
-        for row in tables.rows_of_scores(result(name)["cells"]):
-            on = "its likelihood" if row["on"] == LIKELIHOODS.get(objective) else row["on"]
-            if row["score"] in MAIN and not on.startswith(("likelihood", "untrained")):
-                auroc.setdefault((row["score"], on), {}).setdefault(method, []).append(row["auroc"])
-    lines = [f"| score | on | {' | '.join(names.values())} |", "|---|---|" + "---|" * len(names)]
-    for key, found in auroc.items():
-        means = (f"{mean(found[method]):.3f}" if method in found else "" for method in names.values())
-        lines.append(f"| {' | '.join(key)} | {' | '.join(means)} |")
-    return "\n".join(lines)
-
-
-def simsiam_check() -> str:
-    """Our SimSiam control beside lightly's SimSiam."""
-    control = "benchmarks.controls:simsiam"
-    ours = [cell for cell in result("controls_small")["cells"] if cell["config"]["objective"] == control]
-    # lightly's runs have no objective of ours
-    side: Key = lambda cell: (  # noqa: E731
-        "the control" if "objective" in cell["config"] else "lightly's heads, loss and settings"
-    )
-    accuracy = {"knn": "k-NN", "linear": "linear"}
-    return pivot([*ours, *result("simsiam_check")["cells"]], "SimSiam", side, lambda cell: "", accuracy)
-
-
-def methods(name: str, suffix: str) -> dict[str, str]:
-    """A comparison of objectives, and how it was made."""
+@table
+def about(name: str) -> str:
+    """How a result was made."""
     found = result(name)
-    cells = [cell for name in METHODS for cell in found["cells"] if cell["config"]["objective"] == name]
-    method: Key = lambda cell: METHODS[cell["config"]["objective"]]  # noqa: E731
-    measures = {"knn": "k-NN", "linear": "linear", "effective_rank": "effective rank of 256 features"}
-    config, seconds = cells[0]["config"], mean(c["measures"]["seconds"] for c in cells if c["measures"])
-    about = (
-        f"{found['data']}, {config['encoder']}, {config['epochs']} epochs, "
-        f"{seconds / 60:.0f} minutes a run; {machine(found)}: `{found['command']}`"
-    )
-    table = pivot(cells, "objective", method, lambda cell: "", measures)
-    return {f"methods{suffix}": table, f"methods{suffix}-about": about}
-
-
-def machine(found: dict[str, Any]) -> str:
-    """What a result was measured with and when."""
-    name = found["hardware"]["gpu"] or f"{found['hardware']['cpu']}, {found['threads']} threads"
-    how = f"{name}, {found['precision']}, torch {found['versions']['torch']}"
-    return f"{how}, {found['date'][:10]}, commit {found['commit']}"
-
-
-def anomalies() -> dict[str, str]:
-    """AUROC of every score, one class against the others and against another data set; and the main ones."""
-    files = {"one-class": "one_class_elbo", "ood": "ood"}
-    rows = {name: tables.rows_of_scores(result(file)["cells"]) for name, file in files.items()}
-    main = [
-        row for row in rows["one-class"] if row["score"] in MAIN and not row["on"].startswith("untrained")
+    machine = found["hardware"]["gpu"] or f"{found['hardware']['cpu']}, {found['threads']} threads"
+    said = [machine, found["precision"], f"torch {found['versions']['torch']}", found["date"][:10]]
+    seconds = [
+        cell.get("seconds") or cell["measures"].get("seconds") for cell in found.get("cells", []) if cell
     ]
-    return {
-        **{name: scores(table) for name, table in rows.items()},
-        "main": scores(main, classes=False),
-        "score-parts": score_parts(),
-        **made("one_class_elbo", "one-class"),
-    }
+    if "data" in found:
+        minutes = pd.Series(seconds, dtype=float).mean() / 60
+        said.insert(0, f"{found['data']}, {minutes:.0f} minutes a cell" if seconds else found["data"])
+    return f"{', '.join(said)}, commit {found['commit']}: `{found['command']}`"
 
 
-def score_parts() -> str:
-    """Of each term of `conditional`: its spread over normal images and its AUROC, means over runs."""
-    far = result("score_parts_ood")["rows"]
-    settings = {
-        "MNIST, a fifth of CIFAR-10": [row for row in far if row["train_images"] < 20_000],
-        "MNIST, all of it": [row for row in far if row["train_images"] > 20_000],
-        "one class of ten": result("score_parts_one_class")["rows"],
-    }
+@table
+def features(name: str) -> str:
+    """k-NN and linear accuracy of trained encoder, untrained encoder, pixels."""
+    rows = [
+        {
+            "representation": row["representation"],
+            "k-NN": f"{row['knn']:.3f}",
+            "linear": f"{row['linear']:.3f}",
+        }
+        for row in result(name)["rows"]
+    ]
+    return markdown(pd.DataFrame(rows))
+
+
+@table
+def terms(*names: str) -> str:
+    """Of each term of a likelihood: its spread over normal images and its AUROC, means over runs."""
+    lines: dict[str, dict[str, str]] = {}
+    runs = pd.DataFrame([{**row, "of": value(name)} for name in names for row in result(name)["rows"]])
+    for (of, images), part in runs.groupby(["of", "train_images"], sort=False):
+        for term, measured in pd.DataFrame(part["terms"].tolist()).items():
+            numbers = pd.DataFrame(measured.tolist()).mean()
+            line = lines.setdefault(str(term), {"term": str(term)})
+            line[f"std, {of}, {images:,} images"] = f"{numbers['std_of_normal']:.0f}"
+            line[f"AUROC, {of}, {images:,} images"] = f"{numbers['auroc']:.3f}"
+    return markdown(pd.DataFrame(lines.values()))
+
+
+@table
+def published(kind: str) -> str:
+    """What others have published, none of it measured here."""
+    rows = pd.DataFrame(json.loads((FOLDER / "published.json").read_text())[kind])
+    accuracies = rows.select_dtypes("float").map(lambda x: "" if pd.isna(x) else f"{x:.3f}")
+    rows = rows.assign(**accuracies).fillna("").astype(str)
+    return markdown(rows.rename(columns={"knn": "k-NN", "mean_auroc": "mean AUROC", "r_auroc": "R-AUROC"}))
+
+
+@table
+def ratios(name: str) -> str:
+    """Rows against rivals."""
     lines = [
-        f"| term | {' | '.join(f'std, {name} | AUROC, {name}' for name in settings)} |",
-        "|---|" + "---|---|" * len(settings),
+        {
+            "what": row["what"],
+            "rival": row["rival"],
+            "ratio of times [min, max]": row["note"]
+            or f"{row['ratio']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]",
+            "wanted": "" if row["wanted"] is None else f"≤ {row['wanted']:.3g}",
+        }
+        for row in result(name)["rows"]
     ]
-    for term in far[0]["terms"]:
-        numbers = (
-            f"{mean(row['terms'][term]['std_of_normal'] for row in rows):.0f} | "
-            f"{mean(row['terms'][term]['auroc'] for row in rows):.3f}"
-            for rows in settings.values()
-        )
-        lines.append(f"| {term} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+    return markdown(pd.DataFrame(lines))
 
 
-def made(name: str, mark: str) -> dict[str, str]:
-    """How a protocol's result was made."""
-    found = result(name)
-    minutes = mean(cell.get("seconds") or cell["measures"]["seconds"] for cell in found["cells"]) / 60
-    about = f"{found['data']}, {minutes:.0f} minutes a cell; {machine(found)}: `{found['command']}`"
-    return {f"{mark}-about": about}
-
-
-def on_gpu() -> dict[str, str]:
-    """What ``benchmarks/gpu.sh`` has measured so far."""
-    measured: dict[str, Callable[[], dict[str, str]]] = {
-        "gpu_controls": lambda: methods("gpu_controls", ""),
-        "gpu_one-class": lambda: {
-            "one-class": scores(tables.rows_of_scores(result("gpu_one-class")["cells"])),
-            **made("gpu_one-class", "one-class"),
-        },
-        "gpu_speed": lambda: ratios("gpu_speed"),
-    }
-    found = {
-        name: "\n\n".join(make().values())
-        for name, make in measured.items()
-        if (FOLDER / "results" / f"{name}.json").is_file()
-    }
-    return {name: found.get(name, "Not measured yet.") for name in measured}
-
-
-def speed() -> dict[str, str]:
-    """The rows against rivals, and how costs grow."""
-    found = result("speed")
-    growth = ["| cost | of | grows as | from, to |", "|---|---|---|---|"]
-    for row in found["growth"]:
+@table
+def growth(name: str) -> str:
+    """How costs grow."""
+    lines = []
+    for row in result(name)["growth"]:
         (x, low), (y, high) = row["points"][0], row["points"][-1]
-        kind = "time" if row["unit"] == "s" else f"peak memory, {row['unit']}"
-        times = f"{high / low:.1f}-fold from {x:,} to {y:,}"
-        if row["unit"] != "s":
-            times = f"{low:,.0f} at {x:,}, {high:,.0f} at {y:,}"
-        growth.append(f"| {kind} | {row['what']} | {row['variable']}^{row['slope']:.2f} | {times} |")
-    return {**ratios("speed"), "growth": "\n".join(growth)}
+        if row["unit"] == "s":
+            cost, points = "time", f"{high / low:.1f}-fold from {x:,} to {y:,}"
+        else:
+            cost, points = f"peak memory, {row['unit']}", f"{low:,.0f} at {x:,}, {high:,.0f} at {y:,}"
+        law = f"{row['variable']}^{row['slope']:.2f}"
+        lines.append({"cost": cost, "of": row["what"], "grows as": law, "from, to": points})
+    return markdown(pd.DataFrame(lines))
 
 
-def ratios(name: str) -> dict[str, str]:
-    """A result's rows against rivals, and how they were made."""
-    found = result(name)
-    lines = ["| what | rival | ratio of times [min, max] | wanted |", "|---|---|---|---|"]
-    for row in found["rows"]:
-        numbers = row["note"]
-        if row["ratio"] is not None:
-            numbers = f"{row['ratio']:.3f} [{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]"
-        wanted = "" if row["wanted"] is None else f"≤ {row['wanted']:.3g}"
-        lines.append(f"| {row['what']} | {row['rival']} | {numbers} | {wanted} |")
-    return {name: "\n".join(lines), f"{name}-about": f"{machine(found)}: `{found['command']}`"}
-
-
-def soak() -> dict[str, str]:
+@table
+def soak(name: str) -> str:
     """How often commands were killed and gone on with, and how many damaged files were read."""
-    found = result("soak")
+    found = result(name)
     kills = {name: part["kills"] for name, part in found["kills"].items() if isinstance(part, dict)}
     fuzz = found["fuzz"]
     failed = sum(part["failed"] for part in fuzz["files"].values())
     counts = ", ".join(f"`{name}` {count} times" for name, count in kills.items())
     about = f"`make soak` ({found['date'][:10]}, {found['cores']} cores): killed {counts}, "
-    about += "each ended with the files of a run left alone"
-    read = f"{fuzz['count']:,} damaged images, configurations, checkpoints and tables read, {failed} failures"
-    return {"soak": f"{about}; {read}."}
-
-
-PAGES = {
-    FOLDER / "study.md": study,
-    FOLDER / "one_class.md": anomalies,
-    FOLDER / "speed.md": speed,
-    FOLDER / "controls.md": controls,
-    FOLDER / "README.md": on_gpu,
-    FOLDER.parent / "README.md": lambda: {**anomalies(), **controls(), **soak()},
-}
+    about += "each ended with the files of a run left alone; "
+    read = f"{fuzz['count']:,} damaged images, configurations, checkpoints and tables read"
+    return f"{about}{read}, {failed} failures."
 
 
 def render(page: Path) -> str:
-    """The page with its tables between their marks."""
-    text = page.read_text()
-    for name, table in PAGES[page]().items():
-        before, begin, rest = text.partition(f"<!-- {name} -->\n")
-        if begin:
-            text = before + begin + table + "\n" + rest[rest.index("<!-- end -->") :]
-    return text
+    """The page with its tables between their marks; what has no result yet says so."""
+
+    def fill(mark: re.Match[str]) -> str:
+        if mark[2] not in TABLES:
+            return mark[0]
+        words = shlex.split(mark[3])
+        options = dict(word.split("=", 1) for word in words if re.match(r"\w+=[^=]", word))
+        names = [word for word in words if word.partition("=")[0] not in options]
+        try:
+            return f"{mark[1]}{TABLES[mark[2]](*names, **options)}\n"
+        except FileNotFoundError:
+            return f"{mark[1]}Not measured yet.\n"
+
+    return MARK.sub(fill, page.read_text())
 
 
 def main() -> None:

@@ -10,12 +10,14 @@ from functools import partial
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from benchmarks.harness import Settings
 from pyro_vje import VJE
 from pyro_vje.data import TwoViews
+from pyro_vje.model.vje import MIN_SCALE
 
 
 def installed(module: str) -> bool:
@@ -23,7 +25,7 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def plain_objective(vje: VJE, views: Tensor) -> Tensor:
+def plain_objective(vje: VJE, views: Tensor, kl_weight: float = 1.0) -> Tensor:
     """The default objective written straight down, of stacked views (2, B, ...) through the model's networks.
 
     One sample of z, restricted Student-t for the direction, Student-t for the radius; nats an image.
@@ -40,9 +42,9 @@ def plain_objective(vje: VJE, views: Tensor) -> Tensor:
     mean = z / norm[:, None]
     squared = ((target / radius[:, None] - mean) / scale).square().sum(-1) * vje.settings.unit_radius**2
     direction = _student_t(squared, df, dim) - log_scale + dim * math.log(vje.settings.unit_radius)
-    radius_scale = torch.linalg.vector_norm(mean * scale, dim=-1)
+    radius_scale = softplus(vje.raw_radius_scale) + MIN_SCALE
     radial = _student_t(((radius - norm) / radius_scale).square(), df, 1) - radius_scale.log()
-    return (vje.kl_weight * kl - direction - radial + (dim - 1) * radius.log()).mean()
+    return (kl_weight * kl - direction - radial + (dim - 1) * radius.log()).mean()
 
 
 def _student_t(squared: Tensor, df: float, dim: int) -> Tensor:

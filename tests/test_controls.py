@@ -23,7 +23,7 @@ CONTROLS = ("simsiam", "vi_simsiam")
 
 @pytest.fixture
 def vje():
-    return VJE(nn.Flatten(), 12, embedding_dim=3, hidden_dim=8).eval()
+    return VJE(nn.Flatten(), 12, projector="linear", embedding_dim=3, hidden_dim=8).eval()
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_controls_are_symmetric_and_stop_the_targets_gradient(vje, views, name):
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_control_trains_scores_and_evaluates_like_any_run(tiny_config, tmp_path, name):
-    config = dataclasses.replace(tiny_config, objective=f"benchmarks.controls:{name}", epochs=20)
+    config = dataclasses.replace(tiny_config, objective=f"benchmarks.controls:{name}", epochs=10)
     folder = train(config, tmp_path / "run")
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     losses = [float(row["loss"]) for row in rows]

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """A named score: its meaning in a line, its function, and whether it compares with the reference images."""
+    """A named score: meaning in a line, function, whether it compares with the reference images, what it looks at."""
 
     name: str
     description: str
     function: Callable[[LikelihoodParts], Tensor]
     needs_reference: bool = False
+    of: str = "likelihood"
 
     def __call__(self, parts: LikelihoodParts) -> Tensor:
         """Evaluate the score ``(N,)``."""
@@ -53,6 +54,7 @@ _SCORES = [
         "pivot",
         "squared distance of the embedding's direction from the posterior's, in units of the variances",
         lambda parts: parts.pivot,
+        of="posterior",
     ),
     Score("direction", "negative log of the directional factor alone", lambda parts: -parts.log_direction),
     Score("radius", "negative log of the radial factor alone", lambda parts: -parts.log_radius),
@@ -62,24 +64,27 @@ _SCORES = [
         lambda parts: (parts.log_likelihood - parts.scorer.typical).abs(),
         needs_reference=True,
     ),
-    Score("variance", "mean posterior variance", lambda parts: parts.variance),
+    Score("variance", "mean posterior variance", lambda parts: parts.variance, of="posterior"),
     Score(
         "mahalanobis",
         "squared Mahalanobis distance of the embedding from the reference images' (Ledoit-Wolf covariance)",
         lambda parts: parts.by_detector("mahalanobis"),
         needs_reference=True,
+        of="embeddings",
     ),
     Score(
         "knn",
         "cosine distance of the embedding to the fifth nearest of the reference images'",
         lambda parts: parts.by_detector("nearest_neighbour"),
         needs_reference=True,
+        of="embeddings",
     ),
     Score(
         "kde",
         "negative log-density of the embedding's direction, by equal Gaussian kernels at the reference images'",
         lambda parts: parts.by_detector("kernel_density"),
         needs_reference=True,
+        of="embeddings",
     ),
 ]
 SCORES = {score.name: score for score in _SCORES}

@@ -1,16 +1,15 @@
 """What one compares: ablations, anomaly benchmarks, baselines."""
 
-from pyro_vje.experiments.ablation import AblationResult, ablate
+from pyro_vje.experiments.ablation import ablate
 from pyro_vje.experiments.baselines import DETECTORS
-from pyro_vje.experiments.cells import Cell, Cells, train_cell
-from pyro_vje.experiments.protocols import ProtocolResult, all_scores, one_class, ood
+from pyro_vje.experiments.cells import Cell, Cells, Comparison, train_cell
+from pyro_vje.experiments.protocols import all_scores, one_class, ood
 
 __all__ = [
     "DETECTORS",
-    "AblationResult",
     "Cell",
     "Cells",
-    "ProtocolResult",
+    "Comparison",
     "ablate",
     "all_scores",
     "one_class",

@@ -8,41 +8,54 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from pyro_vje.anomaly.rows import HOW
 from pyro_vje.anomaly.table import score
 from pyro_vje.config import ABLATION_AXES, TrainConfig
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.experiments import tables
-from pyro_vje.experiments.cells import NO_NUMBER, Cell, Cells
+from pyro_vje.experiments.cells import NO_NUMBER, Cell, Cells, Comparison, protocols_of
+from pyro_vje.experiments.tables import NOT_USED, spread, text
+from pyro_vje.model.likelihoods import FAMILIES, SETTINGS
+from pyro_vje.pages import pictures
 from pyro_vje.representation.evaluation import probe
 from pyro_vje.runs.folder import METRICS, build_model, default_device, load_run, load_split
 from pyro_vje.training.monitor import HEALTH_IMAGES
 
 NOT_AXES = ("dataset", "data_dir", "download", "devices")
 """Settings that cells have in common: numbers on different data do not compare."""
+UNSET = {"df": "D - 2", "embedding_dim": "by default"}
+"""What tables say of ``None`` where it does not mean none."""
+MEASURES = {
+    "knn": ("k-NN", ".3f"),
+    "linear": ("linear", ".3f"),
+    "auroc": ("AUROC", ".3f"),
+    "effective_rank": ("eff. rank", ".1f"),
+    "posterior_snr": ("post. SNR", ".2f"),
+    "loss": ("loss", ".2f"),
+    "seconds": ("seconds", ".0f"),
+}
+"""What is measured of a cell: heading and format in the table."""
 
 
-@dataclass(frozen=True)
-class AblationResult:
-    """Where an ablation lies, all cells run in it so far (sorted by setting), and its table as text."""
-
-    folder: Path
-    cells: list[Cell]
-    table: str
+def unused(config: TrainConfig) -> set[str]:
+    """The settings that do nothing in a cell, by its likelihood; of a user's own family nothing is known."""
+    family = FAMILIES.get(config.likelihood)
+    names = set(SETTINGS).difference(family.uses) if family else set()
+    return names | ({"radius_scale"} if config.radius is None else set())
 
 
 def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConfig]:
     """Every combination of the axes' values, each once, the first seed's before the second's.
 
-    A setting that does nothing in a cell keeps its default, so that no cell is trained twice. Raises ``ValueError`` if
-    an axis is no setting that may vary, has no values, or values of another type.
+    A setting that does nothing in a cell keeps its default, so that no cell is trained twice. ``ValueError`` if an axis
+    is no setting that may vary, has no values, or one that the setting cannot have.
     """
     allowed = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in NOT_AXES]
     for name, values in axes.items():
@@ -50,24 +63,17 @@ def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConf
             raise ValueError(f"{name} cannot be varied: choose axes among {', '.join(allowed)}")
         if isinstance(values, str) or not len(values):
             raise ValueError(f"axis {name} must be a sequence of values, not {values!r}")
-        numbers = [x for x in values if isinstance(x, float) and (name, x) != ("df", math.inf)]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError(f"axis {name} holds a value that is not finite: {values}")
     # With the seed outermost, an ablation stopped early has compared all settings, if only on the first seed.
     names = sorted(axes, key=lambda name: name != "seed")
-    combinations = itertools.product(*(axes[name] for name in names))
-    settings = (dict(zip(names, values, strict=True)) for values in combinations)
-    configs = (TrainConfig.from_dict({**base.to_dict(), **values}) for values in settings)
-    default = TrainConfig()
-    return list(
-        dict.fromkeys(
-            dataclasses.replace(config, **{name: getattr(default, name) for name in tables.unused(config)})
-            for config in configs
-        )
-    )
+    found, default = [], TrainConfig()
+    for values in itertools.product(*(axes[name] for name in names)):
+        config = TrainConfig.from_dict({**base.to_dict(), **dict(zip(names, values, strict=True))})
+        settings = {name: getattr(default, name) for name in unused(config)}
+        found.append(dataclasses.replace(config, **settings))
+    return list(dict.fromkeys(found))
 
 
-def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path) -> AblationResult:
+def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path) -> Comparison:
     """Run every cell of a grid that has not been run yet, and write the tables that compare all of them.
 
     A cell gives what `train` gives with the same settings and seed. One that was interrupted goes on from its last
@@ -101,36 +107,33 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
     fixed |= {"warmup_epochs": base.warmup_epochs, "knn_every": base.knn_every}
     fixed = {name: value for name, value in fixed.items() if name not in (*names, *NO_NUMBER)}
     cells = Cells(Path(out), "ablation", fixed, names)
-    todo = {_name(config, names): config for config in configs}
-    if todo.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
+    named = {_name(config, names): config for config in configs}
+    if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
         # What is wrong with all cells is an error now, not a row for each.
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
         common = dataclasses.replace(base, **single)
         images, _ = load_train_set(dataclasses.replace(common.resolved(), batch_size=common.batch_size))
         build_model(common.resolved(), images.image_size)
-    return cells.run(todo, _measure, lambda: _summarise(cells))
+
+    def tabulate(found: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+        rows = rows_of(found, names)
+        table, constant = compare(rows, names)
+        plot(rows, [name for name in names if name in table], cells.folder / "ablation.png")
+        common = {name: value for name, value in fixed.items() if value is not None} | constant
+        notes = [_said(common), "seeds: cells with a result; numbers: mean ± standard deviation over them"]
+        notes += [f"{name}: {_said(protocol)}" for name, protocol in protocols_of(found).items()]
+        return rows, table, notes
+
+    return cells.run(named, _measure, tabulate)
 
 
 def _name(config: TrainConfig, names: Iterable[str]) -> str:
-    parts = [f"{name}-{tables.text(getattr(config, name))}".removeprefix("likelihood-") for name in names]
+    parts = [f"{name}-{text(getattr(config, name))}".removeprefix("likelihood-") for name in names]
     return re.sub(r"[^\w.+-]", "-", "_".join(part.replace("_", "-") for part in parts))
 
 
-def _summarise(cells: Cells) -> AblationResult:
-    def by_setting(cell: Cell) -> list[tuple[bool, Any]]:
-        values = (getattr(cell.config, name) for name in cells.axes)
-        return [(value is None, "" if value is None else value) for value in values]
-
-    found = sorted(cells.read(), key=by_setting)
-    cells.summary_of(found)
-    rows = tables.rows_of_settings(found, cells.axes)
-    table, constant = tables.compare_settings(rows, cells.axes)
-    protocols = next((cell.protocols for cell in found if cell.status == "finished"), {})
-    common = {name: value for name, value in cells.settings.items() if value is not None}
-    notes = tables.describe({**common, **constant}, protocols)
-    text = tables.write(cells.folder, cells.summary, rows, table, notes)
-    tables.plot_settings(rows, cells.axes, cells.folder / "ablation.png")
-    return AblationResult(cells.folder, found, text)
+def _said(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {text(value)}" for name, value in settings.items())
 
 
 # Measures -------------------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ def _summarise(cells: Cells) -> AblationResult:
 def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     # The plug-ins in the run folder are those that the caller has just named.
     run = load_run(folder, trust_plugins=True, device=default_device())
-    measures = _read_measures(folder / METRICS)
+    measures = read_measures(folder / METRICS)
     protocols: dict[str, Any] = {
         "loss": {"unit": "nats an image", "epoch": "last"},
         "health": {"images": min(HEALTH_IMAGES, run.info.train_images), "split": "train", "epoch": "last"},
@@ -148,27 +151,86 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     if train_set.labels is not None and len(train_set.labels[train_set.labels >= 0].unique()) > 1:
         sets = train_set.labelled(), load_split(run, "test", None, None, download=config.download).labelled()
         accuracy, found = probe(run.vje, run.info.view, *sets)
-        found["linear"].pop("seed", None)  # the cell's
         measures |= {name: accuracy[name] for name in found}
         protocols |= found
     if config.normal_class is not None:
         scored = score(folder, download=config.download, draw=False, trust_plugins=True)
         if scored.auroc is not None:
             measures["auroc"] = scored.auroc
-            protocols["auroc"] = {
-                **{name: getattr(scored.settings, name) for name in HOW},
-                "positive": "anomalies",
-            }
+            how = {name: getattr(scored.settings, name) for name in HOW}
+            protocols["auroc"] = {**how, "positive": "anomalies"}
     return {"measures": measures, "protocols": protocols}
 
 
-def _read_measures(path: Path) -> dict[str, float]:
+def read_measures(path: Path) -> dict[str, float]:
+    """What a run's ``metrics.csv`` says of its last epoch, and its seconds of training."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             history = list(csv.DictReader(file))
         measures = {name: float(history[-1][name]) for name in ("loss", "effective_rank", "posterior_snr")}
         return {**measures, "seconds": round(sum(float(row["seconds"]) for row in history), 3)}
     except (ValueError, TypeError, LookupError, csv.Error) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): remove {path.parent}, and the cell is trained anew"
-        ) from None
+        message = f"{path} is damaged ({error}): remove {path.parent}, and the cell is trained anew"
+        raise ValueError(message) from None
+
+
+# Table and picture ----------------------------------------------------------------------------------------------------
+
+
+def shown(config: TrainConfig, name: str) -> str:
+    """A cell's setting as tables have it."""
+    value = getattr(config, name)
+    if name in unused(config):
+        return NOT_USED
+    return UNSET[name] if value is None and name in UNSET else text(value)
+
+
+def rows_of(cells: Sequence[Cell], names: Sequence[str]) -> pd.DataFrame:
+    """A row for each cell: its settings called ``names`` as text, its measures, its status."""
+    rows = [
+        {"cell": cell.name, "status": cell.status, "error": cell.error, **cell.measures}
+        | {name: shown(cell.config, name) for name in names}
+        for cell in cells
+    ]
+    return pd.DataFrame(rows, columns=["cell", *names, *MEASURES, "status", "error"])
+
+
+def compare(rows: pd.DataFrame, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A line for each setting, mean ± standard deviation over its seeds, and the settings that do not vary."""
+    settings = [name for name in names if name != "seed"]
+    values = {name: list(dict.fromkeys(v for v in rows[name] if v != NOT_USED)) for name in settings}
+    varied = [name for name in settings if len(values[name]) > 1]
+    measured = {name: how for name, how in MEASURES.items() if rows[name].notna().any()}
+    lines = []
+    for _, members in rows.groupby(settings, sort=False):
+        states = members["status"].value_counts()
+        trouble = ", ".join(f"{count} {state}" for state, count in states.items() if state != "finished")
+        numbers = [spread(members[name].astype(float), style) for name, (_, style) in measured.items()]
+        lines.append([*members[varied].iloc[0], str(states.get("finished", 0)), *numbers, trouble])
+    headings = [*varied, "seeds", *(heading for heading, _ in measured.values()), ""]
+    constant = {name: found[0] for name, found in values.items() if len(found) == 1}
+    return pd.DataFrame(lines, columns=headings), constant
+
+
+def plot(rows: pd.DataFrame, varied: Sequence[str], path: Path) -> None:
+    """The settings by their mean k-NN accuracy (AUROC where there is none), best on top, a dot for each seed."""
+    measure = next((name for name in ("knn", "auroc", "posterior_snr") if rows[name].notna().any()), None)
+    if measure is None:
+        return
+
+    def label(row: pd.Series) -> str:
+        return ", ".join(f"{n} {row[n]}" for n in varied if row[n] != NOT_USED) or row["likelihood"]
+
+    groups = list(rows.groupby(rows.apply(label, axis=1)))
+    groups.sort(key=lambda group: group[1][measure].fillna(-np.inf).mean())
+    figure = pictures.new_figure(8, 1.2 + 0.26 * len(groups))
+    axes = figure.subplots()
+    labels = []
+    for y, (name, members) in enumerate(groups):
+        values = members[measure].dropna()
+        axes.plot(values, [y] * len(values), "o", color=pictures.BLUE, markersize=4, alpha=0.6)
+        axes.plot(values.mean(), y, "|", color=pictures.BLUE, markersize=11, markeredgewidth=2)
+        labels.append(", ".join([str(name), *sorted(set(members["status"]) - {"finished"})]))
+    pictures.style(axes, "", f"{MEASURES[measure][0]}: mean (bar) and each seed (dot)", "")
+    axes.set_yticks(range(len(groups)), labels, fontsize=8, parse_math=False)
+    pictures.save(figure, path)

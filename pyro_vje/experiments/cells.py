@@ -5,7 +5,7 @@
     DIR/cells/NAME/               the run folder of a cell, as `train` leaves it
     DIR/cells/NAME.json           what came of it; written last, so a cell that has it is done
     DIR/SUMMARY.json              settings in common, what varies, every cell, versions, date
-    DIR/SUMMARY.csv, .md, .tex    the table (`pyro_vje.experiments.tables`)
+    DIR/SUMMARY.csv, .md, .tex    the table
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import pandas as pd
 
 from pyro_vje.config import TrainConfig
+from pyro_vje.experiments import tables
 from pyro_vje.runs.files import check_form, is_begun, read_json, write_json
 from pyro_vje.runs.folder import CONFIG, WEIGHTS, read_info, versions
 from pyro_vje.runs.stopping import GOES_ON, Interrupted
@@ -30,10 +33,6 @@ log = logging.getLogger("pyro_vje")
 CELLS = "cells"
 NO_NUMBER = ("download", "workers")
 """How images are fetched and decoded changes no number, so a folder may be gone on with in another way."""
-
-T = TypeVar("T")
-Measure = Callable[[TrainConfig, Path], dict[str, Any]]
-"""From a trained cell's settings and run folder to `Cell`'s measures, protocols, scores."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,8 @@ class Cell:
         ``finished``; ``diverged``, the loss stopped being finite; or ``failed``, settings and data do not go together.
     error : str or None
         What the last two died of.
-    measures : dict
-        Numbers by name; what does not apply is missing.
-    protocols : dict
-        How they were measured.
+    measures, protocols : dict
+        Numbers by name, what does not apply missing, and how they were measured.
     scores : list of dict
         How well each anomaly score does.
     """
@@ -64,11 +61,11 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as JSON-ready values."""
-        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+        return {**vars(self), "config": self.config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Any) -> Cell:
-        """Read `to_dict`'s form; raises ``ValueError`` if something is missing or of another type."""
+        """Read `to_dict`'s form; ``ValueError`` if something is missing or of another type."""
         form: dict[str, Any] = {"name": str, "config": dict, "status": str, "error": str | None}
         form |= {"measures": dict, "protocols": dict, "scores": list}
         values = check_form({"scores": [], **check_form(values, {})}, form)
@@ -81,6 +78,26 @@ class Cell:
                 raise ValueError(f"auroc_95 is {interval}, not two numbers")
         kept = {name: values[name] for name in form}
         return cls(**{**kept, "config": TrainConfig.from_dict(kept["config"])})
+
+
+Measure = Callable[[TrainConfig, Path], dict[str, Any]]
+"""From a trained cell's settings and run folder to `Cell`'s measures, protocols, scores."""
+Tabulate = Callable[[list[Cell]], tuple[pd.DataFrame, pd.DataFrame, list[str]]]
+"""From cells to a row for each number, a table of strings, and notes below it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison came to: its folder, all cells run in it so far by their settings, and its table as text."""
+
+    folder: Path
+    cells: list[Cell]
+    table: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """How well each anomaly score does in each cell."""
+        return [row for cell in self.cells for row in cell.scores]
 
 
 @dataclass(frozen=True)
@@ -108,14 +125,10 @@ class Cells:
         path = self.folder / f"{self.summary}.json"
         if not path.is_file():
             if is_begun(self.folder):
-                raise FileExistsError(
-                    f"{self.folder} exists and holds no {path.name}: name another folder (--out)"
-                )
+                message = f"{self.folder} exists and holds no {path.name}: name another folder (--out)"
+                raise FileExistsError(message)
             return
-        old, new = (
-            read_json(path, self._settings),
-            self._settings({"axes": self.axes, "settings": self.settings}),
-        )
+        old, new = read_json(path, self._fixed), self._fixed({"settings": self.settings})
         default = TrainConfig().to_dict()  # of a setting that the version before did not have
         for name in sorted(old.keys() | new.keys()):
             before, now = (values.get(name, default.get(name)) for values in (old, new))
@@ -125,36 +138,40 @@ class Cells:
                     "keep that setting, or name another folder (--out)"
                 )
 
-    def _settings(self, summary: Any) -> dict[str, Any]:
-        """The settings in a summary, also one of before it was the same for all comparisons."""
+    def _fixed(self, summary: Any) -> dict[str, Any]:
+        """The settings in a summary; the version before called them fixed, or had no axes."""
         summary = check_form(summary, {})
-        summary = {"axes": self.axes, "settings": summary.get("fixed"), **summary}
-        check_form(summary, {"axes": list | tuple, "settings": dict})
+        summary = {"axes": list(self.axes), "settings": summary.get("fixed"), **summary}
+        check_form(summary, {"axes": list, "settings": dict})
         return {**dict.fromkeys(map(str, summary["axes"]), "varied"), **summary["settings"]}
 
     def read(self) -> list[Cell]:
-        """All cells run so far, by name."""
-        paths = sorted((self.folder / CELLS).glob("*.json"))
-        # Before cells were the same for all comparisons, one-class results had no name: they are measured anew.
-        return [read_json(path, Cell.from_dict) for path in paths if "name" in read_json(path, dict)]
+        """All cells run so far, by their settings."""
 
-    def run(self, configs: Mapping[str, TrainConfig], measure: Measure, summarise: Callable[[], T]) -> T:
-        """Train and measure the cells that are not done, by name; summarise first, and after each.
+        def by_setting(cell: Cell) -> list[tuple[bool, Any]]:
+            values = (getattr(cell.config, name) for name in self.axes)
+            return [(value is None, "" if value is None else value) for value in values]
+
+        paths = sorted((self.folder / CELLS).glob("*.json"))
+        # The version before gave one-class results no name: they are measured anew.
+        named = [path for path in paths if "name" in read_json(path, dict)]
+        return sorted((read_json(path, Cell.from_dict) for path in named), key=by_setting)
+
+    def run(self, configs: Mapping[str, TrainConfig], measure: Measure, tabulate: Tabulate) -> Comparison:
+        """Train and measure the cells, by name, that are not done; write the tables first and after each.
 
         A cell that was interrupted goes on from its checkpoint. One that diverges or whose settings do not go together
         is written down with the reason; only the latter is tried again by the next call.
         """
         done = {cell.name for cell in self.read() if cell.status != "failed"}
         todo = [name for name in configs if name not in done]
-        (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
-        result = summarise()
+        result = self.summarise(tabulate)
         try:
             for number, name in enumerate(todo, 1):
-                log.info(
-                    "cell %d of %d (%d were done): %s", number, len(todo), len(configs) - len(todo), name
-                )
+                done_before = len(configs) - len(todo)
+                log.info("cell %d of %d (%d were done): %s", number, len(todo), done_before, name)
                 self.write(self._run(name, configs[name], measure))
-                result = summarise()
+                result = self.summarise(tabulate)
         except KeyboardInterrupt as stop:
             raise Interrupted.after(stop, GOES_ON) from None
         return result
@@ -166,7 +183,8 @@ class Cells:
             config = dataclasses.replace(config.resolved(), batch_size=config.batch_size)
             train_cell(config, folder)
             found = measure(config, folder)
-            found["measures"] = {"seconds": round(time.monotonic() - began, 1), **found.get("measures", {})}
+            seconds = {"seconds": round(time.monotonic() - began, 1)}
+            found["measures"] = seconds | found.get("measures", {})
             return Cell(name, read_info(folder).config, "finished", None, **found)
         except (FloatingPointError, ValueError) as error:
             status = "diverged" if isinstance(error, FloatingPointError) else "failed"
@@ -177,23 +195,20 @@ class Cells:
         """Write down a cell that is done."""
         write_json(self.folder / CELLS / f"{cell.name}.json", {**cell.to_dict(), "versions": versions()})
 
-    def summary_of(self, cells: Sequence[Cell]) -> None:
-        """Write all of it as JSON; protocols, which are the same for every cell, once."""
-        rows = [cell.to_dict() for cell in cells]
-        protocols: dict[str, Any] = next(
-            (row["protocols"] for row in rows if row["status"] == "finished"), {}
-        )
-        for row in rows:
-            del row["protocols"]
+    def summarise(self, tabulate: Tabulate) -> Comparison:
+        """Write all of it as JSON, protocols, which are the same for every cell, once; and the tables."""
+        (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
+        cells = self.read()
+        rows = [{**cell.to_dict(), "protocols": {}} for cell in cells]
         about = {"versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        values = {
-            "settings": self.settings,
-            "axes": self.axes,
-            "cells": rows,
-            "protocols": protocols,
-            **about,
-        }
-        write_json(self.folder / f"{self.summary}.json", values)
+        about |= {"protocols": protocols_of(cells), "settings": self.settings, "axes": self.axes}
+        write_json(self.folder / f"{self.summary}.json", {**about, "cells": rows})
+        return Comparison(self.folder, cells, tables.write(self.folder, self.summary, *tabulate(cells)))
+
+
+def protocols_of(cells: Sequence[Cell]) -> dict[str, Any]:
+    """How the numbers were measured, which is the same for every cell."""
+    return next((cell.protocols for cell in cells if cell.status == "finished"), {})
 
 
 def train_cell(config: TrainConfig, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """Published protocols of anomaly detection: one class against the others, and one data set against others.
 
-All scores of the package stand beside the cheap detectors (`pyro_vje.experiments.baselines`) on the same normal images,
-the ones that the run trained on and keeps as its reference. A folder of inspection images is one more case of the
-first: normal images in ``train/good`` and ``test/good``, defective ones in other folders of ``test/``. The folder of
-results is one of cells (`pyro_vje.experiments.cells`).
+All scores of the package stand beside cheap detectors on features and pixels (`pyro_vje.experiments.baselines`), with
+the same normal images, those that the run trained on and keeps as its reference. A folder of inspection images is one
+more case of the first: normal images in ``train/good`` and ``test/good``, defective ones in other folders of ``test/``.
+The folder of results is one of cells (`pyro_vje.experiments.cells`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from pyro_vje import metrics
 from pyro_vje.anomaly.parts import Scorer
@@ -26,9 +25,8 @@ from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.data.splits import reference_images
-from pyro_vje.experiments import tables
 from pyro_vje.experiments.baselines import DETECTORS
-from pyro_vje.experiments.cells import CELLS, NO_NUMBER, Cell, Cells
+from pyro_vje.experiments.cells import NO_NUMBER, Cell, Cells, Comparison
 from pyro_vje.model.encoding import encode
 from pyro_vje.representation.evaluation import pixels
 from pyro_vje.runs.folder import (
@@ -42,32 +40,16 @@ from pyro_vje.runs.folder import (
     training_images,
 )
 
-BY_TRAINED, BY_UNTRAINED, BY_PIXELS = "trained features", "untrained features", "raw pixels"
+BATCH = 256
 KNN = ("k-NN 1", "k-NN 50")
 """What the controls (untrained encoder, raw pixels) are judged by."""
 
-Scores = dict[tuple[str, str], NDArray[Any]]
+Scores = dict[tuple[str, str], Tensor]
 """Anomaly scores ``(N,)`` by (score, what it looks at)."""
 
 
-@dataclass(frozen=True)
-class ProtocolResult:
-    """Where the tables lie, a row for each score and cell, and the table as text."""
-
-    folder: Path
-    rows: list[dict[str, Any]]
-    table: str
-
-
 def all_scores(
-    run: LoadedRun,
-    normal: ImageSet,
-    sets: Sequence[ImageSet],
-    *,
-    likelihoods: Sequence[str] = (),
-    num_particles: int = 16,
-    seed: int = 0,
-    batch_size: int = 256,
+    run: LoadedRun, normal: ImageSet, sets: Sequence[ImageSet], *, likelihoods: Sequence[str] = ()
 ) -> list[Scores]:
     """Every score and every detector on every set of images, one pass of each encoder an image.
 
@@ -82,42 +64,33 @@ def all_scores(
     likelihoods : sequence of str
         Families to score with, beside the one that was trained.
     """
-    device, view = next(run.vje.parameters()).device, run.info.view
-    encoded = [
-        encode(run.vje, images, view, batch_size=batch_size, device=device) for images in (normal, *sets)
-    ]
+    view, config, device = run.info.view, run.info.config, next(run.vje.parameters()).device
+    untrained = build_model(config, run.info.view_size).to(device).eval()
+    trained, plain = (
+        [encode(vje, images, view, batch_size=BATCH, device=device) for images in (normal, *sets)]
+        for vje in (run.vje, untrained)
+    )
     found: list[Scores] = [{} for _ in sets]
     reference = load_posteriors(run, REFERENCE)
-    for family in (None, *likelihoods):
-        name = f"likelihood {family or run.info.config.likelihood}"
-        scorer = Scorer(
-            run.vje,
-            reference=reference,
-            num_particles=num_particles,
-            seed=seed,
-            likelihood=family,
-            kl_weight=run.info.config.kl_weight,
-        )
-        for scores, images in zip(found, encoded[1:], strict=True):
-            batches = [scorer.parts(part) for part in images.posteriors.split(batch_size)]
-            for score in SCORES.values():
-                values = torch.cat([score(parts) for parts in batches]).cpu().numpy()
-                if np.isfinite(values).all() and not (family and score.name == "variance"):
-                    scores[score.name, name] = values
-    untrained = build_model(run.info.config, run.info.view_size).to(device).eval()
-    features = {BY_TRAINED: [images.features.numpy() for images in encoded]}
-    features[BY_UNTRAINED] = [
-        encode(untrained, images, view, batch_size=batch_size, device=device).features.numpy()
-        for images in (normal, *sets)
-    ]
-    features[BY_PIXELS] = [pixels(images, view)[1].numpy() for images in (normal, *sets)]
-    for kind, (train, *tests) in features.items():
-        for name, detector in DETECTORS.items():
-            if kind == BY_TRAINED or name in KNN:
-                values = detector(train, np.concatenate(tests))
-                parts = np.split(values, np.cumsum([len(test) for test in tests])[:-1])
-                for scores, part in zip(found, parts, strict=True):
-                    scores[name, kind] = part
+    for family in (config.likelihood, *likelihoods):
+        scorer = Scorer(run.vje, reference=reference, likelihood=family, kl_weight=config.kl_weight)
+        for scores, images in zip(found, trained[1:], strict=True):
+            parts = [scorer.parts(part) for part in images.posteriors.split(BATCH)]
+            for name, score in SCORES.items():
+                values = torch.cat([score(part) for part in parts]).cpu()
+                on = f"likelihood {family}" if score.of == "likelihood" else score.of
+                if values.isfinite().all():  # not every family splits direction and radius
+                    scores.setdefault((name, on), values)
+    features = {
+        "trained features": [images.features for images in trained],
+        "untrained features": [images.features for images in plain],
+        "raw pixels": [pixels(images, view)[1] for images in (normal, *sets)],
+    }
+    for on, (train, *tests) in features.items():
+        for name in DETECTORS if on == "trained features" else KNN:
+            fitted = DETECTORS[name](train)
+            for scores, test in zip(found, tests, strict=True):
+                scores[name, on] = torch.cat([fitted(part) for part in test.split(BATCH)])
     return found
 
 
@@ -128,7 +101,7 @@ def one_class(
     classes: Sequence[str] = (),
     seeds: Sequence[int] = (0,),
     likelihoods: Sequence[str] = (),
-) -> ProtocolResult:
+) -> Comparison:
     """Train on one class's training images, score all test images; every class, every seed.
 
     Finished cells are not run again, and an interrupted one goes on from its checkpoint. One that diverges, or has too
@@ -141,7 +114,7 @@ def one_class(
     out : path
         The folder, new or of this protocol with the same settings.
     classes : sequence of str
-        Normal classes; by default all that are trained on.
+        Normal classes; by default all that there are training images of.
     seeds : sequence of int
         Training seeds.
     likelihoods : sequence of str
@@ -157,16 +130,17 @@ def one_class(
     if not seeds:
         raise ValueError("seeds must name at least one, not none")
     where: dict[str, Any] = {"image_size": base.image_size, "download": base.download, "residency": "stream"}
-    train, test = (load_dataset(base.dataset, base.data_dir, split, **where) for split in ("train", "test"))
-    train, test = train.labelled(), test.labelled()
+    train, test = (
+        load_dataset(base.dataset, base.data_dir, split, **where).labelled() for split in ("train", "test")
+    )
     present = train.labels_at(torch.arange(len(train))).unique().tolist()
     labels = [train.class_index(name) for name in classes] or present
     names = [(train.classes or ())[label] for label in labels]
     for name in names:
         train.of_class(name)
         test.class_index(name)
-    fixed = base.resolved().to_dict()
     axes = ("normal_class", "seed")
+    fixed = base.resolved().to_dict()
     settings = {name: value for name, value in fixed.items() if name not in (*axes, *NO_NUMBER)}
     cells = Cells(Path(out), "table", {"protocol": "one-class", **settings}, axes)
     configs = {
@@ -180,14 +154,12 @@ def one_class(
         train_set, _ = training_images(run)
         images = load_split(run, "test", None, None, download=config.download).labelled()
         normal = images.class_index(config.normal_class or "")
-        is_anomaly = (images.labels_at(torch.arange(len(images))) != normal).numpy()
-        (found,) = all_scores(
-            run, reference_images(train_set, config.seed), [images], likelihoods=likelihoods
-        )
-        rows = _judge(found, is_anomaly, normal=config.normal_class, seed=config.seed)
-        return {"scores": rows}
+        is_anomaly = images.labels_at(torch.arange(len(images))) != normal
+        reference = reference_images(train_set, config.seed)
+        (found,) = all_scores(run, reference, [images], likelihoods=likelihoods)
+        return {"scores": _judge(found, is_anomaly, normal=config.normal_class, seed=config.seed)}
 
-    return cells.run(configs, measure, lambda: _summarise(cells))
+    return cells.run(configs, measure, _tabulate)
 
 
 def ood(
@@ -197,7 +169,7 @@ def ood(
     *,
     likelihoods: Sequence[str] = (),
     trust_plugins: bool = False,
-) -> ProtocolResult:
+) -> Comparison:
     """Score a run's own test images against those of other data sets.
 
     Parameters
@@ -234,28 +206,54 @@ def ood(
         ]
         normal = reference_images(train_set, config.seed)
         own, *theirs = all_scores(run, normal, [inside, *others], likelihoods=likelihoods)
-        (cells.folder / CELLS).mkdir(parents=True, exist_ok=True)
+        cells.summarise(_tabulate)
         for name, scores in zip(todo, theirs, strict=True):
-            joined = {key: np.concatenate([own[key], scores[key]]) for key in own if key in scores}
-            count, total = len(next(iter(own.values()))), len(next(iter(joined.values())))
-            rows = _judge(joined, np.arange(total) >= count, normal=f"against {name}", seed=config.seed)
+            joined = {key: torch.cat([own[key], scores[key]]) for key in own if key in scores}
+            counts = [len(next(iter(values.values()))) for values in (own, scores)]
+            is_anomaly = torch.tensor([False, True]).repeat_interleave(torch.tensor(counts))
+            rows = _judge(joined, is_anomaly, normal=f"against {name}", seed=config.seed)
             cells.write(Cell(name, config, "finished", None, scores=rows))
-    return _summarise(cells)
+    return cells.summarise(_tabulate)
 
 
-def _judge(scores: Scores, is_anomaly: NDArray[np.bool_], **cell: Any) -> list[dict[str, Any]]:
+def _judge(scores: Scores, is_anomaly: Tensor, **cell: Any) -> list[dict[str, Any]]:
     cell |= {"normal_images": int((~is_anomaly).sum()), "anomalies": int(is_anomaly.sum())}
     return [
-        {**cell, "score": name, "on": on, "forward_passes": 0 if on == BY_PIXELS else 1}
+        {**cell, "score": name, "on": on, "forward_passes": 0 if on == "raw pixels" else 1}
         | metrics.detection_metrics(values, is_anomaly)
         for (name, on), values in scores.items()
     ]
 
 
-def _summarise(cells: Cells) -> ProtocolResult:
-    found = cells.read()
-    cells.summary_of(found)
-    rows = tables.rows_of_scores([cell.to_dict() for cell in found])
+# Table ----------------------------------------------------------------------------------------------------------------
+
+
+def compare_scores(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """AUROC (anomalies positive) of each score: a column for each normal class, and their mean, the best marked.
+
+    A column is the mean over seeds; behind ± of the mean stands its standard deviation over seeds. The 95 % interval is
+    that of the mean, from the intervals of the cells, as if each had test images of its own.
+    """
+    if not rows:
+        return pd.DataFrame(columns=["score", "on", "mean", "95 %"])
+    frame, key = pd.DataFrame(rows), ["score", "on"]
+    low, high = np.array(frame["auroc_95"].tolist()).T
+    by = frame.assign(squares=((high - low) / 2) ** 2).groupby(key, sort=False)
+    columns = list(dict.fromkeys(frame["normal"]))
+    classes = frame.pivot_table("auroc", key, "normal").loc[list(by.groups), columns]
+    entries = classes.map("{:.3f}".format).where(classes.notna(), "")
+    table = entries.mask(classes == classes.max(), "*" + entries)
+    means = classes.mean(axis=1)
+    deviations = frame.groupby([*key, "seed"])["auroc"].mean().groupby(level=key).std()
+    spreads = deviations.map(lambda value: "" if np.isnan(value) else f" ± {value:.3f}")
+    table["mean"] = means.map("{:.3f}".format) + spreads
+    table.loc[means == means.max(), "mean"] = "*" + table["mean"]
+    table["95 %"] = (by["squares"].sum() ** 0.5 / by.size()).map("± {:.3f}".format)
+    return table.reset_index()
+
+
+def _tabulate(cells: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    rows = [row for cell in cells for row in cell.scores]
     frame = pd.DataFrame(rows)
     if rows:
         frame[["auroc_low", "auroc_high"]] = frame.pop("auroc_95").tolist()
@@ -263,6 +261,5 @@ def _summarise(cells: Cells) -> ProtocolResult:
         "AUROC, anomalies positive, the best in bold: means over seeds; ± behind the mean is the standard deviation "
         "over seeds, in the last column the 95 % interval of the mean over images"
     ]
-    notes += [f"{cell.name}: {cell.status}: {cell.error}" for cell in found if cell.status != "finished"]
-    text = tables.write(cells.folder, cells.summary, frame, tables.compare_scores(rows), notes)
-    return ProtocolResult(cells.folder, rows, text)
+    notes += [f"{cell.name}: {cell.status}: {cell.error}" for cell in cells if cell.status != "finished"]
+    return frame, compare_scores(rows), notes

@@ -7,8 +7,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
+from sklearn.svm import OneClassSVM
 
 from pyro_vje import load_run, score
 from pyro_vje.anomaly.scores import SCORES
@@ -17,8 +19,8 @@ from pyro_vje.data import load_dataset
 from pyro_vje.data.splits import reference_images
 from pyro_vje.experiments import cells
 from pyro_vje.experiments.baselines import DETECTORS
-from pyro_vje.experiments.protocols import one_class, ood
-from pyro_vje.experiments.tables import compare_scores, markdown
+from pyro_vje.experiments.protocols import compare_scores, one_class, ood
+from pyro_vje.experiments.tables import markdown
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +36,38 @@ def finished(base, tmp_path_factory):
 
 
 def test_detectors_find_what_lies_elsewhere():
-    rng = np.random.default_rng(0)
-    centre = np.r_[4 * np.ones(4), np.zeros(12)]
-    train, same = rng.normal(size=(2, 200, 16)) * 0.5 + centre
-    other = rng.normal(size=(200, 16)) * 0.5 - centre / 4
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.cat([4 * torch.ones(4), torch.zeros(12)])
+    train, same, other = torch.randn(3, 200, 16, generator=generator) * 0.5
+    vectors = torch.cat([same + centre, other - centre / 4])
     for name, detector in DETECTORS.items():
-        scores = detector(train, np.concatenate([same, other]))
+        scores = detector(train + centre)(vectors)
         assert scores.shape == (400,), name
         assert roc_auc_score(np.arange(400) >= 200, scores) > 0.95, name
-        assert np.isfinite(detector(train[:3], same)).all(), name  # fewer images than neighbours or features
+        assert detector(train[:3] + centre)(vectors).isfinite().all(), (
+            name
+        )  # fewer images than neighbours or features
 
 
 def test_detectors_against_their_definitions():
     rng = np.random.default_rng(1)
     train, test = rng.normal(size=(60, 5)), rng.normal(size=(7, 5))
+    found = {name: detector(torch.tensor(train))(torch.tensor(test)) for name, detector in DETECTORS.items()}
     unit = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in (train, test)]
     distance = np.sort(1 - unit[1] @ unit[0].T, axis=1)
-    np.testing.assert_allclose(DETECTORS["k-NN 1"](train, test), distance[:, 0], atol=1e-12)
-    np.testing.assert_allclose(DETECTORS["k-NN 50"](train, test), distance[:, 49], atol=1e-12)
-    np.testing.assert_allclose(DETECTORS["feature norm"](train, test), -np.sqrt((test**2).sum(1)))
+    np.testing.assert_allclose(found["k-NN 1"], distance[:, 0], atol=1e-12)
+    np.testing.assert_allclose(found["k-NN 50"], distance[:, 49], atol=1e-12)
+    np.testing.assert_allclose(found["feature norm"], -np.sqrt((test**2).sum(1)))
+    svm = OneClassSVM(nu=0.1, gamma="scale").fit(unit[0])
+    np.testing.assert_allclose(found["one-class SVM"], -svm.decision_function(unit[1]))
 
 
 def test_every_score_and_detector_has_a_row_for_each_cell(finished):
     found = {(row["normal"], row["seed"]) for row in finished.rows}
     assert found == {(name, seed) for name in ("normal", "stripes") for seed in (0, 1)}
     own = [row for row in finished.rows if (row["normal"], row["seed"]) == ("stripes", 1)]
-    assert set(SCORES) <= {row["score"] for row in own}
+    by = {row["score"]: row["on"] for row in own}
+    assert {by[name] for name in SCORES} == {"likelihood polar-student-t", "posterior", "embeddings"}
     assert {row["score"] for row in own if row["on"] == "trained features"} == set(DETECTORS)
     for control in ("untrained features", "raw pixels"):
         assert {row["score"] for row in own if row["on"] == control} == {"k-NN 1", "k-NN 50"}

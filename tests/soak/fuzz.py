@@ -35,7 +35,7 @@ from pyro_vje.anomaly.rows import Rows
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data.decode import FORMATS, image_shape
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.experiments import ablation, tables
+from pyro_vje.experiments import ablation, protocols
 from pyro_vje.experiments.cells import Cell, Cells
 from pyro_vje.model import encoders
 from pyro_vje.runs.folder import (
@@ -414,15 +414,15 @@ def targets(folder: Path) -> dict[str, Target]:
     def read_cell(before: bytes, after: bytes) -> None:
         cells = Cells(folder / "grid", "ablation", {"epochs": 2}, axes).read()
         whole(not before.startswith(after), "a part of a cell was taken")
-        tables.compare_settings(tables.rows_of_settings(cells, axes), axes)
-        tables.compare_scores(tables.rows_of_scores([cell.to_dict() for cell in cells]))
+        ablation.compare(ablation.rows_of(cells, axes), axes)
+        protocols.compare_scores([row for cell in cells for row in cell.scores])
 
     def read_summary(before: bytes, after: bytes) -> None:
         Cells(folder / "grid", "ablation", {"epochs": 2}, axes)
         whole(not before.startswith(after), "a part of a summary was taken")
 
     def read_metrics(before: bytes, after: bytes) -> None:
-        measures = ablation._read_measures(run / METRICS)
+        measures = ablation.read_measures(run / METRICS)
         whole(all(isinstance(value, float) for value in measures.values()), "a measure is no number")
 
     tensors = (*BYTEWISE, change_safetensors, change_safetensors, change_numbers)
