@@ -90,48 +90,35 @@ def settings(cls: S) -> S:
 class TrainConfig:
     """Every setting of a pretraining run; ``None`` leaves it to the data set (`DATASET_DEFAULTS`) or the model."""
 
+    # fmt: off
     dataset: str = say("digits", "What to pretrain on, or your own as module:function.")
     data_dir: Text | None = say(None, "Where the data set lies or is downloaded to.")
     download: bool = say(True, "Fetch a missing data set.", off="no-download")
     normal_class: str | None = say(None, "Pretrain on this class alone, by name or index. [default: all]")
     image_size: int | None = say(None, "Side of the square images in pixels. [default: the data set's]", ge=8)
-    holdout: float | None = say(
-        None, "Share of images kept out to calibrate p-values. [default: 0.05; with folds 0]", ge=0, le=0.5
-    )
-    encoder: str | None = say(
-        None,
-        "resnet-small, resnet18, 34, 50, timm:NAME, torchvision:NAME, module:factory. [default: the data set's]",
-    )
-    weights: Text = say(
-        "none", "Of the encoder: none, default (pretrained, for timm:... and torchvision:...), FILE."
-    )
-    encoder_lr_scale: float | None = say(
-        None,
-        "Of the encoder against the head; 0 freezes it. [default: 0 for pretrained ones, else 1]",
-        ge=0,
-        le=1,
-    )
+    holdout: float | None = say(None, "Share of images kept for p-values. [default: 0.05; with folds 0]", ge=0, le=0.5)
+    encoder: str | None = say(None, "resnet18, ..., timm:NAME, torchvision:NAME, module:factory. [default: by data]")
+    weights: Text = say("none", "Of the encoder: none, default (pretrained, of timm or torchvision), or a FILE.")
+    encoder_lr_scale: float | None = say(None, "0 freezes the encoder. [default: 0 if pretrained, else 1]", ge=0, le=1)
     feature_views: int = say(6, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
     folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
-    projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say(
-        "auto", "Between encoder and embedding; auto is whiten if it is frozen, else none."
-    )
-    embedding_dim: int | None = say(None, "D; without a projector the encoder's width.", ge=2, le=2**20)
+    projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say("auto", "auto: whiten if frozen, else none.")
+    embedding_dim: int | None = say(None, "D of a projector; without, the encoder's width.", ge=2, le=2**20)
     hidden_dim: int = say(512, "Hidden width of projector and posterior network.", ge=1, le=2**20)
     likelihood: str = say("polar-student-t", "A likelihood family, or your own as module:function.")
     df: float | None = say(None, "Degrees of freedom; inf is the Gaussian limit. [default: D - 2]", gt=0)
     unit_radius: Literal["1", "sqrt-d"] = say("sqrt-d", "Radius of the sphere of directions: 1 or √D.")
-    radius: Literal["student-t", "log-student-t"] | None = say("student-t", "Radial factor of polar ones.")
-    radius_scale: Literal["learned", "shared"] = say("learned", "Its scale: one number, or the posterior's.")
+    radius: Literal["student-t", "log-student-t"] | None = say("student-t", "Radial factor of polar families.")
+    radius_scale: Literal["learned", "shared"] = say("learned", "Scale of the radius: its own, or the posterior's.")
     kl_weight: float = say(0.03, "Weight of the KL divergence; 1 is the ELBO.", ge=0)
     analytic_kl: bool = say(False, "KL in closed form, or by the samples of the latent.", off="sampled-kl")
-    shared_variance: bool = say(True, "Likelihood scale: the posterior's, or own.", off="separate-variance")
+    shared_variance: bool = say(True, "Scale of the likelihood: the posterior's, or own.", off="separate-variance")
     objective: str = say("elbo", "elbo, or your own as module:function on the same networks (a control).")
     epochs: int | None = say(None, "Passes over the data. [default: the data set's]", ge=1)
     batch_size: int | None = say(None, "Images in a step, over all devices. [default: the data set's]", ge=2)
     lr: float = say(0.2, "Learning rate of SGD for 256 images, scaled with the batch.", ge=0)
     weight_decay: float = say(5e-4, "Decay of kernels and matrices, not biases.", ge=0)
-    warmup_epochs: float | None = say(None, "Linear warm-up. [default: a tenth, to 10]", ge=0, lt=math.inf)
+    warmup_epochs: float | None = say(None, "Linear warm-up. [default: a tenth, at most 10]", ge=0, lt=math.inf)
     num_particles: int = say(1, "Samples of the latent an image and direction.", ge=1)
     devices: int = say(1, "GPUs, or processes on the CPU.", ge=1)
     precision: Literal["auto", "32", "bf16"] = say("auto", "auto is bf16 where the hardware has it.")
@@ -141,6 +128,7 @@ class TrainConfig:
     workers: int = say(2, "Decoding processes of a streamed data set.", ge=0)
     knn_every: int | None = say(None, "Epochs between k-NN evaluations, 0: never. [default: ten a run]", ge=0)
     seed: int = say(0, "Seed of every random draw.", ge=0, le=2**31 - 1)
+    # fmt: on
 
     def resolved(self) -> TrainConfig:
         """A copy in which the data set's defaults stand in for ``None``.
@@ -229,6 +217,7 @@ class TrainConfig:
 class ScoreConfig:
     """Every setting of scoring: which images, by what, what is decided, and what is written."""
 
+    # fmt: off
     data: Place | None = say(None, "A folder of images, all of which are scored.")
     dataset: str | None = say(None, "Score a data set's test split instead. [default: the run's own]")
     data_dir: Text | None = say(None, "Where the data set lies or is downloaded to. [default: the run's own]")
@@ -241,7 +230,7 @@ class ScoreConfig:
     num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
     alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)
-    fdr: float | None = say(None, "At most this share of those called is normal (by BH).", gt=0, lt=1)
+    fdr: float | None = say(None, "At most this share of those called is normal (Benjamini-Hochberg).", gt=0, lt=1)
     batch_size: int = say(256, "Images at once; on a CPU raised until passes of the encoder are full.", ge=1)
     out: Place | None = say(None, "The CSV. [default: scores.csv in the run folder]")
     draw: bool = say(True, "Draw pictures beside the CSV.", off="no-draw")
@@ -250,6 +239,7 @@ class ScoreConfig:
     resume: bool = say(False, "Go on from an interrupted call with the same options, if there was one.")
     trust_plugins: bool = say(False, "Import code that the run's configuration names (module:attribute).")
     deterministic: bool = say(False, "Kernels that give the same bits every time, on a GPU too.")
+    # fmt: on
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.fdr is not None:

@@ -70,6 +70,9 @@ def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConf
         config = TrainConfig.from_dict({**base.to_dict(), **dict(zip(names, values, strict=True))})
         settings = {name: getattr(default, name) for name in unused(config)}
         found.append(dataclasses.replace(config, **settings))
+    for name, values in axes.items():
+        if len(set(values)) > 1 and all(name in unused(config) for config in found):
+            raise ValueError(f"{name} does nothing in any of these cells, so {values} cannot be compared")
     return list(dict.fromkeys(found))
 
 

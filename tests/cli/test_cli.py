@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -148,13 +149,19 @@ def test_unfit_encoder_of_the_users_own_is_named(factory, message, tmp_path, mon
     assert factory == "misfit" or f"'unfit_encoders:{factory}'" in result.stderr
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(trained_run, tmp_path, monkeypatch):
+def test_ctrl_c_and_sigterm_are_one_line_and_exit_codes_130_and_143(trained_run, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", interrupted)
     result = run("eval", "--ckpt", trained_run)
     assert (result.exit_code, result.output) == (130, "stopped\n")
+    before = signal.getsignal(signal.SIGTERM)
+    terminate = lambda *_, **__: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", terminate)
+    result = run("eval", "--ckpt", trained_run)
+    assert (result.exit_code, result.output) == (143, "stopped\n")
+    assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr("pyro_vje.training.run.load_train_set", interrupted)
     result = run("train", "--out", tmp_path / "run")
     assert (result.exit_code, result.output) == (

@@ -94,6 +94,7 @@ def test_unusable_axes_and_settings_are_refused_before_anything_is_written(quick
         ({"likelihood": "normal"}, {}, "axis likelihood must be a sequence of values"),
         ({"kl_weight": [math.inf]}, {}, "kl_weight must be at least 0 and finite"),
         ({"df": [5, math.nan]}, {}, "df must be positive"),
+        ({"df": [1, 5], "likelihood": ["normal"]}, {}, "df does nothing in any of these cells"),
         ({"df": [1, 5], "likelihood": ["cauchy"]}, {}, "unknown likelihood family 'cauchy'"),
         ({"seed": ["zero"]}, {}, "seed"),
         ({"df": [1, 5]}, {"encoder": "resnet19"}, "unknown encoder 'resnet19'"),
