@@ -119,7 +119,7 @@ def as_column(distribution: TorchDistribution, value: Tensor) -> Tensor:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         dim = tuple(distribution.event_shape)
         raise ValueError(f"value must be a tensor of shape (M, D) for event shape (D,) = {dim}, not {found}")
-    return value.reshape(len(value), *(1 for _ in distribution.batch_shape), *distribution.event_shape)
+    return value.reshape(value.shape[0], *(1 for _ in distribution.batch_shape), *distribution.event_shape)
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def squared_distance(value: Tensor, loc: Tensor, scale: Tensor, matrix: bool = F
     rows = torch.cat([precision, -2 * m * precision], -1)
     c = (m.square() * precision).sum(-1)
     squared = torch.addmm(c.reshape(-1), torch.cat([x.square(), x], -1), rows.reshape(-1, rows.shape[-1]).T)
-    return squared.clamp_min(0).to(torch.result_type(value, loc)).reshape(len(x), *c.shape)
+    return squared.clamp_min(0).to(torch.result_type(value, loc)).reshape(x.shape[0], *c.shape)
 
 
 def at_least_float32(value: Tensor) -> Tensor:

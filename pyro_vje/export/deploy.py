@@ -13,10 +13,10 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -46,8 +46,7 @@ TOLERANCE = 1e-4
 Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class ExportResult:
+class ExportResult(NamedTuple):
     """What `export` wrote: the file, the card, and each output's largest difference from the model's own."""
 
     path: Path
@@ -111,13 +110,9 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    if format == "onnx":
-        try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ValueError(f"ONNX needs {error.name}: pip install 'pyro-vje[export]'") from None
+    for package in ("onnx", "onnxruntime", "onnxscript") if format == "onnx" else ():
+        if find_spec(package) is None:
+            raise ValueError(f"ONNX needs {package}: pip install 'pyro-vje[export]'")
     name = f"model{FORMATS[format]}"
     target = check_writable(Path(out) if out else Path(ckpt) / name if Path(ckpt).is_dir() else Path(name))
     settings = ScoreConfig(
@@ -153,11 +148,10 @@ def export(
         with torch.no_grad():
             embedding = run.vje.embed(run.info.view(images))
             encoded = Posteriors(embedding, *run.vje.posterior(embedding))
-            values = (*encoded, scorer.scores(score, encoded))
-        wanted = {k: v.numpy() for k, v in zip(("embedding", "loc", "scale", "score"), values, strict=True)}
+        wanted = [tensor.numpy() for tensor in (*encoded, scorer.scores(score, encoded))]
         if calibration is not None:  # of the file's own score, which rounding may move past one of these
-            wanted["p_value"] = conformal_p_values(np.nan_to_num(outputs["score"]), calibration)
-        for name, value in wanted.items():
+            wanted.append(conformal_p_values(np.nan_to_num(outputs["score"]), calibration))
+        for name, value in zip(names, wanted, strict=True):
             difference = float(np.abs(outputs[name] - value).max())
             differences[name] = max(differences[name], difference)
             if outputs[name].shape != value.shape or not difference <= TOLERANCE * np.abs(value).max():
@@ -261,10 +255,9 @@ def model_card(
         weights = hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
         scored = scored if scored["weights_sha256"] == weights and scored["metrics"] else None
     private = ("data_dir", "download", "workers")
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    template = environment.from_string(files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8"))
+    card = files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8")
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(card + "\n")  # of which Jinja drops the last
     return template.render(
         info=run.info,
         config=run.info.config,
@@ -272,6 +265,7 @@ def model_card(
         parameters=sum(parameter.numel() for parameter in run.vje.parameters()),
         family=get_family(settings.score_likelihood or run.info.config.likelihood),
         score=settings,
+        meaning=get_score(settings.score).description,
         calibration=describe_calibration(calibration),
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,
