@@ -48,5 +48,5 @@ print(result.table)
 #
 # A run folder never imports code by itself. To score with such a run, say that you trust the name that it
 # holds: ``pyro-vje score --ckpt RUN --trust-plugins``. To make a family of yours known by a plain name wherever
-# your package is installed, declare an entry point in the group ``pyro_vje.model.likelihoods``
+# your package is installed, declare an entry point in the group ``pyro_vje.likelihoods``
 # (:doc:`/howto/extend`).

@@ -121,14 +121,14 @@ def register(
 
 
 def get_family(name: str) -> LikelihoodFamily:
-    """Look a family up by registered name, ``module:function``, or entry point in ``pyro_vje.model.likelihoods``.
+    """Look a family up by registered name, ``module:function``, or entry point in ``pyro_vje.likelihoods``.
 
     Raises
     ------
     ValueError
         If the name is unknown; the message lists the known ones.
     """
-    found = look_up(name, FAMILIES, what="likelihood family", group="pyro_vje.model.likelihoods")
+    found = look_up(name, FAMILIES, what="likelihood family", group="pyro_vje.likelihoods")
     if isinstance(found, LikelihoodFamily):
         return found
     if not callable(found):
