@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pyro_vje.anomaly.rows import HOW
@@ -100,17 +99,15 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
         If an axis, a setting in common or the data are unusable.
     """
     if base.devices != 1:
-        raise ValueError(
-            f"a cell trains on one device, not {base.devices}: run parts of the grid side by side"
-        )
-    configs = grid(base, axes)
+        message = f"a cell trains on one device, not {base.devices}: run parts of the grid side by side"
+        raise ValueError(message)
     names = (*ABLATION_AXES[:-1], *sorted(set(axes) - set(ABLATION_AXES)), ABLATION_AXES[-1])
     fixed = base.resolved().to_dict()
     # Where they are not set they follow from the epochs, which may vary.
     fixed |= {"warmup_epochs": base.warmup_epochs, "knn_every": base.knn_every}
     fixed = {name: value for name, value in fixed.items() if name not in (*names, *NO_NUMBER)}
     cells = Cells(Path(out), "ablation", fixed, names)
-    named = {_name(config, names): config for config in configs}
+    named = {_name(config, names): config for config in grid(base, axes)}
     if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
         # What is wrong with all cells is an error now, not a row for each.
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
@@ -220,20 +217,14 @@ def plot(rows: pd.DataFrame, varied: Sequence[str], path: Path) -> None:
     measure = next((name for name in ("knn", "auroc", "posterior_snr") if rows[name].notna().any()), None)
     if measure is None:
         return
-
-    def label(row: pd.Series) -> str:
-        return ", ".join(f"{n} {row[n]}" for n in varied if row[n] != NOT_USED) or row["likelihood"]
-
-    groups = list(rows.groupby(rows.apply(label, axis=1)))
-    groups.sort(key=lambda group: group[1][measure].fillna(-np.inf).mean())
-    figure = pictures.new_figure(8, 1.2 + 0.26 * len(groups))
+    labels = rows[[*varied] or ["likelihood"]].agg(", ".join, axis=1)
+    labels += rows["status"].map(lambda status: "" if status == "finished" else f" ({status})")
+    means = rows[measure].astype(float).groupby(labels).mean().sort_values(na_position="first")
+    figure = pictures.new_figure(8, 1.2 + 0.26 * len(means))
     axes = figure.subplots()
-    labels = []
-    for y, (name, members) in enumerate(groups):
-        values = members[measure].dropna()
-        axes.plot(values, [y] * len(values), "o", color=pictures.BLUE, markersize=4, alpha=0.6)
-        axes.plot(values.mean(), y, "|", color=pictures.BLUE, markersize=11, markeredgewidth=2)
-        labels.append(", ".join([str(name), *sorted(set(members["status"]) - {"finished"})]))
-    pictures.style(axes, "", f"{MEASURES[measure][0]}: mean (bar) and each seed (dot)", "")
-    axes.set_yticks(range(len(groups)), labels, fontsize=8, parse_math=False)
+    places = labels.map({label: place for place, label in enumerate(means.index)})
+    axes.plot(rows[measure].astype(float), places, "o", color=pictures.BLUE, markersize=4, alpha=0.6)
+    axes.plot(means, range(len(means)), "|", color=pictures.BLUE, markersize=11, markeredgewidth=2)
+    pictures.style(axes, ", ".join(varied), f"{MEASURES[measure][0]}: mean (bar) and each seed (dot)", "")
+    axes.set_yticks(range(len(means)), means.index, fontsize=8, parse_math=False)
     pictures.save(figure, path)

@@ -39,16 +39,8 @@ NO_NUMBER = ("download", "workers")
 class Cell:
     """A cell that has been run: its name and settings, and what came of it.
 
-    Attributes
-    ----------
-    status : str
-        ``finished``; ``diverged``, the loss stopped being finite; or ``failed``, settings and data do not go together.
-    error : str or None
-        What the last two died of.
-    measures, protocols : dict
-        Numbers by name, what does not apply missing, and how they were measured.
-    scores : list of dict
-        How well each anomaly score does.
+    Its status is ``finished``; ``diverged``, the loss stopped being finite; or ``failed``, settings and data do not go
+    together; ``error`` says of what. Measures are numbers by name, scores say how well each anomaly score does.
     """
 
     name: str
@@ -104,16 +96,8 @@ class Comparison:
 class Cells:
     """The folder of a comparison; making one checks, and writes nothing.
 
-    Attributes
-    ----------
-    folder : Path
-        New, or of the same comparison with the same ``settings``: anything else is a ``FileExistsError``.
-    summary : str
-        Its files' name.
-    settings : mapping
-        What the cells have in common, JSON-ready.
-    axes : sequence of str
-        In which settings they may differ.
+    It is new, or of the same comparison with the same ``settings``, JSON-ready: anything else is a ``FileExistsError``.
+    ``summary`` is its files' name, ``axes`` are the settings in which cells may differ.
     """
 
     folder: Path
@@ -168,8 +152,7 @@ class Cells:
         result = self.summarise(tabulate)
         try:
             for number, name in enumerate(todo, 1):
-                done_before = len(configs) - len(todo)
-                log.info("cell %d of %d (%d were done): %s", number, len(todo), done_before, name)
+                log.info("cell %d of %d: %s", number, len(todo), name)
                 self.write(self._run(name, configs[name], measure))
                 result = self.summarise(tabulate)
         except KeyboardInterrupt as stop:

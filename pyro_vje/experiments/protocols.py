@@ -53,16 +53,8 @@ def all_scores(
 ) -> list[Scores]:
     """Every score and every detector on every set of images, one pass of each encoder an image.
 
-    Parameters
-    ----------
-    run : LoadedRun
-        The trained model.
-    normal : ImageSet
-        The images that detectors are fitted on: those of the run's reference.
-    sets : sequence of ImageSet
-        What to score.
-    likelihoods : sequence of str
-        Families to score with, beside the one that was trained.
+    Detectors are fitted on ``normal`` images, those of the run's reference; ``likelihoods`` are families to score with,
+    beside the one that was trained.
     """
     view, config, device = run.info.view, run.info.config, next(run.vje.parameters()).device
     untrained = build_model(config, run.info.view_size).to(device).eval()
@@ -200,17 +192,15 @@ def ood(
         inside = load_split(run, "test", None, None, download=config.download)
         if config.normal_class is not None:
             inside = inside.of_class(config.normal_class)
-        others = [
-            load_split(run, "all" if kind == "folder" else "test", kind, where)
-            for kind, where in todo.values()
-        ]
+        splits = ("all" if kind == "folder" else "test" for kind, _ in todo.values())
+        others = [load_split(run, split, *place) for split, place in zip(splits, todo.values(), strict=True)]
         normal = reference_images(train_set, config.seed)
         own, *theirs = all_scores(run, normal, [inside, *others], likelihoods=likelihoods)
         cells.summarise(_tabulate)
         for name, scores in zip(todo, theirs, strict=True):
             joined = {key: torch.cat([own[key], scores[key]]) for key in own if key in scores}
-            counts = [len(next(iter(values.values()))) for values in (own, scores)]
-            is_anomaly = torch.tensor([False, True]).repeat_interleave(torch.tensor(counts))
+            counts = torch.tensor([len(next(iter(values.values()))) for values in (own, scores)])
+            is_anomaly = torch.tensor([False, True]).repeat_interleave(counts)
             rows = _judge(joined, is_anomaly, normal=f"against {name}", seed=config.seed)
             cells.write(Cell(name, config, "finished", None, scores=rows))
     return cells.summarise(_tabulate)
