@@ -418,8 +418,8 @@ def test_a_folder_is_read_as_it_is_scored(trained_run, image_folder, out, monkey
     """Decoded images are never all held: at most the batch in work and the next."""
     alive, most = weakref.WeakSet(), []
 
-    def watched(path, size):
-        image = decode_image(path, size)
+    def watched(path, size, *more):
+        image = decode_image(path, size, *more)
         alive.add(image)
         most.append(len(alive))
         return image
