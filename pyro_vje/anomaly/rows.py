@@ -51,9 +51,8 @@ class Rows:
         content = path.read_bytes() if resume and path.is_file() else b""
         if resume and not content:
             log.info("there is no %s to resume: from the beginning", path)
-        *whole, _ = (content or f"{json.dumps(made)}\n".encode()).split(
-            b"\n"
-        )  # what a kill cut off is scored again
+        content = content or f"{json.dumps(made)}\n".encode()
+        *whole, _ = content.split(b"\n")  # what a kill cut off is scored again
         try:
             before, *rows = [parse_json(line) for line in whole]
             changed = [name for name, value in made.items() if before[name] != value]

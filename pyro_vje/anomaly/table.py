@@ -179,18 +179,9 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         page = render_report(title, table, summary, calibration, thumbnails, folder=target.parent)
         write_atomic(report, page)
     rows.remove()  # only now is everything written
-    return ScoreResult(
-        csv=target,
-        summary=summary_path,
-        report=report,
-        scored=len(scored),
-        failed=len(failed),
-        **counts,
-        auroc=found["auroc"] if found else None,
-        flagged=decision["anomalies"] if decision else None,
-        passes=passes,
-        settings=settings,
-    )
+    auroc, flagged = (found or {}).get("auroc"), (decision or {}).get("anomalies")
+    about: dict[str, Any] = {"auroc": auroc, "flagged": flagged, "passes": passes, "settings": settings}
+    return ScoreResult(target, summary_path, report, len(scored), len(failed), **counts, **about)
 
 
 def _target(path: str | Path) -> Path:
@@ -238,8 +229,10 @@ def _table(
     table["is_anomaly"] = np.nan
     if normal is not None:
         table["is_anomaly"] = (table.label != normal).where(table.label.notna()).astype(float)
-    unread = pd.DataFrame(failed, columns=["path", "error"], dtype=object)
-    table = pd.concat([table.assign(error=None, position=table.index), unread.assign(position=-1)])
+    table = table.assign(error=None, position=table.index)
+    if failed:
+        unread = pd.DataFrame(failed, columns=["path", "error"], dtype=object)
+        table = pd.concat([table, unread.assign(position=-1)])
     text = {"decision": None, "label": table.label.astype(object), "error": table.error.astype(object)}
     table = table.assign(p_value=np.nan, **text).reset_index(drop=True)
     return table[[*COLUMNS, "is_anomaly", "position"]]
@@ -263,7 +256,7 @@ def _decide(
     return {"rule": rule, "level": level, "anomalies": int(called.sum())}
 
 
-def _against_labels(table: pd.DataFrame) -> tuple[dict[str, int | None], dict[str, Any] | None]:
+def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Numbers of normal, anomalous and unlabelled images, if there are labels, and metrics over the first two."""
     known = table.is_anomaly.dropna()
     if not len(known):
