@@ -31,7 +31,7 @@ from PIL import Image
 
 from pyro_vje.anomaly import table as scoring
 from pyro_vje.cli import main as command
-from pyro_vje.experiments import ablation, protocols
+from pyro_vje.experiments import ablation, cells, protocols
 from pyro_vje.training import checkpoints
 from pyro_vje.training import monitor as monitoring
 from pyro_vje.training import run as training
@@ -191,9 +191,8 @@ def _live(arguments: Sequence[str], log: Path, pipe: int, aim: Aim | None) -> No
     announce(monitoring.EpochReport, "on_train_epoch_end", "evaluation", "step")
     announce(training, "reference_images", "final writes")
     announce(ablation, "_measure", "evaluation")
-    announce(ablation, "_summarise", "table", "step")
     announce(protocols, "all_scores", "evaluation")
-    announce(protocols, "_summarise", "table", "step")
+    announce(cells.Cells, "summarise", "table", "step")
     announce(scoring, "score_images", "evaluation", "table")
     announce(scoring.Rows, "add", "step")
     checkpoints.CHECKPOINT_SECONDS = 0.0  # after every step: each is a moment to be killed in
