@@ -1,17 +1,12 @@
 """Numbers from arrays: functions that know no model, data or run; NumPy or torch in, floats and NumPy out."""
 
-from pyro_vje.metrics.arrays import Array, as_numpy, as_vector
 from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
 from pyro_vje.metrics.detection import aupr, auroc, auroc_interval, detection_metrics, fpr_at_tpr
 from pyro_vje.metrics.representation import (
-    MIN_POSTERIOR_SNR,
-    MIN_SPREAD,
     alignment,
-    check_knn,
     collapse_warning,
     effective_rank,
     embedding_spread,
-    knn_accuracy,
     knn_predict,
     knn_sweep,
     linear_probe,
@@ -21,30 +16,8 @@ from pyro_vje.metrics.representation import (
 from pyro_vje.metrics.uncertainty import RejectionCurve, r_auroc, rejection_curve
 
 __all__ = [
-    "MIN_POSTERIOR_SNR",
-    "MIN_SPREAD",
-    "Array",
-    "RejectionCurve",
-    "alignment",
-    "as_numpy",
-    "as_vector",
-    "aupr",
-    "auroc",
-    "auroc_interval",
-    "benjamini_hochberg",
-    "check_knn",
-    "collapse_warning",
-    "conformal_p_values",
-    "detection_metrics",
-    "effective_rank",
-    "embedding_spread",
-    "fpr_at_tpr",
-    "knn_accuracy",
-    "knn_predict",
-    "knn_sweep",
-    "linear_probe",
-    "posterior_snr",
-    "r_auroc",
-    "rejection_curve",
-    "uniformity",
-]
+    "RejectionCurve", "alignment", "aupr", "auroc", "auroc_interval",
+    "benjamini_hochberg", "collapse_warning", "conformal_p_values", "detection_metrics", "effective_rank",
+    "embedding_spread", "fpr_at_tpr", "knn_predict", "knn_sweep", "linear_probe", "posterior_snr", "r_auroc",
+    "rejection_curve", "uniformity",
+]  # fmt: skip

@@ -15,8 +15,7 @@ Array: TypeAlias = Tensor | NDArray[Any]
 def as_numpy(values: Array) -> NDArray[Any]:
     """``values`` as a NumPy array on the CPU; bfloat16, which NumPy lacks, becomes float32."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy(force=True)
     return np.asarray(values)
 
 
@@ -25,10 +24,9 @@ def as_vector(values: Array, name: str) -> NDArray[np.float64]:
     vector = as_numpy(values).astype(np.float64)
     if vector.ndim != 1:
         raise ValueError(f"{name} must be a vector (N,), got shape {vector.shape}")
-    if not vector.size:
+    if not (count := vector.size):
         raise ValueError(f"{name} is empty")
     if bad := int((~np.isfinite(vector)).sum()):
-        count = vector.size
         raise ValueError(f"{bad} of the {count} values of {name} are NaN or infinite; leave those images out")
     return vector
 
@@ -42,10 +40,8 @@ def as_booleans(values: Array, name: str, count: int) -> NDArray[np.bool_]:
 
 
 def _tensor(values: Array) -> Tensor:
-    if not isinstance(values, Tensor):
-        # PyTorch warns of NumPy arrays that it may not write to, such as memory maps, and takes no negative strides.
-        values = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-    return values.detach()
+    """Of an array a copy: PyTorch takes no negative strides and warns of memory that it may not write to."""
+    return (values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C"))).detach()
 
 
 def as_features(values: Array, name: str, least: int = 1) -> Tensor:
@@ -65,7 +61,6 @@ def as_labels(values: Array, name: str, count: int) -> Tensor:
     labels = _tensor(values)
     if labels.shape != (count,) or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"{name} must be {count} integers, got shape {tuple(labels.shape)}, {labels.dtype}")
-    if labels.min() < 0:
-        unlabelled = int((labels < 0).sum())
+    if unlabelled := int((labels < 0).sum()):
         raise ValueError(f"{name} holds {unlabelled} negative labels (unlabelled images); leave them out")
     return labels.long()

@@ -1,8 +1,11 @@
-"""How well anomaly scores ``(N,)``, higher for stranger images, tell anomalies from normal images."""
+"""How well anomaly scores ``(N,)``, higher for stranger images, tell anomalies from normal images.
+
+Each takes the scores and the truth ``is_anomaly`` ``(N,)``, and raises ``ValueError`` if lengths differ, a score is not
+finite, one of the two classes is missing, or a setting is out of range.
+"""
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -24,45 +27,36 @@ def _two_classes(
     vector = as_vector(scores, "scores")
     labels = as_booleans(is_anomaly, "is_anomaly", vector.size)
     if labels.all() or not labels.any():
-        kind = "anomalies" if labels[0] else "normal"
-        raise ValueError(f"both classes are needed, but all {labels.size} images are {kind}")
+        kind = f"all {labels.size} images are {'anomalies' if labels[0] else 'normal'}"
+        raise ValueError(f"both classes are needed, but {kind}")
     return (vector, labels) if positive == "anomaly" else (-vector, ~labels)
 
 
 def auroc(scores: Array, is_anomaly: Array) -> float:
-    """Area under the ROC curve: the probability that an anomaly scores above a normal image, ties counting half.
-
-    Takes ``scores`` and ``is_anomaly``, both ``(N,)``. Raises ``ValueError`` if lengths differ, a score is not finite,
-    or one of the two classes is missing.
-    """
+    """Area under the ROC curve: the probability that an anomaly scores above a normal image, ties counting half."""
     vector, labels = _two_classes(scores, is_anomaly)
     return float(roc_auc_score(labels, vector))
 
 
-def auroc_interval(scores: Array, is_anomaly: Array, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of `auroc` by the variance of DeLong et al. 1988, computed by ranks (Sun & Xu 2014), within [0, 1].
+def auroc_interval(scores: Array, is_anomaly: Array) -> tuple[float, float]:
+    """95 % interval of `auroc` by the variance of DeLong et al. 1988, computed by ranks (Sun & Xu 2014), within [0, 1].
 
     It says how much the number depends on which test images were drawn, not on the training seed; a class of one
-    image says nothing of that, and the interval is (0, 1). Raises as `auroc` does.
+    image says nothing of that, and the interval is (0, 1).
     """
     vector, labels = _two_classes(scores, is_anomaly)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
     ranks, classes = rankdata(vector), (labels, ~labels)
     if min(members.sum() for members in classes) < 2:
         return 0.0, 1.0
     # For each image, the share of the other class below it: its rank among all less its rank among its own.
     below = [(ranks[own] - rankdata(vector[own])) / (~own).sum() for own in classes]
     error = sum(part.var(ddof=1) / len(part) for part in below) ** 0.5
-    centre, width = below[0].mean(), NormalDist().inv_cdf((1 + confidence) / 2) * error
+    centre, width = below[0].mean(), 1.959964 * error
     return max(0.0, float(centre - width)), min(1.0, float(centre + width))
 
 
 def aupr(scores: Array, is_anomaly: Array, *, positive: Positive) -> float:
-    """Area under the precision-recall curve (average precision) with the named class as the positive one.
-
-    Its chance level is the positive class's share of the images. Raises as `auroc` does.
-    """
+    """Area under the precision-recall curve (average precision); chance is the positive class's share of images."""
     vector, labels = _two_classes(scores, is_anomaly, positive)
     return float(average_precision_score(labels, vector))
 
@@ -70,10 +64,9 @@ def aupr(scores: Array, is_anomaly: Array, *, positive: Positive) -> float:
 def fpr_at_tpr(scores: Array, is_anomaly: Array, *, positive: Positive, tpr: float = 0.95) -> float:
     """Smallest false-positive rate of a threshold that finds at least the share ``tpr`` of the positive class.
 
-    The literature uses both conventions under the name FPR@95: with ``positive="normal"`` (Liang et al. 2018, ODIN) it
+    The literature has both conventions under the name FPR@95: with ``positive="normal"`` (Liang et al. 2018, ODIN) it
     is the share of anomalies accepted when 95% of the normal images are; with ``positive="anomaly"`` (Hendrycks et
-    al. 2019) the share of normal images flagged when 95% of the anomalies are. Name it beside the number. Raises as
-    `auroc` does.
+    al. 2019) the share of normal images flagged when 95% of the anomalies are. Name it beside the number.
     """
     vector, labels = _two_classes(scores, is_anomaly, positive)
     if not 0 < tpr <= 1:
@@ -83,16 +76,12 @@ def fpr_at_tpr(scores: Array, is_anomaly: Array, *, positive: Positive, tpr: flo
 
 
 def detection_metrics(scores: Array, is_anomaly: Array) -> dict[str, Any]:
-    """All that is usually quoted of an anomaly score, with the positive class in each name.
-
-    Takes scores and truth ``(N,)`` and raises as `auroc` does. Gives ``auroc`` (anomalies positive) with its 95 %
-    interval ``auroc_95`` (`auroc_interval`), ``aupr_anomalies_positive``, ``aupr_normal_positive``,
-    ``fpr_at_95_tpr_anomalies_positive`` and ``fpr_at_95_tpr_normal_positive``.
-    """
-    interval = list(auroc_interval(scores, is_anomaly))
-    found: dict[str, Any] = {"auroc": auroc(scores, is_anomaly), "auroc_95": interval}
-    kinds: tuple[tuple[str, Positive], ...] = (("anomalies", "anomaly"), ("normal", "normal"))
-    for name, positive in kinds:
-        found[f"aupr_{name}_positive"] = aupr(scores, is_anomaly, positive=positive)
-        found[f"fpr_at_95_tpr_{name}_positive"] = fpr_at_tpr(scores, is_anomaly, positive=positive)
-    return found
+    """All that is usually quoted of an anomaly score: `auroc` and its interval, `aupr` and `fpr_at_tpr` both ways."""
+    return {
+        "auroc": auroc(scores, is_anomaly),
+        "auroc_95": list(auroc_interval(scores, is_anomaly)),
+        "aupr_anomalies_positive": aupr(scores, is_anomaly, positive="anomaly"),
+        "fpr_at_95_tpr_anomalies_positive": fpr_at_tpr(scores, is_anomaly, positive="anomaly"),
+        "aupr_normal_positive": aupr(scores, is_anomaly, positive="normal"),
+        "fpr_at_95_tpr_normal_positive": fpr_at_tpr(scores, is_anomaly, positive="normal"),
+    }

@@ -1,38 +1,36 @@
-"""How good frozen features ``(N, D)`` are, one row an image: probes by labels, and signs of health without them."""
+"""How good frozen features ``(N, D)`` are, one row an image: probes by labels, and signs of health without them.
+
+All raise ``ValueError`` if shapes disagree, values are not finite, labels are negative, or a setting is not positive.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from pyro_vje.metrics.arrays import Array, as_features, as_labels, as_numpy
 
-# Entries of one block of a similarity matrix: 128 MiB in float32, whatever the number of images.
-BLOCK_ENTRIES = 2**25
+BLOCK_ENTRIES = 2**25  # of a similarity matrix: 128 MiB in float32, whatever the number of images
+L2, MAX_ITER = 0.01, 1000  # of the linear probe
 
-# When a representation counts as unhealthy (`collapse_warning`).
-# Features that fill a fiftieth of their dimensions (10 of 512) have lost what tells images apart.
-MIN_RANK_SHARE = 0.02
-# 0.5 is what is left when three quarters of each embedding's squared length are common to all images, or when all
-# variation lies in a quarter of the features; small healthy runs stay above 0.9.
-MIN_SPREAD = 0.5
-# At 0.7 the noise has twice the power of the mean. In a study on small CIFAR-10 images the runs at KL weight 1, all of
-# them less accurate, ended at 0.15 to 0.51, and those at smaller weights at 1 to 4.
-MIN_POSTERIOR_SNR = 0.7
+# When a representation counts as unhealthy. A fiftieth of the dimensions (10 of 512) has lost what tells images apart.
+# A spread of 0.5 is left when three quarters of each embedding's squared length are common to all images, or all
+# variation lies in a quarter of the features; small healthy runs stay above 0.9. At 0.7 the noise has twice the power
+# of the mean: small CIFAR-10 runs at KL weight 1, all less accurate, ended at 0.15 to 0.51, others at 1 to 4.
+MIN_RANK_SHARE, MIN_SPREAD, MIN_POSTERIOR_SNR = 0.02, 0.5, 0.7
 
 
-def _similarities(rows: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Blocks of rows of ``rows @ columns.T``, each with the index of its first row."""
-    size = max(1, BLOCK_ENTRIES // len(columns))
-    for start in range(0, len(rows), size):
-        yield start, rows[start : start + size] @ columns.T
+def _similarities(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Blocks of rows of ``rows @ columns.T``."""
+    return (block @ columns.T for block in rows.split(max(1, BLOCK_ENTRIES // len(columns))))
 
 
 def _top_k(similarity: Tensor, k: int) -> Tensor:
@@ -43,11 +41,7 @@ def _top_k(similarity: Tensor, k: int) -> Tensor:
     values, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     tied = (values[:, k:] == values[:, k - 1 : k]).nonzero()[:, 0]  # one more entry equals the last one taken
     index = index[:, :k]
-    if len(tied):
-        rows, smallest = similarity[tied], values[tied, k - 1 : k]
-        above, equal = rows > smallest, rows == smallest
-        room = k - above.sum(1, keepdim=True)
-        index[tied] = (above | (equal & (equal.cumsum(1) <= room))).nonzero()[:, 1].view(-1, k)
+    index[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
     index = index.sort(dim=1).values
     return index.gather(1, similarity.gather(1, index).argsort(dim=1, descending=True, stable=True))
 
@@ -63,163 +57,91 @@ def check_knn(ks: Sequence[int], temperatures: Sequence[float]) -> None:
             raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def _pair(train: Array, test: Array) -> tuple[Tensor, Tensor]:
-    """Training and test features, in one type on one device."""
-    known = as_features(train, "train_features")
-    asked = as_features(test, "test_features").to(known)
-    if known.shape[1] != asked.shape[1]:
-        raise ValueError(f"train features have {known.shape[1]} columns, test features {asked.shape[1]}")
-    return known, asked
+def _pair(axis: int, **named: Array) -> tuple[Tensor, Tensor]:
+    """Two matrices, in one type on one device, whose shapes agree from ``axis`` on."""
+    x, y = (as_features(values, name) for name, values in named.items())
+    if x.shape[axis:] != y.shape[axis:]:
+        raise ValueError(", ".join(f"{name} has shape {tuple(z.shape)}" for name, z in named.items()))
+    return x, y.to(x)
 
 
-def _knn_votes(
-    train_features: Array,
-    train_labels: Array,
-    test_features: Array,
-    ks: Sequence[int],
-    temperatures: Sequence[float],
-) -> Tensor:
+def _knn_votes(data: Sequence[Array], ks: Sequence[int], temperatures: Sequence[float]) -> Tensor:
     """`knn_predict` for all combinations, ``(ks, temperatures, M)``; the neighbours are found once."""
-    train, test = (normalize(features) for features in _pair(train_features, test_features))
-    labels = as_labels(train_labels, "train_labels", len(train)).to(train.device)
+    train, test = map(normalize, _pair(1, train_features=data[0], test_features=data[2]))
+    labels = as_labels(data[1], "train_labels", len(train)).to(train.device)
     check_knn(ks, temperatures)
     classes, most = int(labels.max()) + 1, min(max(ks), len(train))
-    shape = (len(ks), len(temperatures), len(test))
-    predicted = torch.empty(shape, dtype=torch.long, device=train.device)
-    for start, similarity in _similarities(test, train):
+    predicted = []
+    for similarity in _similarities(test, train):
         nearest = _top_k(similarity, most)
         # Relative to the nearest one, so that a small temperature overflows nothing.
         logits = similarity.gather(1, nearest).double()
-        logits -= logits[:, :1].clone()
-        for j, temperature in enumerate(temperatures):
-            weights = (logits / temperature).exp()
-            for i, k in enumerate(ks):
-                votes = weights.new_zeros(len(similarity), classes)
-                votes.scatter_add_(1, labels[nearest[:, :k]], weights[:, :k])
-                predicted[i, j, start : start + len(similarity)] = votes.argmax(1)
-    return predicted
+        weights = ((logits - logits[:, :1]) / logits.new_tensor(temperatures)[:, None, None]).exp()
+        voters, none = labels[nearest].expand_as(weights), weights.new_zeros(*weights.shape[:2], classes)
+        votes = [none.scatter_add(2, voters[..., :k], weights[..., :k]).argmax(2) for k in ks]
+        predicted.append(torch.stack(votes))
+    return torch.cat(predicted, dim=2)
 
 
 def knn_predict(
-    train_features: Array,
-    train_labels: Array,
-    test_features: Array,
-    *,
-    k: int = 200,
-    temperature: float = 0.1,
+    train_features: Array, train_labels: Array, test_features: Array, k: int = 200, temperature: float = 0.1
 ) -> Tensor:
     """Classes ``(M,)`` by weighted k-nearest-neighbour vote: cosine similarity s, weight exp(s / temperature).
 
-    The protocol of Wu et al. 2018 ("Unsupervised feature learning via non-parametric instance discrimination", §3.4)
-    that the self-supervised literature reports. Equal similarities go to the first training image, equal votes to the
-    lowest class, so that the result does not depend on the device. The similarity matrix is made in blocks.
-
-    Takes features ``(N, D)`` and ``(M, D)``, normalised here (a zero vector is equally similar to everything), and
-    integer classes ``(N,)``; all N vote where there are fewer than ``k``. Raises ``ValueError`` if shapes disagree,
-    features are not finite, labels are negative, or ``k`` or ``temperature`` is not positive.
+    The protocol of Wu et al. 2018 ("Unsupervised feature learning via non-parametric instance discrimination", §3.4).
+    Features ``(N, D)`` and ``(M, D)`` are normalised here (a zero vector is equally similar to everything); all N with
+    their classes ``(N,)`` vote where there are fewer than ``k``. Equal similarities go to the first training image,
+    equal votes to the lowest class: the result does not depend on the device.
     """
-    return _knn_votes(train_features, train_labels, test_features, [k], [temperature])[0, 0]
+    return _knn_votes((train_features, train_labels, test_features), [k], [temperature])[0, 0]
 
 
-def knn_sweep(
-    train_features: Array,
-    train_labels: Array,
-    test_features: Array,
-    test_labels: Array,
-    *,
-    ks: Sequence[int],
-    temperatures: Sequence[float],
-) -> list[dict[str, Any]]:
-    """`knn_accuracy` for all combinations, k varying slowest; raises as it does, also if there is none."""
-    predicted = _knn_votes(train_features, train_labels, test_features, ks, temperatures)
-    labels = as_labels(test_labels, "test_labels", predicted.shape[-1]).to(predicted.device)
+def knn_sweep(*data: Array, ks: Sequence[int], temperatures: Sequence[float]) -> list[dict[str, Any]]:
+    """``accuracy`` of `knn_predict` for all combinations, k varying slowest, each with the protocol behind it.
+
+    Takes features ``(N, D)`` and labels ``(N,)`` of training images, then those of test images, ``(M, D)``, ``(M,)``.
+    """
+    predicted = _knn_votes(data, ks, temperatures)
+    truth = as_labels(data[3], "test_labels", predicted.shape[-1]).to(predicted.device)
+    accuracy = (predicted == truth).double().mean(2).tolist()
+    protocol: dict[str, Any] = {"metric": "cosine", "weights": "exp(similarity / temperature)"}
+    protocol |= {"train_images": len(data[0]), "test_images": len(truth)}
     return [
-        {
-            "accuracy": (classes == labels).double().mean().item(),
-            "k": min(k, len(train_features)),
-            "temperature": temperature,
-            "metric": "cosine",
-            "weights": "exp(similarity / temperature)",
-            "train_images": len(train_features),
-            "test_images": len(labels),
-        }
-        for k, by_temperature in zip(ks, predicted, strict=True)
-        for temperature, classes in zip(temperatures, by_temperature, strict=True)
+        {"accuracy": accuracy[i][j], "k": min(k, len(data[0])), "temperature": temperature, **protocol}
+        for i, k in enumerate(ks)
+        for j, temperature in enumerate(temperatures)
     ]
 
 
-def knn_accuracy(
-    train_features: Array,
-    train_labels: Array,
-    test_features: Array,
-    test_labels: Array,
-    *,
-    k: int = 200,
-    temperature: float = 0.1,
-) -> dict[str, Any]:
-    """``accuracy`` of `knn_predict` with the protocol behind it, the ``k`` that was used first; raises as it does."""
-    data = train_features, train_labels, test_features, test_labels
-    return knn_sweep(*data, ks=[k], temperatures=[temperature])[0]
-
-
 def linear_probe(
-    train_features: Array,
-    train_labels: Array,
-    test_features: Array,
-    test_labels: Array,
-    *,
-    l2: float = 0.01,
-    max_iter: int = 1000,
+    train_features: Array, train_labels: Array, test_features: Array, test_labels: Array
 ) -> dict[str, Any]:
     """``accuracy`` of logistic regression (scikit-learn, L-BFGS) on frozen features, with the protocol behind it.
 
-    Features are standardised by the training images, and W minimises ``mean cross-entropy + l2/2 ‖W‖²``: the penalty
+    Features are standardised by the training images, and W minimises ``mean cross-entropy + 0.005 ‖W‖²``: the penalty
     is per image, so that it means the same for any N. This is not the probe by SGD on augmented images that many
-    papers report: name it beside the number. A probe that needs more than ``max_iter`` iterations comes back with
-    ``converged`` false, and scikit-learn warns.
-
-    Raises
-    ------
-    ValueError
-        As `knn_predict`; also if the training labels hold one class only, or ``l2`` is not positive.
+    papers report: name it beside the number. ``converged`` is false after 1,000 iterations, and scikit-learn warns.
     """
-    train, test = _pair(train_features, test_features)
+    train, test = map(as_numpy, _pair(1, train_features=train_features, test_features=test_features))
     labels = as_numpy(as_labels(train_labels, "train_labels", len(train)))
     truth = as_numpy(as_labels(test_labels, "test_labels", len(test)))
     if (labels == labels[0]).all():
         raise ValueError(f"a linear probe needs two classes, but all training labels are {labels[0]}")
-    if not l2 > 0:
-        raise ValueError(f"l2 must be positive, got {l2}")
-    scaler = StandardScaler()
-    inputs, tests = scaler.fit_transform(as_numpy(train)), scaler.transform(as_numpy(test))
     # scikit-learn penalises ½‖W‖² + C · summed loss.
-    probe = LogisticRegression(C=1 / (l2 * len(labels)), max_iter=max_iter).fit(inputs, labels)
-    iterations = int(probe.n_iter_.max())
-    return {
-        "accuracy": float(probe.score(tests, truth)),
-        "train_accuracy": float(probe.score(inputs, labels)),
-        "classifier": "logistic regression (scikit-learn, L-BFGS)",
-        "l2": l2,
-        "standardised": True,
-        "iterations": iterations,
-        "converged": iterations < max_iter,
-        "train_images": len(labels),
-        "test_images": len(truth),
-    }
+    classifier = LogisticRegression(C=1 / (L2 * len(labels)), max_iter=MAX_ITER)
+    accuracy = make_pipeline(StandardScaler(), classifier).fit(train, labels).score(test, truth)
+    found = {"accuracy": float(accuracy), "converged": bool(classifier.n_iter_.max() < MAX_ITER)}
+    protocol = {"classifier": "logistic regression (scikit-learn, L-BFGS)", "l2": L2, "standardised": True}
+    return {**found, **protocol, "train_images": len(labels), "test_images": len(truth)}
 
 
 def effective_rank(features: Array) -> float:
     """Number of directions that ``features`` ``(N, D)`` fill: exp of the entropy of the normalised singular values.
 
-    Between 1 (one direction) and min(N, D); 0 for features that are all zero. Not centred, as in RankMe (Garrido et
-    al. 2023). The singular values come from the smaller Gram matrix in float64, so that the cost is one matrix product.
-    Raises ``ValueError`` if there are no features or they are not finite.
+    From 1 to min(N, D); 0 for features that are all zero. Not centred, as in RankMe (Garrido et al. 2023).
     """
-    matrix = as_features(features, "features")
-    if len(matrix) < matrix.shape[1]:
-        matrix = matrix.T
-    blocks = (block.double() for block in matrix.split(4096))
-    gram = sum((block.T @ block for block in blocks), start=torch.zeros(()).to(matrix))
+    matrix = as_features(features, "features").double()
+    gram = matrix @ matrix.T if len(matrix) < matrix.shape[1] else matrix.T @ matrix
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     if singular.sum() == 0:
         return 0.0
@@ -230,62 +152,41 @@ def embedding_spread(embeddings: Array) -> float:
     """√D times the mean standard deviation of the features of normalised embeddings ``(N, D)``.
 
     1 for directions spread evenly over the sphere, 0 for a collapsed representation (Chen & He 2021, SimSiam, fig. 2).
-    Raises ``ValueError`` if there are fewer than two embeddings or they are not finite.
     """
     directions = normalize(as_features(embeddings, "embeddings", least=2).double())
     return (directions.std(dim=0, correction=0).mean() * directions.shape[1] ** 0.5).item()
 
 
-def _two(first: Array, second: Array, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
-    x, y = (as_features(values, name).double() for values, name in zip((first, second), names, strict=True))
-    if x.shape != y.shape:
-        raise ValueError(f"{names[0]} has shape {tuple(x.shape)}, {names[1]} {tuple(y.shape)}")
-    return x, y.to(x)
-
-
 def alignment(first: Array, second: Array) -> float:
-    """Mean of ‖x - y‖² over pairs of normalised embeddings ``(N, D)`` of two views; 0 is perfect.
-
-    Wang & Isola 2020, eq. 3 with α = 2. Raises ``ValueError`` if shapes differ or values are not finite.
-    """
-    x, y = _two(first, second, ("first", "second"))
-    return (normalize(x) - normalize(y)).square().sum(1).mean().item()
+    """Mean ‖x - y‖² of two views' normalised embeddings ``(N, D)``; 0 is best (Wang & Isola 2020, eq. 3, α = 2)."""
+    x, y = (normalize(part.double()) for part in _pair(0, first=first, second=second))
+    return (x - y).square().sum(1).mean().item()
 
 
 def uniformity(embeddings: Array) -> float:
     """Log of the mean of exp(-2‖x - y‖²) over pairs of different images' normalised embeddings ``(N, D)``.
 
     0 for a collapsed representation, lower for a more uniform one: near -4 for uniform directions in high dimension
-    (Wang & Isola 2020, eq. 5, t = 2). Raises ``ValueError`` if there are fewer than two or they are not finite.
+    (Wang & Isola 2020, eq. 5, t = 2).
     """
-    directions = normalize(as_features(embeddings, "embeddings", least=2).double())
-    blocks = []
-    for start, similarity in _similarities(directions, directions):
-        exponents = 4 * (similarity - 1)
-        rows = torch.arange(len(similarity), device=similarity.device)
-        exponents[rows, start + rows] = -torch.inf
-        blocks.append(exponents.flatten().logsumexp(0))
-    pairs = len(directions) * (len(directions) - 1)
-    return (torch.stack(blocks).logsumexp(0) - np.log(pairs)).item()
+    x = normalize(as_features(embeddings, "embeddings", least=2).double())
+    total = sum((4 * (similarity - 1)).exp().sum().item() for similarity in _similarities(x, x))
+    return math.log((total - len(x)) / (len(x) * (len(x) - 1)))  # an image with itself adds 1
 
 
 def posterior_snr(loc: Array, scale: Array) -> float:
     """Median over features of rms(loc) / rms(scale) over the images, both ``(N, D)``: signal against noise.
 
-    Below 1 a sample of z is mostly noise. A few features of any scale do not move it. Raises ``ValueError`` if shapes
-    differ, values are not finite, or a scale is not positive.
+    Below 1 a sample of z is mostly noise. A few features of any scale do not move it.
     """
-    mean, noise = _two(loc, scale, ("loc", "scale"))
+    mean, noise = (part.double() for part in _pair(0, loc=loc, scale=scale))
     if not (noise > 0).all():
         raise ValueError("scale must be positive")
     return (mean.square().mean(0) / noise.square().mean(0)).sqrt().median().item()
 
 
 def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int) -> str | None:
-    """One message for what is unhealthy, with the threshold and the setting to change; ``None`` if nothing is.
-
-    Takes `effective_rank` of features and their number ``dim``, `embedding_spread` and `posterior_snr`.
-    """
+    """What is unhealthy, with thresholds and settings to change, or ``None``; ``dim`` is the number of features."""
     least_rank = max(1.5, MIN_RANK_SHARE * dim)
     signs = (
         (spread, MIN_SPREAD, f"the representation may be collapsing: the spread of its normalised embeddings is "

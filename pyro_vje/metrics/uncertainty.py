@@ -1,4 +1,4 @@
-"""Whether an uncertainty ``(N,)`` says which images are dealt with wrongly."""
+"""Whether an uncertainty ``(N,)`` says which images are dealt with wrongly, ``correct`` ``(N,)`` which are not."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ class RejectionCurve(NamedTuple):
 def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
     """Accuracy of the images that remain as the most uncertain ones are rejected, from none to all but one.
 
-    The area is the mean accuracy over the curve, one minus the AURC of Geifman & El-Yaniv 2017. Images of equal
-    uncertainty are rejected in random order, in expectation: constant uncertainty gives a flat curve.
-
-    Takes booleans ``correct`` and numbers ``uncertainty``, both ``(N,)``; raises ``ValueError`` if lengths differ or
-    an uncertainty is not finite.
+    The area is the mean over the curve, one minus the AURC of Geifman & El-Yaniv 2017. Images of equal uncertainty are
+    rejected in random order, in expectation: constant uncertainty gives a flat curve. Raises ``ValueError`` if lengths
+    differ or an uncertainty is not finite.
     """
     vector = as_vector(uncertainty, "uncertainty")
     right = as_booleans(correct, "correct", vector.size)
@@ -38,16 +36,14 @@ def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
 
 
 def r_auroc(correct: Array, uncertainty: Array) -> float:
-    """AUROC of ``uncertainty`` ``(N,)`` for retrieval failing; ``correct`` ``(N,)`` says where it does not.
+    """AUROC of an uncertainty for retrieval failing; 0.5 says that it knows nothing of where.
 
     R-AUROC of Kirchhof et al. 2023 ("URL: a representation learning benchmark for transferable uncertainty
     estimates"), where an image is retrieved correctly if its nearest neighbour is of its class (Recall@1; `knn_predict`
-    with k = 1). 0.5 says that the uncertainty knows nothing of where retrieval fails. Raises as `rejection_curve`; also
-    if retrieval never fails or always does.
+    with k = 1). Raises as `rejection_curve`; also if retrieval never fails or always does.
     """
     vector = as_vector(uncertainty, "uncertainty")
     right = as_booleans(correct, "correct", vector.size)
     if right.all() or not right.any():
-        often = "never" if right.all() else "always"
-        raise ValueError(f"retrieval {often} fails, so that R-AUROC does not exist")
+        raise ValueError(f"retrieval {'never' if right.all() else 'always'} fails: R-AUROC does not exist")
     return auroc(vector, ~right)

@@ -27,7 +27,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from pyro_vje.metrics import MIN_POSTERIOR_SNR, MIN_SPREAD, Array, as_numpy, auroc
+from pyro_vje.metrics import auroc
+from pyro_vje.metrics.arrays import Array, as_numpy
+from pyro_vje.metrics.representation import MIN_POSTERIOR_SNR, MIN_SPREAD
 from pyro_vje.runs.files import write_atomic
 
 log = logging.getLogger("pyro_vje")

@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_vje import metrics
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import CleanView, ImageSet, TwoViews, derive_seed, warn_if_shared
+from pyro_vje.metrics.representation import check_knn
 from pyro_vje.model.encoding import Encoded, encode
 from pyro_vje.model.vje import VJE
 from pyro_vje.pages.pictures import plot_rejection
@@ -193,7 +194,7 @@ def evaluate(
     """
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
-    metrics.check_knn(ks, temperatures)  # before minutes of encoding
+    check_knn(ks, temperatures)  # before minutes of encoding
     probes = [linear] if isinstance(linear, str) else list(linear)
     if unknown := set(probes) - set(LINEAR):
         raise ValueError(f"unknown linear probe {unknown.pop()!r}; known: {', '.join(LINEAR)}")
