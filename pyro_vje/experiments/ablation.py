@@ -111,9 +111,9 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
     if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
         # What is wrong with all cells is an error now, not a row for each.
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
-        common = dataclasses.replace(base, **single)
-        images, _ = load_train_set(dataclasses.replace(common.resolved(), batch_size=common.batch_size))
-        build_model(common.resolved(), images.image_size)
+        common = dataclasses.replace(base, **single).resolved()
+        images, _ = load_train_set(common)
+        build_model(common, images.image_size)
 
     def tabulate(found: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         rows = rows_of(found, names)

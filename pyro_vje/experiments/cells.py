@@ -113,10 +113,10 @@ class Cells:
                 raise FileExistsError(message)
             return
         old, new = read_json(path, self._fixed), self._fixed({"settings": self.settings})
-        default = TrainConfig().to_dict()  # of a setting that the version before did not have
+        default = TrainConfig().resolved().to_dict()  # of a setting that the version before did not have
         for name in sorted(old.keys() | new.keys()):
             before, now = (values.get(name, default.get(name)) for values in (old, new))
-            if before != now:
+            if before != now and (name, now) != ("batch_size", None):  # then it follows from the data
                 raise FileExistsError(
                     f"{self.folder} holds results with {name} {before}, not {now}: "
                     "keep that setting, or name another folder (--out)"
@@ -162,8 +162,7 @@ class Cells:
     def _run(self, name: str, config: TrainConfig, measure: Measure) -> Cell:
         folder, began = self.folder / CELLS / name, time.monotonic()
         try:
-            # A default batch stays open: it is fitted to the number of images.
-            config = dataclasses.replace(config.resolved(), batch_size=config.batch_size)
+            config = config.resolved()
             train_cell(config, folder)
             found = measure(config, folder)
             seconds = {"seconds": round(time.monotonic() - began, 1)}
@@ -199,8 +198,8 @@ def train_cell(config: TrainConfig, folder: Path) -> None:
     begun = (folder / CONFIG).is_file()
     if begun:
         stored = read_info(folder).config
-        if config.batch_size is None:  # fitted to the data when the cell was begun
-            config = dataclasses.replace(config, batch_size=stored.batch_size)
+        fitted = [name for name in ("batch_size", "epochs") if getattr(config, name) is None]  # to the images
+        config = dataclasses.replace(config, **{name: getattr(stored, name) for name in fitted})
         if dataclasses.replace(stored, **{name: getattr(config, name) for name in NO_NUMBER}) != config:
             raise FileExistsError(f"{folder} holds a run with other settings: move it out of the way")
         if (folder / WEIGHTS).is_file():
