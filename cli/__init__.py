@@ -17,7 +17,7 @@ import click
 from pyro_vje import __version__
 from pyro_vje.launch import is_first_process
 
-COMMANDS = ("train", "eval", "ablate", "benchmark", "score", "embed", "export")
+COMMANDS = ("inspect", "train", "eval", "ablate", "benchmark", "score", "calibrate", "embed", "export")
 """A file each, with the command as ``command``."""
 EXIT_CODES = {FloatingPointError: 3, ValueError: 2, OSError: 2, MemoryError: 4}
 EXIT_MEMORY, EXIT_BUG, EXIT_SIGNAL = 4, 70, 128

@@ -23,9 +23,15 @@ def command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
     config = ScoreConfig(**settings)
 
     from pyro_vje import score
+
+    say(ctx, score(ckpt, config))
+
+
+def say(ctx: click.Context, result: Any) -> None:
+    """Print what a `pyro_vje.anomaly.ScoreResult` tells; exit code 1 if images could not be read."""
     from pyro_vje.data.imageset import counted
 
-    result = score(ckpt, config)
+    config = result.settings
     passes = f"{result.passes} forward pass{'es' if result.passes > 1 else ''} an image"
     click.echo(
         f"{counted(result.scored)} scored by {config.score} "

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_vje import distributions as distributions
+    from pyro_vje.anomaly.inspection import calibrate as calibrate
+    from pyro_vje.anomaly.inspection import inspect as inspect
     from pyro_vje.anomaly.table import embed as embed
     from pyro_vje.anomaly.table import score as score
     from pyro_vje.config import ScoreConfig as ScoreConfig
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "anomaly.inspection": ("calibrate", "inspect"),
     "anomaly.table": ("embed", "score"),
     "config": ("ScoreConfig", "TrainConfig", "load_recipe"),
     "experiments.ablation": ("ablate",),

@@ -138,8 +138,10 @@ class TrainConfig:
         ValueError
             If the data set is a folder, and it is not said which.
         """
-        if self.dataset == "folder" and self.data_dir is None:
-            raise ValueError("the data set 'folder' needs to know which folder: name it (--data-dir DIR)")
+        if self.dataset in ("folder", "images") and self.data_dir is None:
+            raise ValueError(
+                f"the data set {self.dataset!r} needs to know which folder: name it (--data-dir DIR)"
+            )
         defaults = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}
         scale = self.encoder_lr_scale
         defaults["encoder_lr_scale"] = scale = float(self.weights == "none") if scale is None else scale
@@ -225,6 +227,7 @@ class ScoreConfig:
     normal_class: str | None = say(None, "The class that counts as normal in metrics. [default: the run's]")
     score: str = say("conditional", "A score by name (an unknown one lists them), or module:function.")
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
+    calibration: str | None = say(None, "p-values by this calibration of the run. [default: its own]")
     reference_views: int = say(0, "Kernels at so many augmented views of a reference image; 0: clean.", ge=0)
     num_pairs: int = say(0, "0: the image's own embedding, one pass. K: mean over K pairs, 2 K passes.", ge=0)
     num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
@@ -298,6 +301,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "stl10": {"encoder": "resnet18", "epochs": 200, "batch_size": 256},
     "imagenet": {"encoder": "resnet50", "epochs": 100, "batch_size": 256},
     "folder": {"encoder": "resnet18", "epochs": 100, "batch_size": 256},
+    "images": {"encoder": "resnet-small", "epochs": 100, "batch_size": 256},
 }
 """What a run on each data set uses where nothing is said."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Any
 
 import pyro
 import torch
@@ -82,6 +83,15 @@ class Scorer:
         self._reference = None if reference is None else reference.to(self.device)
         self.noise = latent_noise(num_particles, vje.embedding_dim, seed).to(self.device)
         self._fitted: dict[str, detectors.Fitted] = {}
+        self._settings: dict[str, Any] = {
+            "num_particles": num_particles,
+            "seed": seed,
+            "likelihood": likelihood,
+        }
+
+    def of(self, vje: VJE, reference: Posteriors) -> Scorer:
+        """The same settings for another model and other reference images."""
+        return Scorer(vje, reference=reference, kl_weight=self.kl_weight, **self._settings)
 
     def scores(self, name: str, encoded: Posteriors) -> Tensor:
         """Score ``name`` of N encoded images, float64 ``(N,)``."""

@@ -18,21 +18,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_vje.anomaly.calibration import Calibration, Split, cross_calibration
 from pyro_vje.anomaly.parts import Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.data.splits import reference_images
-from pyro_vje.model.encoding import Posteriors, encode, encode_batches, images_at_once
+from pyro_vje.model.encoding import Encoded, Posteriors, encode, encode_batches, images_at_once
 from pyro_vje.runs.files import locked, parse_json, write_atomic
-from pyro_vje.runs.folder import CALIBRATION, REFERENCE, LoadedRun, load_posteriors, training_images
+from pyro_vje.runs.folder import (
+    CALIBRATION,
+    REFERENCE,
+    LoadedRun,
+    calibration_file,
+    calibrations,
+    load_folds,
+    load_posteriors,
+    training_images,
+)
 
 log = logging.getLogger("pyro_vje")
 
 PARTS = {name: name for name in ("log_likelihood", "log_direction", "log_radius", "kl")}
 PARTS |= {"posterior_variance": "variance", "log_aggregate": "log_aggregate"}
 """Columns of numbers beside the score, and what they are called in `LikelihoodParts`."""
-HOW = ("score", "score_likelihood", "reference_views", "num_pairs", "num_particles", "seed")
+HOW = ("score", "score_likelihood", "calibration", "reference_views", "num_pairs", "num_particles", "seed")
 """Settings on which scores depend."""
 PROGRESS_EVERY = 30.0  # seconds
 
@@ -117,64 +127,78 @@ def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | Non
     return train_set, held_out
 
 
-def posteriors_of(
-    run: LoadedRun, images: ImageSet, settings: ScoreConfig, batch_size: int = 256
-) -> Iterator[tuple[Tensor, list[Posteriors]]]:
-    """Indices of the images of each batch, and their contexts and targets: one pair, or 2 ``settings.num_pairs``."""
-    device = next(run.vje.parameters()).device
+def _encoded(
+    run: LoadedRun, images: ImageSet, settings: ScoreConfig
+) -> Iterator[tuple[Tensor, list[Posteriors], Encoded | None]]:
+    """Indices of the images of each batch, contexts and targets (2 K pairs), and what the model says of them."""
+    device, size = next(run.vje.parameters()).device, settings.batch_size
     if not settings.num_pairs:
-        for encoded in encode_batches(run.vje, images, run.info.view, batch_size=batch_size, device=device):
-            yield encoded.indices, [encoded.posteriors]
+        for encoded in encode_batches(run.vje, images, run.info.view, batch_size=size, device=device):
+            yield encoded.indices, [encoded.posteriors], encoded
         return
-    views = run.info.views
     draw = {"num_pairs": settings.num_pairs, "seed": settings.seed}
-    for index, batch in images.batches(images_at_once(images, batch_size, device)):
-        yield index, augmented_pairs(run.vje, views, batch.to(device), **draw)
+    for index, batch in images.batches(images_at_once(images, size, device)):
+        yield index, augmented_pairs(run.vje, run.info.views, batch.to(device), **draw), None
 
 
-def calibration_scores(
-    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, files: tuple[str, ...] = (CALIBRATION,)
-) -> NDArray[np.float64] | None:
-    """Scores ``(n,)`` of held-out images, made like those of any image; ``None`` where there are none.
-
-    They are those whose embeddings the run keeps in ``files``; augmented pairs are made of the images themselves.
-    """
-    if not settings.num_pairs:
-        stored = [found for name in files if (found := load_posteriors(run, name)) is not None]
-        scores = [scorer.scores(settings.score, held_out) for held_out in stored]
-        return torch.cat(scores).cpu().numpy() if scores else None
-    try:
-        _, held_out = _training_images(run, "no p-values, as pairs are calibrated on the held-out images")
-    except ValueError as error:
-        log.warning("%s", error)
-        return None
-    return (
-        None
-        if held_out is None
-        else np.concatenate([rows[:, 0] for _, rows in _score(run, scorer, settings, held_out)])
-    )
+def calibrate(run: LoadedRun, scorer: Scorer, settings: ScoreConfig) -> Calibration | None:
+    """What scores become p-values by: a named calibration, the run's folds, or its held-out images; or nothing."""
+    name = CALIBRATION if settings.calibration is None else calibration_file(settings.calibration)
+    if settings.calibration is not None and load_posteriors(run, name) is None:
+        raise ValueError(
+            f"the run has no calibration {settings.calibration!r}: make it (pyro-vje calibrate --name), or choose one "
+            f"of {', '.join(calibrations(run)) or 'none'}"
+        )
+    if settings.num_pairs:
+        try:
+            _, held_out = _training_images(run, "no p-values, as pairs are calibrated on the held-out images")
+        except ValueError as error:
+            log.warning("%s", error)
+            return None
+        found = (
+            [] if held_out is None else [rows[:, 0] for _, rows in _score(run, scorer, settings, held_out)]
+        )
+        return Split(np.concatenate(found)) if found else None
+    folds = load_folds(run) if settings.calibration is None else None
+    if folds is not None:
+        return cross_calibration(settings.score, *folds, scorer)
+    stored = load_posteriors(run, name)
+    return None if stored is None else Split(scorer.scores(settings.score, stored).cpu().numpy())
 
 
 def _score(
-    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, images: ImageSet
+    run: LoadedRun,
+    scorer: Scorer,
+    settings: ScoreConfig,
+    images: ImageSet,
+    calibration: Calibration | None = None,
 ) -> Iterator[tuple[Tensor, NDArray[np.float64]]]:
-    """Indices of the images of each batch, and a row for each: the score and `PARTS`."""
-    for index, pairs in posteriors_of(run, images, settings, settings.batch_size):
+    """Indices of the images of each batch, and a row for each: score, `PARTS`, calibration images as strange."""
+    for index, pairs, encoded in _encoded(run, images, settings):
         found = []
         for pair in pairs:
             parts = scorer.parts(pair)
             score = get_score(settings.score)(parts).double()
-            # A density over thousands of kernels is there if the score is made of it; nobody waits for it in vain.
+            # A density over thousands of kernels is there if the score is made of it.
             absent = (
                 {} if "log_aggregate" in vars(parts) else {"log_aggregate": torch.full_like(score, torch.nan)}
             )
             columns = [absent[name] if name in absent else getattr(parts, name) for name in PARTS.values()]
             found.append(torch.stack([score, *columns], -1))
-        yield index, torch.stack(found).mean(0).cpu().numpy()
+        numbers = torch.stack(found).mean(0).cpu().numpy()
+        count = np.full(len(numbers), np.nan)
+        if calibration is not None:
+            count = calibration.at_least(numbers[:, 0], encoded)
+        yield index, np.column_stack([numbers, count])
 
 
 def score_images(
-    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, images: ImageSet, rows: Rows
+    run: LoadedRun,
+    scorer: Scorer,
+    settings: ScoreConfig,
+    images: ImageSet,
+    rows: Rows,
+    calibration: Calibration | None,
 ) -> list[tuple[str, str]]:
     """Score the images that have no row yet; returns path and reason of each that cannot be decoded."""
     remaining = [i for i in range(len(images)) if i not in rows.numbers]
@@ -183,7 +207,7 @@ def score_images(
     todo = images.select(remaining)
     said, done = time.monotonic(), 0
     try:
-        for index, numbers in _score(run, scorer, settings, todo) if remaining else ():
+        for index, numbers in _score(run, scorer, settings, todo, calibration) if remaining else ():
             rows.add({remaining[i]: row for i, row in zip(index.tolist(), numbers.tolist(), strict=True)})
             done += len(index)
             if time.monotonic() - said > PROGRESS_EVERY:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,15 +20,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from pyro_vje import metrics
-from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibration_scores, make_scorer, score_images
+from pyro_vje.anomaly.calibration import Calibration
+from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibrate, make_scorer, score_images
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
-from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
+from pyro_vje.metrics.conformal import benjamini_hochberg
 from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
 from pyro_vje.pages.report import render_report
@@ -125,16 +126,18 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
     run = load_run(ckpt, trust_plugins=settings.trust_plugins, device=default_device())
     images, normal = _images_and_normal_class(run, settings)
     scorer = make_scorer(run, settings)
-    calibration = calibration_scores(run, scorer, settings)
-    _say_calibration(calibration, settings)
+    calibration = calibrate(run, scorer, settings)
+    say_level(
+        0 if calibration is None else len(calibration.scores), len(images), settings.alpha, settings.fdr
+    )
 
     weights = run.folder / WEIGHTS if run.folder else Path(ckpt)
     sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
     how = {name: getattr(settings, name) for name in HOW}
     made = {**how, "weights": sha256, "images": images.fingerprint()}
     part = target.with_name(target.name + ".part")
-    rows = Rows(part, made, (len(images), 1 + len(PARTS)), resume=settings.resume)
-    failed = score_images(run, scorer, settings, images, rows)
+    rows = Rows(part, made, (len(images), 2 + len(PARTS)), resume=settings.resume)
+    failed = score_images(run, scorer, settings, images, rows, calibration)
     table = _table(images, rows, failed, normal)
     scored = table[table.error.isna()]
     if not len(scored):
@@ -143,7 +146,7 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         raise ValueError(
             f"the score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}"
         )
-    decision = None if calibration is None else _decide(table, calibration, settings)
+    decision = None if calibration is None else _decide(table, len(calibration.scores), settings)
 
     counts, found = _against_labels(table)
     dataset, passes = settings.dataset or run.info.config.dataset, 2 * settings.num_pairs or 1
@@ -176,7 +179,8 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
     if report:
         title = f"Anomaly scores: {summary['data']}"
         thumbnails = partial(_thumbnails, images, table)
-        page = render_report(title, table, summary, calibration, thumbnails, folder=target.parent)
+        known = None if calibration is None else calibration.scores
+        page = render_report(title, table, summary, known, thumbnails, folder=target.parent)
         write_atomic(report, page)
     rows.remove()  # only now is everything written
     auroc, flagged = (found or {}).get("auroc"), (decision or {}).get("anomalies")
@@ -218,7 +222,9 @@ def _table(
 
     Beside `COLUMNS`, ``is_anomaly`` is 1, 0, or missing where nothing is known; ``position`` that in the set, or -1.
     """
-    table = pd.DataFrame.from_dict(rows.numbers, "index", columns=["anomaly_score", *PARTS], dtype=float)
+    table = pd.DataFrame.from_dict(
+        rows.numbers, "index", columns=["anomaly_score", *PARTS, "as_strange"], dtype=float
+    )
     table = table.sort_index()
     positions = torch.tensor(table.index.to_numpy())
     # Objects, as pandas' own text holds no path whose bytes are not UTF-8.
@@ -235,15 +241,13 @@ def _table(
         table = pd.concat([table, unread.assign(position=-1)])
     text = {"decision": None, "label": table.label.astype(object), "error": table.error.astype(object)}
     table = table.assign(p_value=np.nan, **text).reset_index(drop=True)
-    return table[[*COLUMNS, "is_anomaly", "position"]]
+    return table[[*COLUMNS, "is_anomaly", "position", "as_strange"]]
 
 
-def _decide(
-    table: pd.DataFrame, calibration: NDArray[np.float64], settings: ScoreConfig
-) -> dict[str, Any] | None:
+def _decide(table: pd.DataFrame, count: int, settings: ScoreConfig) -> dict[str, Any] | None:
     """Fill in p-values and decisions; returns how it was decided and how many are called anomalies."""
     scored = table.index[table.error.isna()]
-    p_values = conformal_p_values(table.anomaly_score[scored].to_numpy(), calibration)
+    p_values = (1 + table.as_strange[scored].to_numpy()) / (count + 1)
     table.loc[scored, "p_value"] = p_values
     level = settings.fdr if settings.alpha is None else settings.alpha
     if level is None:
@@ -267,32 +271,50 @@ def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]
     return {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}, found
 
 
-def describe_calibration(calibration: NDArray[np.float64] | None) -> dict[str, Any] | None:
+def describe_calibration(calibration: Calibration | None) -> dict[str, Any] | None:
     """Number of calibration images, and above which score an image's p-value is at most some levels."""
     if calibration is None:
         return None
-    count, ordered = len(calibration), np.sort(calibration)[::-1]
+    count = len(calibration.scores)
+    about: dict[str, Any] = {"images": count, "smallest_p_value": 1 / (count + 1), "folds": calibration.folds}
+    if calibration.folds > 1:  # each fold has a score of its own
+        return about
+    ordered = np.sort(calibration.scores)[::-1]
     ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
-    return {
-        "images": count,
-        "smallest_p_value": 1 / (count + 1),
+    return about | {
         "thresholds": {f"{a:g}": float(ordered[rank - 1]) if rank else None for a, rank in ranks.items()},
         "threshold": "an image whose score is above it has a p-value of at most the level",
     }
 
 
-def _say_calibration(calibration: NDArray[np.float64] | None, settings: ScoreConfig) -> None:
-    if calibration is None:
-        no = "this run has no held-out images to calibrate scores (train --holdout)"
-        if settings.alpha is not None or settings.fdr is not None:
+def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -> None:
+    """Say beforehand which decisions so many calibration images can carry.
+
+    Raises
+    ------
+    ValueError
+        If a decision is asked for that no image could meet.
+    """
+    level = fdr if alpha is None else alpha
+    if not count:
+        no = "this run has no held-out images to calibrate scores (train --holdout, or pyro-vje calibrate)"
+        if level is not None:
             raise ValueError(f"no p-values, so no decisions: {no}")
         log.info("no p-values: %s", no)
         return
-    least = 1 / (len(calibration) + 1)
-    log.info("p-values against %d held-out images: none is below %.3g", len(calibration), least)
-    if (settings.alpha or 1) < least:
-        no = "no image can be called an anomaly at alpha %g: hold out more images (train --holdout)"
-        log.warning(no, settings.alpha)
+    least = 1 / (count + 1)
+    log.info("p-values against %d normal images: none is below %.3g", count, least)
+    if level is not None and level < least:
+        raise ValueError(
+            f"with {count} calibration images no p-value is below {least:.3g}, so nothing could be called an anomaly "
+            f"at {'alpha' if alpha is not None else 'fdr'} {level:g}: calibrate with {math.ceil(1 / level) - 1} or "
+            "more, or raise the level"
+        )
+    if fdr is not None and (least_called := math.ceil(images * least / fdr)) > 1:
+        log.warning(
+            "at fdr %g, among %d images and with %d to calibrate, fewer than %d strange ones cannot be called",
+            *(fdr, images, count, least_called),
+        )
 
 
 # What is written ------------------------------------------------------------------------------------------------------

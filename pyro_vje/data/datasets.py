@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,12 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     return read_images(images, request.residency)
 
 
+def _images(request: Request) -> ImageSet:
+    """Every image of a tree, in any split, without classes."""
+    found = _folder(replace(request, split="all"))
+    return replace(found, labels=None, classes=None)
+
+
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(_digits, (0.305,) * 3, (0.319,) * 3, "digits", 16),
     "cifar10": Dataset(_cifar, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar", 32),
@@ -269,6 +275,7 @@ DATASETS: dict[str, Dataset] = {
     "stl10": Dataset(_stl10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "stl10", 96),
     "imagenet": Dataset(_imagenet, recipe="imagenet", image_size=224),
     "folder": Dataset(_folder),
+    "images": Dataset(_images),
 }
 
 

@@ -25,8 +25,9 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pyro_vje.anomaly.calibration import Split
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
-from pyro_vje.anomaly.rows import HOW, calibration_scores, make_scorer
+from pyro_vje.anomaly.rows import HOW, calibrate, make_scorer
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.anomaly.table import describe_calibration
 from pyro_vje.config import ScoreConfig
@@ -121,7 +122,8 @@ def export(
     run = load_run(ckpt, trust_plugins=trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)
     scorer = make_scorer(run, settings)
-    calibration = calibration_scores(run, scorer, settings)
+    known = calibrate(run, scorer, settings)
+    calibration = known.scores if isinstance(known, Split) else None  # folds would need all their heads
     description = {**run.info.to_dict(), "score": {name: getattr(settings, name) for name in HOW}}
     del description["config"]["data_dir"]  # where the data lay concerns nobody else
     side = run.info.image_size
@@ -266,7 +268,7 @@ def model_card(
         family=get_family(settings.score_likelihood or run.info.config.likelihood),
         score=settings,
         meaning=get_score(settings.score).description,
-        calibration=describe_calibration(calibration),
+        calibration=describe_calibration(None if calibration is None else Split(calibration)),
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,
         file=file,

@@ -371,6 +371,19 @@ def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
     return tensors["fold"], tensors["features"], found
 
 
+def calibration_file(name: str) -> str:
+    """The file of a calibration that `pyro_vje.calibrate` made under a name."""
+    if not name or Path(name).name != name:
+        raise ValueError(f"a calibration is called by a plain name, not {name!r}")
+    return f"calibration-{name}.safetensors"
+
+
+def calibrations(run: LoadedRun) -> list[str]:
+    """Names of the calibrations that a run has beside its own."""
+    found = [] if run.folder is None else run.folder.glob(calibration_file("*"))
+    return sorted(path.stem.removeprefix("calibration-") for path in found)
+
+
 def read_info(folder: Path) -> RunInfo:
     """Read a run folder's ``config.json``.
 
@@ -451,11 +464,10 @@ def load_run(
                 "(--trust-plugins, or trust_plugins=True)"
             )
     # All but the encoder first, and without memory: a damaged configuration may ask for more than there is.
-    trunk = state.get("posterior_network.trunk.0.weight", torch.empty(1, 1))
-    projector = state.get(
-        "projector.0.weight", trunk
-    )  # without one, features are what the posterior network takes
-    features = projector.shape[-1] if projector.dim() == 2 else 1
+    # The width of the encoder's features: what the projector takes, or without one the posterior network.
+    takes = state.get("projector.0.weight", state.get("posterior_network.trunk.0.weight", torch.empty(1, 1)))
+    takes = state["projector.matrix"].T if "projector.matrix" in state else takes
+    features = takes.shape[-1] if takes.dim() == 2 else 1
     with torch.device("meta"):
         head = _model(info.config, nn.Identity(), features).state_dict()
     check_state(path, {name: t for name, t in state.items() if not name.startswith("encoder.")}, head)

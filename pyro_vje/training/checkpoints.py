@@ -99,7 +99,11 @@ class Checkpoints(Checkpoint):
         self._stop_if(stop)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save, when all that belongs to the epoch is done."""
+        """Save, when all that belongs to the epoch is done; a head's epochs are too short for that."""
+        config: Any = pl_module.config
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if config.frozen and not self.stop.signum and not last:
+            return
         self._save(trainer)
         self._stop_if(*self._agreed(trainer, float(self.stop.signum)))
 

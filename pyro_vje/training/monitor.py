@@ -187,15 +187,22 @@ class EpochReport(lightning.pytorch.Callback):
             # A young posterior is noise in every run; what matters is whether it stays so.
             young = max(module.config.warmup_epochs or 0, (trainer.max_epochs or 0) / 2)
             if last or row["epoch"] > young:
-                self._warn(row, module.vje.feature_dim, module.own_objective is None)
+                self._warn(row, module.vje.feature_dim, module.own_objective is None, module.config.frozen)
         self.rows.append(row)
         if trainer.is_global_zero:
-            self._write()
+            if last or not module.config.frozen:
+                self._write()
             if trainer.logger is not None:  # TensorBoard, where it is installed
                 trainer.logger.log_metrics(
                     {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
                 )
-            log.info(_line(row, trainer.max_epochs or 0))
+            # A head has hundreds of epochs of a few steps.
+            if (
+                last
+                or not module.config.frozen
+                or row["epoch"] % max(1, (trainer.max_epochs or 0) // 10) == 0
+            ):
+                log.info(_line(row, trainer.max_epochs or 0))
 
     def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
         """Draw the curves and the embedding of held-out (else training) images into the run folder."""
@@ -231,9 +238,11 @@ class EpochReport(lightning.pytorch.Callback):
             row["knn_accuracy"] = (predicted == labels[1]).double().mean().item()
         return row
 
-    def _warn(self, row: dict[str, Any], dim: int, elbo: bool) -> None:
+    def _warn(self, row: dict[str, Any], dim: int, elbo: bool, frozen: bool) -> None:
         signs = ("effective_rank", "spread", "posterior_snr")
-        for sign in signs[: 3 if elbo else 2]:  # without the ELBO the posterior's scale has no meaning
+        for sign in signs[
+            2 * frozen : 3 if elbo else 2
+        ]:  # without the ELBO the posterior's scale has no meaning
             # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
             rank, spread, snr = (row[name] if name == sign else math.inf for name in signs)
             message = metrics.collapse_warning(rank, spread, snr, dim)
