@@ -42,22 +42,17 @@ class Request:
 class Dataset:
     """One entry of :data:`DATASETS`: a function of a :class:`Request`, and how its images are seen.
 
-    Attributes
-    ----------
-    mean, std
-        Of each channel over the training images, in [0, 1]; by default ImageNet's, which are nearly right for any
-        photographs, and the same for every folder, so that a trained encoder reads a second one as it read the first.
-    recipe
-        Name of the augmentation in :data:`pyro_vje.data.RECIPES`; ``None``: by the image size.
-    image_size
-        Side in pixels when the user does not say; ``None``: the function chooses.
+    ``mean`` and ``std`` are of each channel, in [0, 1]; by default ImageNet's, which are nearly right for photographs,
+    and the same for every folder, so that an encoder reads a second one as it read the first.
     """
 
     load: Callable[[Request], ImageSet]
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     recipe: str | None = None
+    """Name of the augmentation in :data:`pyro_vje.data.RECIPES`; ``None``: by the image size."""
     image_size: int | None = None
+    """Side in pixels when the user does not say; ``None``: the function chooses."""
 
 
 def find_dataset(name: str) -> Dataset:
@@ -66,11 +61,9 @@ def find_dataset(name: str) -> Dataset:
     One's own is a :class:`Dataset`, or a function of a :class:`Request` alone. Raises ``ValueError`` if there is none.
     """
     found = look_up(name, DATASETS, what="data set", group="pyro_vje.datasets")
-    if isinstance(found, Dataset):
-        return found
-    if not callable(found):
+    if not isinstance(found, Dataset) and not callable(found):
         raise ValueError(f"data set {name!r} is no function from a Request to an ImageSet")
-    return Dataset(found)
+    return found if isinstance(found, Dataset) else Dataset(found)
 
 
 def recipe_for(name: str, image_size: int) -> str:
@@ -82,9 +75,8 @@ def recipe_for(name: str, image_size: int) -> str:
 def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
     """Return the training and the evaluation views for a data set's name (`find_dataset`), as it is seen."""
     data = find_dataset(name)
-    return TwoViews(image_size, recipe_for(name, image_size), data.mean, data.std), CleanView(
-        image_size, data.mean, data.std
-    )
+    two_views = TwoViews(image_size, recipe_for(name, image_size), data.mean, data.std)
+    return two_views, CleanView(image_size, data.mean, data.std)
 
 
 def load_dataset(
@@ -97,33 +89,15 @@ def load_dataset(
     residency: str = "auto",
     interpolation: str = "bilinear",
 ) -> ImageSet:
-    """Load one split of a data set as square RGB images.
+    """Load one split of a data set (`find_dataset`) as square RGB images of side ``image_size`` (by default its own).
 
-    Parameters
-    ----------
-    name
-        See :func:`find_dataset`.
-    data_dir
-        Where the data lie or are downloaded to: for ``folder`` and ``imagenet`` the folder itself, for the
-        others the folder that torchvision calls ``root``. By default ``$PYRO_VJE_DATA``, or ``data_sets``.
-    split
-        ``"pretrain"`` (``train``, and the images without labels where the data set has any), ``"train"``,
-        ``"test"``, or ``"all"`` (of a folder every image in it, else every labelled one).
-    image_size
-        Side in pixels; by default the data set's own.
-    download
-        Fetch what is missing, where that is possible.
-    residency
-        ``"memory"``, ``"stream"`` or ``"auto"``: whether image files are decoded once, or when they are read.
-    interpolation
-        ``"bilinear"`` or ``"bicubic"``: how image files are resized.
-
-    Raises
-    ------
-    ValueError
-        Unknown name or split, no image, or not one that can be decoded.
-    FileNotFoundError
-        The data are absent and were not, or could not be, downloaded.
+    ``data_dir`` is where the data lie or are downloaded to: of a folder and ImageNet the folder itself, else what
+    torchvision calls ``root``; by default ``$PYRO_VJE_DATA``, or ``data_sets``. ``split`` is ``"train"``, ``"test"``,
+    ``"pretrain"`` (``train``, and the images without labels where there are any) or ``"all"`` (of a folder every image
+    in it, else every labelled one). Image files are decoded once (``residency`` ``"memory"``), when they are read
+    (``"stream"``), or as the memory allows (``"auto"``), and resized by ``interpolation``, ``"bilinear"`` or
+    ``"bicubic"``. Raises ``ValueError`` for an unknown name or split, or where no image can be decoded, and
+    ``FileNotFoundError`` where the data are absent and were not, or could not be, downloaded.
     """
     entry = find_dataset(name)
     if split not in SPLITS:
@@ -131,10 +105,9 @@ def load_dataset(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     root = Path(data_dir if data_dir is not None else os.environ.get("PYRO_VJE_DATA", "data_sets"))
+    size = image_size or entry.image_size
     try:
-        images = entry.load(
-            Request(name, root, split, image_size or entry.image_size, download, residency, interpolation)
-        )
+        images = entry.load(Request(name, root, split, size, download, residency, interpolation))
     except Exception as error:
         if name in DATASETS or isinstance(error, (ValueError, OSError, MemoryError)):
             raise
@@ -145,7 +118,10 @@ def load_dataset(
     return images
 
 
-def _digits(request: Request) -> ImageSet:
+Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # uint8 images (N, 3, H, W), labels (N,), class names
+
+
+def _digits(request: Request, split: str) -> Arrays:
     """scikit-learn's 1,797 handwritten digits, enlarged to 16 x 16 so that a random crop has pixels to work on.
 
     In each class every fifth image is a test image: the file's order mixes the writers, and no seed is involved.
@@ -156,36 +132,67 @@ def _digits(request: Request) -> ImageSet:
     grey = torch.from_numpy((data.images * (255 / 16)).round().astype(np.uint8))
     labels = torch.from_numpy(data.target).long()
     rank = (labels[:, None] == labels).tril().sum(1) - 1  # position of each image in its class
-
-    def read(split: str) -> Arrays:
-        here = (rank % 5 == 4) == (split == "test")
-        return grey[here, None].expand(-1, 3, -1, -1), labels[here], tuple("0123456789")
-
-    return _in_memory(request, read)
+    here = (rank % 5 == 4) == (split == "test")
+    return grey[here, None].expand(-1, 3, -1, -1), labels[here], tuple("0123456789")
 
 
-def _cifar(request: Request) -> ImageSet:
+def _cifar(request: Request, split: str) -> Arrays:
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[request.name]
-
-    def read(split: str) -> Arrays:
-        data = _torchvision(kind, request, kind.base_folder, train=split == "train")
-        pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
-        return pixels, torch.tensor(data.targets), tuple(data.classes)
-
-    return _in_memory(request, read)
+    data = _torchvision(kind, request, kind.base_folder, train=split == "train")
+    return torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets), tuple(data.classes)
 
 
-def _stl10(request: Request) -> ImageSet:
-    """STL-10; the 100,000 images without labels (-1) come with the split ``pretrain`` only."""
+def _stl10(request: Request, split: str) -> Arrays:
     from torchvision.datasets import STL10
 
-    def read(split: str) -> Arrays:
-        data = _torchvision(STL10, request, STL10.base_folder, split=split)
-        return torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), tuple(data.classes)
+    data = _torchvision(STL10, request, STL10.base_folder, split=split)
+    return torch.from_numpy(data.data), torch.from_numpy(data.labels).long(), tuple(data.classes)
 
-    return _in_memory(request, read, pretrain=("train", "unlabeled"))
+
+def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: Any) -> Any:
+    """Read a torchvision data set from ``request.root``, downloading it if absent and wanted."""
+    place = (request.root / folder).absolute()
+    try:
+        return kind(str(request.root), download=False, **arguments)
+    except (RuntimeError, OSError) as error:  # absent, incomplete, or files with other checksums
+        if not request.download:
+            raise FileNotFoundError(
+                f"{request.name}: not found, or incomplete, in {place}. Allow the download, or give the "
+                f"folder that holds {folder}/ as data_dir (--data-dir){_elsewhere(request.root)}"
+            ) from error
+    try:
+        return kind(str(request.root), download=True, **arguments)
+    except Exception as error:  # what a failing network or disk raises is not one type
+        raise FileNotFoundError(
+            f"{request.name}: not found in {place}, and the download failed ({type(error).__name__}: "
+            f"{error}). Fetch {kind.url} where there is a connection, and unpack it so that {place} exists"
+        ) from error
+
+
+def _in_memory(
+    read: Callable[[Request, str], Arrays], pretrain: tuple[str, ...] = ("train",)
+) -> Callable[[Request], ImageSet]:
+    """The data set's function where ``read`` returns ``"train"``, ``"test"`` and the names in ``pretrain``."""
+
+    def load(request: Request) -> ImageSet:
+        splits = {"pretrain": pretrain, "all": ("train", "test")}.get(request.split, (request.split,))
+        parts = [read(request, split) for split in splits]
+        size = request.image_size or parts[0][0].shape[-1]
+        out = torch.empty((sum(len(images) for images, _, _ in parts), 3, size, size), dtype=torch.uint8)
+        blocks = (block for images, _, _ in parts for block in images.split(1000))  # small temporary copies
+        filled = 0
+        for block in blocks:
+            if size != block.shape[-1]:
+                block = interpolate(block.contiguous(), (size, size), mode="bilinear", antialias=True)
+            out[filled : filled + len(block)] = block
+            filled += len(block)
+        counts = [(split, len(part[0])) for split, part in zip(splits, parts, strict=True)]
+        paths = [f"{request.name}/{split}/{i:05d}" for split, count in counts for i in range(count)]
+        return ImageSet(out, paths, torch.cat([labels for _, labels, _ in parts]), parts[0][2])
+
+    return load
 
 
 def _imagenet(request: Request) -> ImageSet:
@@ -214,7 +221,7 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     of each file's path in the tree, are the test split: a file never changes sides when others come or go.
     Other images are unlabelled (-1). For the split ``all`` every image of the tree is taken.
     """
-    root = request.root
+    root, split = request.root, request.split
     if not root.exists():
         raise FileNotFoundError(
             f"no such folder: {root.absolute()}: give the right one as data_dir (--data-dir){_elsewhere(root)}"
@@ -223,104 +230,44 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     parts = {name: PARTS[name.lower()] for name in sorted(known) if (root / name).is_dir()}
     test = next((part for part in held_out if part in parts.values()), None)
     if test is None or "train" not in parts.values():
-        if parts and request.split != "all":
+        if parts and split != "all":
             logger.warning("%s lacks train/, or test/ or val/: %s is read as a class", root, ", ".join(parts))
         parts = {}
-    files = [(str(path), path.relative_to(root).parts) for path in list_images(root)]
+    every = [(str(path), path.relative_to(root).parts) for path in list_images(root)]
 
     def class_of(place: tuple[str, ...]) -> str:
         if parts:
             place = place[1:] if place[0] in parts else ()
         return place[0] if len(place) > 1 else ""
 
-    def of_part(part: str | None) -> list[tuple[str, tuple[str, ...]]]:
-        return [(path, place) for path, place in files if parts.get(place[0]) == part]
+    def in_split(place: tuple[str, ...], split: str) -> bool:
+        if not parts:
+            return split == "all" or _is_test(place) == (split == "test")
+        return split == "all" or parts.get(place[0]) == (test if split == "test" else "train")
 
-    names = sorted({class_of(place) for _, place in files} - {""})
+    names = sorted({class_of(place) for _, place in every} - {""})
     index = {name: i for i, name in enumerate(names)}
-    size = request.image_size or _typical_size(of_part("train") if parts else files)
-    if parts and request.split != "all":
-        files = of_part(test if request.split == "test" else "train")
-    elif request.split != "all":
-        total = len(files)
-        files = [(path, place) for path, place in files if _is_test(place) == (request.split == "test")]
-        logger.info(
-            "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test; "
-            "%d of %s in the split %s",
-            *(len(files), counted(total), request.split),
-        )
+    files = [(path, place) for path, place in every if in_split(place, split)]
+    if not parts and split != "all":
+        how = "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test"
+        logger.info("%s; %d of %s in the split %s", how, len(files), counted(len(every)), split)
     if not files:
         raise ValueError(
-            f"{root} has no image in the split {request.split!r}: without train/ and test/ about a tenth are test "
+            f"{root} has no image in the split {split!r}: without train/ and test/ about a tenth are test "
             "images, by a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
         )
+    sized = [path for path, place in every if not parts or in_split(place, "train")]
     paths = [path for path, _ in files]
     labels = torch.tensor([index.get(class_of(place), -1) for _, place in files])
+    lazy = LazyImages(paths, request.image_size or _typical_size(sized), request.interpolation)
     labelled = labels if bool((labels >= 0).any()) else None
-    lazy = LazyImages(paths, size, request.interpolation)
     images = ImageSet(lazy, paths, labelled, tuple(names) or None, root=str(root))
     return read_images(images, request.residency)
 
 
 def _images(request: Request) -> ImageSet:
     """Every image of a tree, in any split, without classes."""
-    found = _folder(replace(request, split="all"))
-    return replace(found, labels=None, classes=None)
-
-
-DATASETS: dict[str, Dataset] = {
-    "digits": Dataset(_digits, (0.305,) * 3, (0.319,) * 3, "digits", 16),
-    "cifar10": Dataset(_cifar, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar", 32),
-    "cifar100": Dataset(_cifar, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar", 32),
-    "stl10": Dataset(_stl10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "stl10", 96),
-    "imagenet": Dataset(_imagenet, recipe="imagenet", image_size=224),
-    "folder": Dataset(_folder),
-    "images": Dataset(_images),
-}
-
-
-Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # uint8 images (N, 3, H, W), labels (N,), class names
-
-
-def _in_memory(
-    request: Request, read: Callable[[str], Arrays], pretrain: tuple[str, ...] = ("train",)
-) -> ImageSet:
-    """Make an ImageSet of what ``read`` returns for ``"train"``, ``"test"`` and the names in ``pretrain``."""
-    splits = {"pretrain": pretrain, "all": ("train", "test")}.get(request.split, (request.split,))
-    parts = [read(split) for split in splits]
-    size = request.image_size or parts[0][0].shape[-1]
-    out = torch.empty((sum(len(images) for images, _, _ in parts), 3, size, size), dtype=torch.uint8)
-    filled = 0
-    for images, _, _ in parts:
-        for block in images.split(1000):  # in blocks: the temporary copies stay small
-            if size != block.shape[-1]:
-                block = interpolate(block.contiguous(), (size, size), mode="bilinear", antialias=True)
-            out[filled : filled + len(block)] = block
-            filled += len(block)
-    counts = [(split, len(part[0])) for split, part in zip(splits, parts, strict=True)]
-    paths = [f"{request.name}/{split}/{i:05d}" for split, count in counts for i in range(count)]
-    return ImageSet(out, paths, torch.cat([labels for _, labels, _ in parts]), parts[0][2])
-
-
-def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: Any) -> Any:
-    """Read a torchvision data set from ``request.root``, downloading it if absent and wanted."""
-    place = (request.root / folder).absolute()
-    try:
-        return kind(str(request.root), download=False, **arguments)
-    except (RuntimeError, OSError) as error:  # absent, incomplete, or files with other checksums
-        if not request.download:
-            raise FileNotFoundError(
-                f"{request.name}: not found, or incomplete, in {place}. Allow the download, or give the "
-                f"folder that holds {folder}/ as data_dir (--data-dir){_elsewhere(request.root)}"
-            ) from error
-    try:
-        request.root.mkdir(parents=True, exist_ok=True)
-        return kind(str(request.root), download=True, **arguments)
-    except Exception as error:  # what a failing network or disk raises is not one type
-        raise FileNotFoundError(
-            f"{request.name}: not found in {place}, and the download failed ({type(error).__name__}: "
-            f"{error}). Fetch {kind.url} where there is a connection, and unpack it so that {place} exists"
-        ) from error
+    return replace(_folder(replace(request, split="all")), labels=None, classes=None)
 
 
 def _elsewhere(root: Path) -> str:
@@ -333,11 +280,27 @@ def _is_test(place: tuple[str, ...]) -> bool:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[0] % 10 == 0
 
 
-def _typical_size(files: list[tuple[str, tuple[str, ...]]]) -> int:
+def _typical_size(paths: list[str]) -> int:
     """Choose 32, 64, 96 or 224 pixels from the median shorter side of about 32 files."""
-    sample = [image_shape(path) for path, _ in files[:: max(1, len(files) // 32)]]
-    sides = [min(shape) for shape in sample if shape is not None]
-    median = float(np.median(sides)) if sides else 224.0
+    shapes = map(image_shape, paths[:: max(1, len(paths) // 32)])
+    median = float(np.median([min(shape) for shape in shapes if shape is not None] or [224]))
     size = next((size for limit, size in ((40, 32), (80, 64), (128, 96)) if median <= limit), 224)
     logger.info("images resized to %d x %d: the median shorter side is %g pixels", size, size, median)
     return size
+
+
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset(_in_memory(_digits), (0.305,) * 3, (0.319,) * 3, "digits", 16),
+    "cifar10": Dataset(_in_memory(_cifar), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar", 32),
+    "cifar100": Dataset(_in_memory(_cifar), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar", 32),
+    "stl10": Dataset(
+        _in_memory(_stl10, ("train", "unlabeled")),
+        (0.4467, 0.4398, 0.4066),
+        (0.2603, 0.2566, 0.2713),
+        "stl10",
+        96,
+    ),
+    "imagenet": Dataset(_imagenet, recipe="imagenet", image_size=224),
+    "folder": Dataset(_folder),
+    "images": Dataset(_images),
+}

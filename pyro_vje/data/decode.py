@@ -14,12 +14,10 @@ animated GIF, WebP, multi-page TIFF      the first frame
 more than `MAX_PIXELS` pixels            error, "refused as a decompression bomb"; nothing is decoded
 0 bytes, cut off, damaged, another kind  error that says which
 HEIC                                     read where pillow-heif is installed, else an error that says so
-raw camera files, PSD, SVG, DICOM, ...   error, "not an image of a known format"
-any other extension                      left out, with a line in the log that counts them
+raw camera files, PSD, SVG, DICOM, ...   error; files of any other extension are left out, and counted in the log
 gone since it was listed                 error, "No such file or directory"
 a file or folder without permission      error, "Permission denied"; of a folder one row
-link to itself, or to nowhere            error, "Too many levels of symbolic links", "No such file ..."
-linked folder                            read, except where it contains itself
+a link to itself, or to nowhere          error of the system; a linked folder is read, unless it contains itself
 run folder, pictures/ of scoring         left out with a line in the log: our own pictures are no data
 pipe, socket, device                     error, "not a regular file"; it is never opened
 name with newline, quote, no UTF-8       as any other; the CSV quotes it, and holds the name's own bytes
@@ -43,6 +41,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 logger = logging.getLogger("pyro_vje")
+Source = str | os.PathLike[str] | bytes
 
 with contextlib.suppress(ImportError):
     import_module("pillow_heif").register_heif_opener()
@@ -52,9 +51,7 @@ FORMATS = tuple(name for name in _MEANT if name in Image.OPEN)
 """Pillow tries only these decoders, so that a file cannot reach one that nobody meant to use."""
 EXTENSIONS = frozenset(name for name, kind in Image.registered_extensions().items() if kind in FORMATS)
 _HEIC = {".heic", ".heif", ".hif"}
-_UNREAD = {
-    f".{name}" for name in ("avif", "jxl", "psd", "tga", "svg", "exr", "dcm", "dng", "cr2", "nef", "arw")
-}
+_UNREAD = {".avif", ".jxl", ".psd", ".tga", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".nef", ".arw"}
 _LISTED = EXTENSIONS | _HEIC | _UNREAD  # images to whoever put them there: each is decoded, or a failure
 
 MAX_PIXELS = 89_478_485
@@ -66,16 +63,13 @@ class ImageError(ValueError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(
-    source: str | os.PathLike[str] | bytes, size: int | None = None, interpolation: str = "bilinear"
-) -> Tensor:
+def decode_image(source: Source, size: int | None = None, interpolation: str = "bilinear") -> Tensor:
     """Decode one image file, a path or its bytes, as the table above says, to RGB: uint8 (3, H, W).
 
     With ``size`` the shorter side is resized to so many pixels (``"bilinear"`` or ``"bicubic"``, antialiased), and the
@@ -85,19 +79,16 @@ def decode_image(
     try:
         with _open(source) as image:
             if image.width * image.height > MAX_PIXELS:
-                error = f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}"
-                raise Image.DecompressionBombError(error)
-            if size is not None:
-                # A JPEG decodes straight to 1/2, 1/4 or 1/8 size; twice the wanted size loses no detail.
+                message = f"{image.width} x {image.height} pixels, limit {MAX_PIXELS}"
+                raise Image.DecompressionBombError(message)
+            if size is not None:  # a JPEG decodes straight to 1/2, 1/4 or 1/8; twice the size loses no detail
                 image.draft(None, (2 * size, 2 * size))
             image.load()
             with contextlib.suppress(Exception):  # damaged EXIF must not cost a good image
                 ImageOps.exif_transpose(image, in_place=True)
             rgb = _to_rgb(image, path)
             if size is not None and rgb.size != (size, size):
-                # Crop and resize in one step: resizing the whole of a 20000 x 20 image first would need 1000
-                # times the memory of the square that is kept.
-                side = min(rgb.size)
+                side = min(rgb.size)  # in one step: the whole of 20000 x 20 would take 1000 times the memory
                 left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
                 box = (left, top, left + side, top + side)
                 rgb = rgb.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
@@ -123,7 +114,7 @@ def image_shape(path: str | os.PathLike[str]) -> tuple[int, int] | None:
         return None
 
 
-def _open(source: str | os.PathLike[str] | bytes) -> Image.Image:
+def _open(source: Source) -> Image.Image:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
     mode = os.stat(source).st_mode
@@ -133,7 +124,6 @@ def _open(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, path: str) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bit(np.asarray(image), path)).convert("RGB")
     if image.has_transparency_data:
@@ -147,15 +137,13 @@ def _to_8_bit(grey: np.ndarray, path: str) -> np.ndarray:
     """Scale by the kind of number alone, never by what the image shows, so that images stay comparable."""
     kind, top, slack = ("float", 1, 1e-3) if grey.dtype.kind == "f" else ("integer", 65535, 0)
     if not ((grey >= -slack) & (grey <= top + slack)).all():  # nor is it where a value is NaN
-        raise ImageError(
-            path,
-            f"{kind} values from {grey.min():g} to {grey.max():g}, where 0 to {top} can be read: convert all images "
-            "by one rule, to 8 or 16 bits or to floats in [0, 1]",
-        )
+        found = f"{kind} values from {grey.min():g} to {grey.max():g}, where 0 to {top} can be read"
+        rule = "convert all images by one rule, to 8 or 16 bits or to floats in [0, 1]"
+        raise ImageError(path, f"{found}: {rule}")
     return (grey.clip(0, top) * (255 / top)).round().astype(np.uint8)
 
 
-def _not_an_image(source: str | os.PathLike[str] | bytes) -> str:
+def _not_an_image(source: Source) -> str:
     if not source if isinstance(source, bytes) else os.path.getsize(source) == 0:
         return "empty file"
     if "HEIF" not in FORMATS and not isinstance(source, bytes) and _extension(os.fspath(source)) in _HEIC:
@@ -166,9 +154,8 @@ def _not_an_image(source: str | os.PathLike[str] | bytes) -> str:
 def list_images(root: str | os.PathLike[str]) -> list[Path]:
     """List the image files under a folder, sorted by path; what is left out is counted in the log.
 
-    Hidden files and folders, run folders and the pictures that scoring draws are left out. Linked folders are followed,
-    except a link to a folder that contains it. A folder that cannot be read stands in the list itself, as files do that
-    are images which nothing here decodes, so that they are not passed over in silence. A single file is a list of one.
+    Hidden files are left out, run folders, and the pictures that scoring draws. A folder that cannot be read stands in
+    the list itself, as images do that nothing here decodes: neither is passed over in silence. A file is a list of one.
     Raises ``FileNotFoundError`` if there is no such folder, ``ValueError`` if there is nothing to list.
     """
     root = Path(root)
@@ -180,10 +167,8 @@ def list_images(root: str | os.PathLike[str]) -> list[Path]:
     found = sorted(_walk(str(root), (), left_out))
     said = ", ".join(f"{count} {what}" for what, count in left_out.most_common())
     if not found:
-        looked = ", ".join(sorted(EXTENSIONS))
-        raise ValueError(
-            f"no images in {root}: looked for {looked}, in its subfolders too; left out: {said or 'none'}"
-        )
+        looked = f"looked for {', '.join(sorted(EXTENSIONS))}, in its subfolders too"
+        raise ValueError(f"no images in {root}: {looked}; left out: {said or 'none'}")
     if said:
         logger.info("left out in %s: %s", root, said)
     return [Path(path) for path in found]

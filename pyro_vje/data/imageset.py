@@ -30,6 +30,10 @@ class LazyImages:
     def __init__(self, paths: Sequence[str], size: int, interpolation: str = "bilinear") -> None:
         self.paths, self.size, self.interpolation = list(paths), size, interpolation
 
+    def at(self, paths: Sequence[str]) -> LazyImages:
+        """The same of other files."""
+        return LazyImages(paths, self.size, self.interpolation)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -52,36 +56,19 @@ class Decoded(Dataset[Any]):
 
 @dataclass
 class ImageSet:
-    """Images with what is known about each.
-
-    Attributes
-    ----------
-    images
-        uint8 (N, 3, S, S), or :class:`LazyImages` of length N.
-    paths
-        N names: the file, or for instance ``"cifar10/test/00012"``.
-    labels
-        int64 (N,), -1 where an image has no label; ``None`` when none has.
-    classes
-        The name of each label.
-    failed
-        (path, reason) of every image that could not be decoded. In memory these are no longer among the N;
-        a lazy set learns of them when it is read.
-    root
-        The folder that holds all the files, where there is one.
-
-    Raises
-    ------
-    ValueError
-        If the lengths differ, or the images are not uint8 (N, 3, S, S).
-    """
+    """Images with what is known about each; ``ValueError`` if lengths differ, or images are not uint8 (N, 3, S, S)."""
 
     images: Tensor | LazyImages
+    """uint8 (N, 3, S, S), or :class:`LazyImages` of length N."""
     paths: list[str]
+    """N names: the file, or for instance ``"cifar10/test/00012"``."""
     labels: Tensor | None = None
+    """int64 (N,), -1 where an image has no label; ``None`` when none has. ``classes`` are their names."""
     classes: tuple[str, ...] | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
+    """(path, reason) of images that could not be decoded: in memory no longer of the N; lazy, when they are read."""
     root: str | None = None
+    """The folder that holds all the files, where there is one."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -128,24 +115,16 @@ class ImageSet:
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         paths, images = [self.paths[i] for i in index.tolist()], self.images
-        return replace(
-            self,
-            images=images[index]
-            if isinstance(images, Tensor)
-            else LazyImages(paths, images.size, images.interpolation),
-            paths=paths,
-            labels=None if self.labels is None else self.labels[index],
-            failed=list(self.failed),
-        )
+        chosen = images[index] if isinstance(images, Tensor) else images.at(paths)
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, images=chosen, paths=paths, labels=labels, failed=list(self.failed))
 
     def named(self, names: Sequence[str]) -> ImageSet:
         """Return the images of these ``names`` in their order; raises ``ValueError`` for one that is not there."""
         position = {name: i for i, name in enumerate(self.names)}
-        missing = [name for name in names if name not in position]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {counted(len(names))} are not there, for instance {missing[0]!r}"
-            )
+        if missing := [name for name in names if name not in position]:
+            found = f"{len(missing)} of {counted(len(names))}"
+            raise ValueError(f"{found} are not there, for instance {missing[0]!r}")
         return self.select([position[name] for name in names])
 
     def labels_at(self, indices: Tensor) -> Tensor:
@@ -167,10 +146,10 @@ class ImageSet:
             return classes.index(which)
         if str(which).isdecimal() and int(which) < len(classes):
             return int(which)
-        known = (
-            ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100])) or "none, they are unlabelled"
+        known = ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100]))
+        raise ValueError(
+            f"no class {which!r} in these images; classes: {known or 'none, they are unlabelled'}"
         )
-        raise ValueError(f"no class {which!r} in these images; classes: {known}")
 
     def class_name(self, which: str | int) -> str:
         """Return the name of a class given by name or index: an index means another class in other data."""
@@ -186,7 +165,7 @@ class ImageSet:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all images in order: indices int64 (B,) into the set, and uint8 images (B, 3, S, S).
 
-        Two batches of decoded images are held. What cannot be decoded is left out and noted in ``self.failed``.
+        Holds two batches of decoded images. What cannot be decoded is left out and noted in ``self.failed``.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -218,21 +197,16 @@ class ImageSet:
 
 
 def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
-    """Decode a lazy set into memory, or return it as it is, to be decoded on every read.
+    """Decode a lazy set into memory, if half of what is free holds it or ``residency`` says so, or return it as it is.
 
-    ``residency`` is ``"memory"``, ``"stream"``, or ``"auto"``: in memory if half of what is free holds the images.
-    Raises ``ValueError`` if it is none of these, or not one image can be decoded.
+    Raises ``ValueError`` if ``residency`` is none of `RESIDENCIES`, or not one image can be decoded.
     """
-    if residency not in RESIDENCIES:
-        raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
+    check_residency(residency)
     count, side = len(files), files.image_size
     need, allowed = count * 3 * side**2, free_memory() // 2
     in_memory = residency == "memory" or (residency == "auto" and need <= allowed)
-    logger.info(
-        "%s of %d x %d: %.2f GB decoded, %.2f GB allowed: %s (residency %s)",
-        *(counted(count), side, side, need / 1e9, allowed / 1e9),
-        *("decoded into memory" if in_memory else "decoded when read", residency),
-    )
+    what = f"{counted(count)} of {side} x {side}: {need / 1e9:.2f} GB decoded, {allowed / 1e9:.2f} GB allowed"
+    logger.info("%s: decoded %s (%s)", what, "into memory" if in_memory else "when read", residency)
     if not in_memory:
         return files
     images = torch.empty((count, 3, side, side), dtype=torch.uint8)
@@ -241,11 +215,16 @@ def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
         images[len(good) : len(good) + len(batch)] = batch
         good += index.tolist()
     if not good:
-        raise ValueError(
-            f"not one of {count} images could be decoded; the first: {': '.join(files.failed[0])}"
-        )
+        first = ": ".join(files.failed[0])
+        raise ValueError(f"not one of {count} images could be decoded; the first: {first}")
     labels = None if files.labels is None else files.labels[good]
     return replace(files, images=images[: len(good)], paths=[files.paths[i] for i in good], labels=labels)
+
+
+def check_residency(residency: str) -> None:
+    """Raise ``ValueError`` unless it is one of `RESIDENCIES`."""
+    if residency not in RESIDENCIES:
+        raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
 
 
 def counted(images: int) -> str:
@@ -256,9 +235,7 @@ def counted(images: int) -> str:
 def free_memory() -> int:
     """Bytes of memory that this process can still take, as far as the system tells."""
     free = 4 << 30
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError, StopIteration
-    ):  # then the best answer so far
+    with contextlib.suppress(OSError, ValueError, AttributeError, StopIteration):  # the best answer so far
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pyro_vje.data.imageset import RESIDENCIES, Decoded, ImageSet, LazyImages, free_memory
+from pyro_vje.data.imageset import Decoded, ImageSet, LazyImages, check_residency, free_memory
 
 logger = logging.getLogger("pyro_vje")
 
@@ -31,37 +31,32 @@ def check_batch(batch_size: int, count: int, processes: int = 1) -> None:
     """Raise ``ValueError`` unless the images make a batch, in equal shares for the processes."""
     if batch_size < 1 or batch_size % processes:
         # Gradients and batch statistics are averaged over the processes, which is right for equal shares.
-        raise ValueError(
-            f"batch_size {batch_size} cannot be shared equally by {processes} processes: "
-            f"choose a multiple of {processes}"
-        )
+        why = f"cannot be shared equally by {processes} processes: choose a multiple of {processes}"
+        raise ValueError(f"batch_size {batch_size} {why}")
     if batch_size > count:
-        raise ValueError(
-            f"batch_size {batch_size} is larger than the data, {count} images: choose at most {count}"
-        )
+        why = f"is larger than the data, {count} images: choose at most {count}"
+        raise ValueError(f"batch_size {batch_size} {why}")
 
 
 class _EpochLoader:
     """Length, order and shard of the batches; a last one that would be short is left out.
 
-    ``batch_size`` counts the images of all ranks together; each takes its part, the ``rank``-th of ``world_size`` equal
-    ones, of every batch. A CPU and a GPU draw different orders, hence the ``device``.
+    ``batch_size`` counts the images of all ranks together; each takes the ``rank``-th of ``world_size`` equal parts of
+    every batch. A CPU and a GPU draw different orders, hence the ``device``.
     """
 
     def __init__(
         self,
         count: int,
         batch_size: int,
-        *,
         seed: int = 0,
-        device: torch.device | str = "cpu",
+        device: Any = "cpu",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         check_batch(batch_size, count, world_size)
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.device = torch.device(device)
-        self.rank, self.world_size = rank, world_size
+        self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, torch.device(device)
+        self.rank, self.share = rank, batch_size // world_size
         self.epoch = self.taken = self._start = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -82,17 +77,15 @@ class _EpochLoader:
     def _indices(self) -> Iterator[Tensor]:
         generator = torch.Generator(self.device).manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator, device=self.device)
-        share = self.batch_size // self.world_size
         for batch in range(self.taken, len(self)):
-            start = batch * self.batch_size + self.rank * share
-            yield order[start : start + share]
+            yield order[batch * self.batch_size + self.rank * self.share :][: self.share]
 
 
 class ResidentLoader(_EpochLoader):
     """Shuffled batches, uint8 (batch_size / world_size, 3, S, S), of images that were copied to ``device`` once."""
 
-    def __init__(self, images: Tensor, batch_size: int, **arguments: Any) -> None:
-        super().__init__(len(images), batch_size, **arguments)
+    def __init__(self, images: Tensor, batch_size: int, **order: Any) -> None:
+        super().__init__(len(images), batch_size, **order)
         self.images = images.to(self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -105,15 +98,12 @@ class ResidentLoader(_EpochLoader):
 class StreamingLoader(_EpochLoader):
     """Shuffled batches of :class:`LazyImages` that ``num_workers`` processes (0: this one) decode ahead of their use.
 
-    They lie in host memory, pinned where there is a GPU, for ``batch.to(device, non_blocking=True)``; the order is that
-    of a :class:`ResidentLoader` on a CPU. In the place of an image that cannot be decoded stands another one of its
-    batch; it is noted in ``image_set.failed``.
+    They lie in host memory, pinned where there is a GPU, in the order of a :class:`ResidentLoader` on a CPU. In the
+    place of an image that cannot be decoded stands another one of its batch; it is noted in ``image_set.failed``.
     """
 
-    def __init__(
-        self, image_set: ImageSet, batch_size: int, *, num_workers: int = 0, **arguments: Any
-    ) -> None:
-        super().__init__(len(image_set), batch_size, **arguments)
+    def __init__(self, image_set: ImageSet, batch_size: int, *, num_workers: int = 0, **order: Any) -> None:
+        super().__init__(len(image_set), batch_size, **order)
         if not isinstance(image_set.images, LazyImages):
             raise ValueError("these images are in memory already: take ResidentLoader, or make_loader")
         self.image_set = image_set
@@ -150,45 +140,32 @@ def make_loader(
     image_set: ImageSet,
     batch_size: int,
     *,
-    device: torch.device | str = "cpu",
+    device: Any = "cpu",
     residency: str = "auto",
     num_workers: int = 0,
-    **arguments: Any,
+    **order: Any,
 ) -> ResidentLoader | StreamingLoader:
     """Choose the loader for a set of images, in batches of ``batch_size`` over all processes, and log the choice.
 
-    Parameters
-    ----------
-    device, residency
-        Where training takes place, and whether the images of a set in memory lie there: ``"memory"`` yes, ``"stream"``
-        no, ``"auto"`` if they take at most half of its free memory. Other batches lie in host memory.
-    num_workers
-        Processes that decode a lazy set; with 0 this one does.
-    **arguments
-        ``seed`` of the order; ``rank`` and ``world_size``: this process takes the ``rank``-th part of each batch.
-
-    Raises
-    ------
-    ValueError
-        If ``residency`` is none of these, or the batch is larger than the data or no multiple of ``world_size``.
+    Images in memory lie on the ``device`` of the training where ``residency`` says ``"memory"``, or ``"auto"`` and they
+    take at most half of what is free there; else in host memory. A lazy set is decoded by ``num_workers`` processes (0:
+    this one). ``order`` is a ``seed``, and ``rank`` and ``world_size`` of this process, for its part of each batch.
+    Raises ``ValueError`` if the batch is larger than the data or no multiple of ``world_size``.
     """
-    if residency not in RESIDENCIES:
-        raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
+    check_residency(residency)
     device = torch.device(device)
     if isinstance(image_set.images, LazyImages):
         if residency == "memory":
             raise ValueError("these images are decoded when read: load them with residency='memory' first")
         logger.info("%d images: decoded by %d worker processes when read", len(image_set), num_workers)
-        return StreamingLoader(image_set, batch_size, num_workers=num_workers, **arguments)
+        return StreamingLoader(image_set, batch_size, num_workers=num_workers, **order)
     need = image_set.images.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     on_device = residency == "memory" or device.type == "cpu" or (residency == "auto" and need <= free // 2)
     place = device if on_device else torch.device("cpu")
-    logger.info(
-        "%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB; residency %s)",
-        *(len(image_set), need / 1e9, place, device, free / 1e9, residency),
-    )
-    return ResidentLoader(image_set.images, batch_size, device=place, **arguments)
+    sizes = (len(image_set), need / 1e9, place, device, free / 1e9)
+    logger.info("%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB)", *sizes)
+    return ResidentLoader(image_set.images, batch_size, device=place, **order)
 
 
 class _EpochBatches:

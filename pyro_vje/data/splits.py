@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,10 @@ MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
 """Most images that the k-NN monitor uses; `evaluate` uses all."""
 
 
-def _load_split(
-    config: TrainConfig, split: str, image_size: int | None, interpolation: str = "bilinear"
-) -> ImageSet:
+def _load(config: TrainConfig, split: str, image_size: int | None, interpolation: str) -> ImageSet:
+    where: dict[str, Any] = {"download": config.download, "residency": config.residency}
     return load_dataset(
-        config.dataset,
-        config.data_dir,
-        split,
-        image_size=image_size,
-        download=config.download,
-        residency=config.residency,
-        interpolation=interpolation,
+        config.dataset, config.data_dir, split, image_size=image_size, interpolation=interpolation, **where
     )
 
 
@@ -41,25 +35,16 @@ def load_train_set(
     """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
     What identifies them is ``train_set.fingerprint()`` and ``held_out.names``. A normal class is named by
-    ``train_set.class_name(config.normal_class)``: its index would be another class in other data.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If there is no such data set or class, or it has fewer images than a batch.
+    ``train_set.class_name(config.normal_class)``: its index would be another class in other data. Raises ``ValueError``
+    or ``FileNotFoundError`` if there is no such data set or class, or it has fewer images than a batch.
     """
-    train_set = _load_split(config, "pretrain", image_size or config.image_size, interpolation)
+    train_set = _load(config, "pretrain", image_size or config.image_size, interpolation)
     if config.normal_class is not None:
         train_set = train_set.of_class(config.normal_class)
         log.info("%s of the class %s", counted(len(train_set)), train_set.class_name(config.normal_class))
-    if (
-        isinstance(train_set.images, Tensor)
-        and len(train_set)
-        and (train_set.images.min() == train_set.images.max())
-    ):
-        raise ValueError(
-            f"every pixel of the training images is {int(train_set.images.max())}: they show nothing"
-        )
+    images = train_set.images
+    if isinstance(images, Tensor) and len(images) and images.min() == images.max():
+        raise ValueError(f"every pixel of the training images is {int(images.max())}: they show nothing")
     train_set, held_out = hold_out(train_set, config)
     if config.batch_size is not None:
         check_batch(config.batch_size, len(train_set), config.devices * machines())
@@ -72,8 +57,7 @@ def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet 
     if count == 0:
         return images, None
     log.info("%d of %d images are held out of training, to calibrate scores", count, len(images))
-    generator = torch.Generator().manual_seed(derive_seed("holdout", config.seed))
-    order = torch.randperm(len(images), generator=generator)
+    order = _order(len(images), "holdout", config.seed)
     return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
 
 
@@ -81,9 +65,11 @@ def reference_images(train_set: ImageSet, seed: int) -> ImageSet:
     """The training images that scores compare with: all, or `REFERENCE_IMAGES` of them drawn by the run's seed."""
     if len(train_set) <= REFERENCE_IMAGES:
         return train_set
-    generator = torch.Generator().manual_seed(derive_seed("reference", seed))
-    order = torch.randperm(len(train_set), generator=generator)
-    return train_set.select(order[:REFERENCE_IMAGES].sort().values)
+    return train_set.select(_order(len(train_set), "reference", seed)[:REFERENCE_IMAGES].sort().values)
+
+
+def _order(count: int, purpose: str, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive_seed(purpose, seed)))
 
 
 def monitor_sets(
@@ -95,11 +81,10 @@ def monitor_sets(
     labelled = train_set.labelled()
     if labelled.labels is None or len(labelled.labels.unique()) < 2:
         return None
-    test = _load_split(config, "test", image_size, interpolation).labelled()
+    test = _load(config, "test", image_size, interpolation).labelled()
     warn_if_shared(train_set, test)
-    return labelled.select(evenly_spread(len(labelled), MONITOR_TRAIN)), test.select(
-        evenly_spread(len(test), MONITOR_TEST)
-    )
+    chosen = [evenly_spread(len(labelled), MONITOR_TRAIN), evenly_spread(len(test), MONITOR_TEST)]
+    return labelled.select(chosen[0]), test.select(chosen[1])
 
 
 def warn_if_shared(train: ImageSet, test: ImageSet) -> None:
@@ -111,11 +96,9 @@ def warn_if_shared(train: ImageSet, test: ImageSet) -> None:
         return set(images.paths)
 
     known, asked = keys(train), keys(test)
-    if 2 * len(known & asked) > len(asked):
-        log.warning(
-            "%d of %d test images are training images too: numbers on them say nothing about new ones",
-            *(len(known & asked), len(asked)),
-        )
+    if 2 * (shared := len(known & asked)) > len(asked):
+        what = f"{shared} of {len(asked)} test images are training images too"
+        log.warning("%s: numbers on them say nothing about new ones", what)
 
 
 def evenly_spread(size: int, most: int) -> Tensor:
