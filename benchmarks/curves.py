@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.pages import FOLDER, METHODS, Cell, result
-from pyro_vje.pages.pictures import PALETTE, new_figure, save, style
+from pyro_vje.pages.pictures import PALETTE, picture, style
 
 IMAGES = FOLDER.parent / "docs" / "images"
 COLOURS = dict(zip(METHODS, PALETTE, strict=False))
@@ -58,19 +58,20 @@ PANELS: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], list[fl
 def main() -> None:
     """Draw ``docs/images/controls.png``."""
     cells = [cell for cell in result("controls")["cells"] if cell["status"] == "finished"]
-    figure = new_figure(13, 5.4)
-    all_axes = figure.subplots(2, 4).flat
-    for axes, (name, title, xlabel, ylabel, x) in zip(all_axes, PANELS, strict=True):
-        # SimSiam has no posterior: its network's scale is never trained.
-        shown = [
-            c for c in cells if name != "posterior_snr" or not c["config"]["objective"].endswith(":simsiam")
-        ]
-        curve(axes, shown, name, x)
-        style(axes, title, xlabel, ylabel)
-    found = {cell["config"]["objective"] for cell in cells}
-    handles = [axes.plot([], [], color=COLOURS[n], label=METHODS[n])[0] for n in METHODS if n in found]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    save(figure, IMAGES / "controls.png")
+    with picture(IMAGES / "controls.png", 13, 5.4) as figure:
+        all_axes = figure.subplots(2, 4).flat
+        for axes, (name, title, xlabel, ylabel, x) in zip(all_axes, PANELS, strict=True):
+            # SimSiam has no posterior: its network's scale is never trained.
+            shown = [
+                c
+                for c in cells
+                if name != "posterior_snr" or not c["config"]["objective"].endswith(":simsiam")
+            ]
+            curve(axes, shown, name, x)
+            style(axes, title, xlabel, ylabel)
+        found = {cell["config"]["objective"] for cell in cells}
+        handles = [axes.plot([], [], color=COLOURS[n], label=METHODS[n])[0] for n in METHODS if n in found]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
 
 
 if __name__ == "__main__":

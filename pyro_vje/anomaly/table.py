@@ -177,10 +177,9 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         _draw(target, scored, images)
     report = target.with_name(f"{target.stem}_report.html") if settings.report else None
     if report:
-        title = f"Anomaly scores: {summary['data']}"
         thumbnails = partial(_thumbnails, images, table)
         known = None if calibration is None else calibration.scores
-        page = render_report(title, table, summary, known, thumbnails, folder=target.parent)
+        page = render_report(table, summary, known, thumbnails, target.parent)
         write_atomic(report, page)
     rows.remove()  # only now is everything written
     auroc, flagged = (found or {}).get("auroc"), (decision or {}).get("anomalies")

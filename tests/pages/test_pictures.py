@@ -19,18 +19,20 @@ def rng():
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved, for a look at what is on them."""
-    saved, save = [], pictures.save
-    monkeypatch.setattr(pictures, "save", lambda figure, path: (saved.append(figure), save(figure, path))[1])
-    return saved
+    """The figures that were made, for a look at what is on them."""
+    made, new_figure = [], pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda *size: made.append(new_figure(*size)) or made[-1])
+    return made
 
 
-def check_png(path, least_width=200, least_height=150):
+def draw(plot, *arguments, path, least=(200, 150), **settings):
     """The file is a picture of a size for a README, and something is drawn on it."""
+    path.unlink(missing_ok=True)
+    getattr(pictures, f"plot_{plot}")(*arguments, path=path, **settings)
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert least_width <= 3 * image.width <= 1800
-        assert least_height <= 3 * image.height <= 1800
+        assert least[0] <= 3 * image.width <= 1800
+        assert least[1] <= 3 * image.height <= 1800
         assert len(image.convert("RGB").getcolors(2**24)) > 10
 
 
@@ -53,9 +55,7 @@ def history(epochs):
 
 class TestTraining:
     def test_all_panels(self, tmp_path, figures):
-        path = pictures.plot_training(history(40), tmp_path / "training.png")
-        assert path == tmp_path / "training.png"
-        check_png(path, 1000, 400)
+        draw("training", history(40), path=tmp_path / "training.png", least=(1000, 400))
         assert len(figures[0].axes) == 8
         # The loss has a point for each epoch, the k-NN accuracy one for each measurement; the gaps are bridged.
         assert [len(axes.lines[0].get_xdata()) for axes in figures[0].axes] == [40] * 4 + [8] * 4
@@ -71,10 +71,10 @@ class TestTraining:
             "kl": [None, float("nan"), 1.0],
             "knn_accuracy": [float("nan")] * 3,
         }
-        check_png(pictures.plot_training(columns, tmp_path / "training.png"))
+        draw("training", columns, path=tmp_path / "training.png")
         assert titles(figures[0]) == ["Loss (negative ELBO)", "KL to the prior"]
         assert figures[0].axes[0].lines[0].get_xdata().tolist() == [1, 3]
-        check_png(pictures.plot_training({"epoch": [1], "loss": [2.0]}, tmp_path / "one.png"))
+        draw("training", {"epoch": [1], "loss": [2.0]}, path=tmp_path / "one.png")
 
     def test_five_panels_leave_no_empty_one(self, tmp_path, figures):
         columns = history(5)
@@ -89,7 +89,7 @@ class TestEmbedding:
     def test_classes_are_told_apart(self, tmp_path, figures):
         names = [f"class-{i}" for i in range(20)]
         labels = torch.arange(20).repeat(10)
-        check_png(pictures.plot_embedding(torch.randn(200, 8), labels, names, tmp_path / "e.png"), 500, 400)
+        draw("embedding", torch.randn(200, 8), labels, names, path=tmp_path / "e.png", least=(500, 400))
         assert legend_texts(figures[0]) == names
         assert sum(len(points.get_offsets()) for points in figures[0].axes[0].collections) == 200
         handles = figures[0].axes[0].get_legend().legend_handles
@@ -109,13 +109,13 @@ class TestEmbedding:
 
     def test_unlabelled_and_many_classes(self, tmp_path, figures):
         for labels in (None, torch.tensor([-1, 0] * 25), torch.full((50,), -1), torch.arange(50)):
-            check_png(pictures.plot_embedding(torch.randn(50, 8), labels, ["cat"], tmp_path / "a.png"))
+            draw("embedding", torch.randn(50, 8), labels, ["cat"], path=tmp_path / "a.png")
         assert [legend_texts(figure) for figure in figures] == [None, ["cat", "unlabelled"], None, None]
         assert titles(figures[3]) == ["Directions of 50 embeddings of 50 classes"]
 
     def test_names_of_any_script(self, tmp_path, figures):
         labels = torch.arange(len(ODD)).repeat(2)
-        check_png(pictures.plot_embedding(torch.randn(len(labels), 4), labels, ODD, tmp_path / "e.png"))
+        draw("embedding", torch.randn(len(labels), 4), labels, ODD, path=tmp_path / "e.png")
         assert legend_texts(figures[0]) == [*ODD[:3], "a" * 23 + "…", r"bytes\udcff", "line\nbreak", ""]
 
     def test_subsample_is_deterministic(self, tmp_path, figures, rng):
@@ -131,7 +131,7 @@ class TestEmbedding:
         cases = torch.randn(1, 8), torch.randn(2, 8), torch.randn(5, 1), torch.ones(20, 4), broken
         for embeddings in cases:
             labels = torch.zeros(len(embeddings), dtype=torch.long)
-            check_png(pictures.plot_embedding(embeddings, labels, ["cat"], tmp_path / "a.png"))
+            draw("embedding", embeddings, labels, ["cat"], path=tmp_path / "a.png")
         shown = [titles(figure)[0].split()[2] for figure in figures]
         assert shown == ["1", "2", "5", "20", "19"]
 
@@ -140,7 +140,7 @@ class TestScores:
     def test_labelled(self, tmp_path, figures):
         scores = torch.tensor([0.0, 1, 2, 3, 2.5, 4])
         labels = torch.tensor([False, False, False, False, True, True])
-        check_png(pictures.plot_score_histogram(scores, labels, tmp_path / "scores.png"), 600, 300)
+        draw("score_histogram", scores, labels, path=tmp_path / "scores.png", least=(600, 300))
         assert titles(figures[0]) == ["Anomaly scores: AUROC 0.875"]
         assert legend_texts(figures[0]) == ["normal (4)", "anomalies (2)"]
         # Unlabelled images are shown, and left out of the AUROC.
@@ -165,27 +165,26 @@ class TestScores:
 
     def test_few_constant_and_nan(self, tmp_path, figures):
         for scores in ([5.0], [5.0, 5.0, 5.0], [0.0] * 4, [1e20] * 2, [1.0, float("nan"), 2.0, float("inf")]):
-            check_png(pictures.plot_score_histogram(np.array(scores), None, tmp_path / "scores.png"))
+            draw("score_histogram", np.array(scores), None, path=tmp_path / "scores.png")
             heights = figures[-1].axes[0].patches[0].get_data().values
             assert heights.sum() == pytest.approx(1)
 
     def test_direction_radius(self, tmp_path, figures, rng):
         labels = rng.random(300) < 0.2
-        direction, radius = rng.normal(size=300), rng.normal(size=300)
-        direction[0] = np.nan
-        path = pictures.plot_direction_radius(direction, torch.from_numpy(radius), labels, tmp_path / "p.png")
-        check_png(path, 500, 400)
+        parts = rng.normal(size=300), torch.from_numpy(rng.normal(size=300))
+        parts[0][0] = np.nan
+        draw("direction_radius", *parts, labels, path=tmp_path / "p.png", least=(500, 400))
         points = figures[0].axes[0].collections[0]
         assert len(points.get_offsets()) == 299
         assert len(np.unique(points.get_facecolors(), axis=0)) == 2
         counts = [f"normal ({(~labels[1:]).sum()})", f"anomalies ({labels[1:].sum()})"]
         assert legend_texts(figures[0]) == counts
-        check_png(pictures.plot_direction_radius(torch.zeros(1), torch.zeros(1), None, tmp_path / "p.png"))
+        draw("direction_radius", torch.zeros(1), torch.zeros(1), None, path=tmp_path / "p.png")
         assert legend_texts(figures[1]) is None
 
     def test_rejection(self, tmp_path, figures):
         curve = np.arange(10) / 10, np.linspace(0.5, 1, 10)
-        check_png(pictures.plot_rejection({"a": curve, "b": curve}, tmp_path / "r.png", ylabel="kept"))
+        draw("rejection", {"a": curve, "b": curve}, path=tmp_path / "r.png", ylabel="kept")
         assert legend_texts(figures[0]) == ["a", "b"]
 
 
@@ -196,18 +195,17 @@ class TestStrangest:
     def test_both_ends(self, tmp_path, figures, rng):
         images = torch.from_numpy(rng.integers(0, 256, size=(40, 3, 8, 8), dtype=np.uint8))
         scores = torch.from_numpy(rng.permutation(40).astype(np.float32))
-        path = pictures.plot_strangest(images, scores, tmp_path / "strangest.png", k=7)
-        check_png(path, 600, 400)
+        draw("strangest", images, scores, path=tmp_path / "strangest.png", k=7, least=(600, 400))
         assert self.shown(figures[0]) == [f"{i}" for i in (*range(7), *range(39, 32, -1))]
         strangest = figures[0].axes[7].images[0].get_array()
         assert (strangest == images[scores.argmax()].permute(1, 2, 0).numpy()).all()
 
     def test_fewer_images_than_asked(self, tmp_path, figures):
         images, scores = torch.rand(5, 3, 8, 8), torch.tensor([3.0, 1, torch.nan, 2, 0])
-        check_png(pictures.plot_strangest(images, scores, tmp_path / "strangest.png"))
+        draw("strangest", images, scores, path=tmp_path / "strangest.png")
         assert self.shown(figures[0]) == ["0", "1", "3", "2"]
         image = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
-        check_png(pictures.plot_strangest(image, torch.zeros(1), tmp_path / "strangest.png"))
+        draw("strangest", image, torch.zeros(1), path=tmp_path / "strangest.png")
         assert len(figures[1].axes) == 1
 
     def test_floats_outside_of_range_are_clipped(self, tmp_path, figures):
@@ -221,14 +219,14 @@ def test_what_cannot_be_drawn_is_a_warning_that_names_the_picture(tmp_path, capl
     names = "training.png", "embedding.png", "scores.png", "parts.png", "strangest.png", "rejection.png"
     paths = [tmp_path / "pictures" / name for name in names]
     with caplog.at_level(logging.WARNING, "pyro_vje"):
-        assert pictures.plot_training({"epoch": [1], "loss": [float("nan")]}, paths[0]) is None
-        assert pictures.plot_embedding(nan[:, None], None, None, paths[1]) is None
-        assert pictures.plot_score_histogram(nan, None, paths[2]) is None
-        assert pictures.plot_direction_radius(nan, nan, torch.zeros(2), paths[3]) is None
-        assert pictures.plot_strangest(torch.rand(3, 3, 4, 4), nan, path=paths[4]) is None
-        assert pictures.plot_rejection({"a": (nan, nan[:2])}, paths[5], ylabel="kept") is None
+        pictures.plot_training({"epoch": [1], "loss": [float("nan")]}, paths[0])
+        pictures.plot_embedding(nan[:, None], None, None, paths[1])
+        pictures.plot_score_histogram(nan, None, paths[2])
+        pictures.plot_direction_radius(nan, nan, torch.zeros(2), paths[3])
+        pictures.plot_strangest(torch.rand(3, 3, 4, 4), nan, path=paths[4])
+        pictures.plot_rejection({"a": (nan, nan[:2])}, paths[5], ylabel="kept")
         monkeypatch.setattr(pictures, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-        assert pictures.plot_training(history(3), tmp_path / "bytes\udcff.png") is None
+        pictures.plot_training(history(3), tmp_path / "bytes\udcff.png")
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 7
     for path, message in zip([*paths, r"bytes\udcff.png"], warned, strict=True):
