@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,34 +36,21 @@ def torchvision_resnet(name: str, image_size: int) -> nn.Module:
 class SmallResNet(nn.Module):
     """A ResNet of one basic block a stage, sized for training on a CPU (1.2 million parameters).
 
-    Parameters
-    ----------
-    widths : sequence of int
-        Channels of each stage; every stage after the first halves the resolution.
-    stem_stride : int
-        Stride of the 3×3 stem.
-
-    Shapes: ``(N, 3, S, S)`` → ``(N, widths[-1])``.
+    ``widths`` are the channels of each stage, of which every one after the first halves the resolution; the 3×3 stem
+    has stride ``stem_stride``. Shapes: ``(N, 3, S, S)`` → ``(N, widths[-1])``.
     """
 
     def __init__(self, widths: Sequence[int] = (32, 64, 128, 256), stem_stride: int = 1) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, widths[0], 3, stride=stem_stride, padding=1, bias=False),
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(inplace=True),
-        )
+        convolution = nn.Conv2d(3, widths[0], 3, stride=stem_stride, padding=1, bias=False)
+        self.stem = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))
         stages: list[nn.Module] = []
-        inputs = widths[0]
-        for stage, width in enumerate(widths):
-            stride = 1 if stage == 0 else 2
-            shortcut = None
-            if stride != 1 or inputs != width:
-                shortcut = nn.Sequential(
-                    nn.Conv2d(inputs, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
-                )
+        for inputs, width in zip((widths[0], *widths), widths, strict=False):
+            stride, shortcut = (2 if stages else 1), None
+            if stages:
+                kernel = nn.Conv2d(inputs, width, 1, stride=stride, bias=False)
+                shortcut = nn.Sequential(kernel, nn.BatchNorm2d(width))
             stages.append(BasicBlock(inputs, width, stride, shortcut))
-            inputs = width
         self.stages = nn.Sequential(*stages)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -80,9 +68,7 @@ def small_resnet(image_size: int) -> nn.Module:
 
 ENCODERS: dict[str, Callable[[int], nn.Module]] = {
     "resnet-small": small_resnet,
-    "resnet18": lambda image_size: torchvision_resnet("resnet18", image_size),
-    "resnet34": lambda image_size: torchvision_resnet("resnet34", image_size),
-    "resnet50": lambda image_size: torchvision_resnet("resnet50", image_size),
+    **{name: partial(torchvision_resnet, name) for name in ("resnet18", "resnet34", "resnet50")},
 }
 
 
@@ -91,33 +77,19 @@ def describe_stem(name: str, image_size: int) -> str:
     if name == "resnet-small":
         return f"3×3 stem of stride {2 if image_size >= 32 else 1}"
     if name in ENCODERS:
-        small = image_size <= SMALL_IMAGE
-        return (
-            "CIFAR stem (3×3, stride 1, no max-pooling)"
-            if small
-            else "ImageNet stem (7×7, stride 2, max-pooling)"
-        )
+        cifar = "CIFAR stem (3×3, stride 1, no max-pooling)"
+        return cifar if image_size <= SMALL_IMAGE else "ImageNet stem (7×7, stride 2, max-pooling)"
     return "its own stem"
 
 
 def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Module:
     """Build an encoder by name: built in, ``timm:NAME``, ``torchvision:NAME``, or your own ``module:factory``.
 
-    Parameters
-    ----------
-    name : str
-        A factory of your own takes the image size and returns an ``nn.Module``.
-    image_size : int
-        Side of the square images, in pixels.
-    weights : str
-        ``"none"``: freshly initialised. ``"default"``: the library's pretrained weights. Or the path of a file:
-        safetensors, or a state dict, which is read without running what is in it.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown, the factory fails or does not give an ``nn.Module``, or the weights cannot be had or
-        do not fit.
+    A factory of your own takes ``image_size``, the side of the square images in pixels, and returns an ``nn.Module``
+    from images ``(N, 3, S, S)`` to features ``(N, F)``. ``weights`` are ``"none"``: freshly initialised; ``"default"``:
+    the library's pretrained ones; or the path of a file: safetensors, or a state dict, which is read without running
+    what is in it. Raises ``ValueError`` if the name is unknown, the factory fails or does not give an ``nn.Module``, or
+    the weights cannot be had or do not fit.
     """
     if name.partition(":")[0] in LIBRARIES:
         return library_model(name, weights)
@@ -147,13 +119,7 @@ def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Modul
 
 @torch.no_grad()
 def feature_dim(encoder: nn.Module, image_size: int) -> int:
-    """Width F of the features ``(N, F)`` that ``encoder`` gives for ``(N, 3, S, S)`` images.
-
-    Raises
-    ------
-    ValueError
-        If the encoder fails, or its output is not of shape ``(N, F)``.
-    """
+    """Width F of the features ``(N, F)`` that ``encoder`` gives for ``(N, 3, S, S)`` images; ``ValueError`` if not."""
     was_training = encoder.training
     parameter = next(encoder.parameters(), None)
     images = torch.zeros(2, 3, image_size, image_size, device=None if parameter is None else parameter.device)

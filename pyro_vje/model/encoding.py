@@ -43,21 +43,14 @@ class Posteriors(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What a model says of N images, all float32 on the CPU unless said.
+    """What a model says of N images, all float32: encoder features, embeddings, and the posterior given each.
 
-    Attributes
-    ----------
-    indices : int64 tensor, (N,)
-        Positions in the image set; an image that could not be decoded is missing.
-    features : tensor, (N, F)
-        The encoder's output.
-    embeddings, loc, scale : tensors, (N, D)
-        Embeddings and the posterior given each.
+    ``indices`` are positions in the image set; an image that could not be decoded is missing.
     """
 
-    indices: Tensor
-    features: Tensor
-    embeddings: Tensor
+    indices: Tensor  # int64 (N,)
+    features: Tensor  # (N, F)
+    embeddings: Tensor  # (N, D), as are loc and scale
     loc: Tensor
     scale: Tensor
 
@@ -77,11 +70,7 @@ def in_equal_parts(function: Callable[..., Sequence[Tensor]], *tensors: Tensor, 
 
     Kernels choose their order of summation by the shape of their input, so that an image encoded alone or among 7
     others comes out different in its last digits. In batches of one shape it does not, whatever its neighbours.
-
-    Parameters
-    ----------
-    function
-        Of tensors with one row an image; returns such.
+    ``function`` takes tensors with one row an image, and returns such.
     """
     if tensors[0].device.type != "cpu":
         return list(function(*tensors))
@@ -128,20 +117,12 @@ def encode_batches(
 def encode(
     vje: VJE, images: Images, view: View, *, batch_size: int = 256, device: str | torch.device = "cpu"
 ) -> Encoded:
-    """Encode all of ``images``, collected on the CPU.
-
-    Raises
-    ------
-    ValueError
-        If not one image could be decoded.
-    """
-    batches = [
-        Encoded(*(tensor.cpu() for tensor in batch))
-        for batch in encode_batches(vje, images, view, batch_size=batch_size, device=device)
-    ]
-    if not batches:
+    """Encode all of ``images``, collected on the CPU; ``ValueError`` if not one of them could be decoded."""
+    batches = encode_batches(vje, images, view, batch_size=batch_size, device=device)
+    parts = [[tensor.cpu() for tensor in batch] for batch in batches]
+    if not parts:
         raise ValueError("no image could be encoded: not one of them could be decoded")
-    return Encoded(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    return Encoded(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @torch.no_grad()

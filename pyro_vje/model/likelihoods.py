@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import pyro.distributions as dist
 import torch
@@ -32,51 +32,25 @@ RadialFactor = Literal["student-t", "log-student-t"]
 
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """What a family may use beside loc and scale.
+    """What a family may use beside loc and scale."""
 
-    Attributes
-    ----------
-    df : float
-        Degrees of freedom of the heavy-tailed families; ``inf`` is the Gaussian limit.
-    unit_radius : float
-        Radius of the sphere on which directions are measured, in the units of the latent and its scale.
-    radius : str or None
-        The radial factor of the polar families: ``student-t``, ``log-student-t``, or ``None`` to drop it.
-    radius_scale : Tensor or None
-        Scale of the radial factor, a number that is learned; ``None`` takes it from the scale of the features.
-    """
-
-    df: float = 5.0
-    unit_radius: float = 1.0
-    radius: RadialFactor | None = "student-t"
-    radius_scale: Tensor | None = None
+    df: float = 5.0  # degrees of freedom of the heavy-tailed families; inf is the Gaussian limit
+    unit_radius: float = 1.0  # of the sphere on which directions are measured, in the latent's units
+    radius: RadialFactor | None = "student-t"  # the radial factor of the polar families, or None to drop it
+    radius_scale: Tensor | None = None  # its scale, a learned number (shape ()); None: that of the features
 
 
 FamilyFunction = Callable[[Tensor, Tensor, LikelihoodSettings], TorchDistribution]
-
-
 SETTINGS = tuple(field.name for field in fields(LikelihoodSettings))
 
 
 @dataclass(frozen=True)
 class LikelihoodFamily:
-    """A named family.
-
-    Attributes
-    ----------
-    function : callable
-        The family itself.
-    is_normalized : bool or None
-        Whether its density integrates to one over R^D; ``None`` where nobody has said.
-    description : str
-        A line for people.
-    uses : tuple of str
-        The fields of `LikelihoodSettings` that it looks at: an ablation does not vary the others.
-    """
+    """A named family; ``uses`` are the fields of `LikelihoodSettings` it looks at: an ablation varies no others."""
 
     name: str
     function: FamilyFunction
-    is_normalized: bool | None
+    is_normalized: bool | None  # whether its density integrates to one over R^D; None where nobody has said
     description: str
     uses: tuple[str, ...] = SETTINGS
 
@@ -85,13 +59,7 @@ class LikelihoodFamily:
         return self.function(loc, scale, settings)
 
     def check(self, dim: int, settings: LikelihoodSettings) -> None:
-        """Try the family on a small batch, so that an unfit one is known before anything depends on it.
-
-        Raises
-        ------
-        ValueError
-            If it gives no distribution with batch shape ``loc.shape[:-1]`` and event shape ``(dim,)``.
-        """
+        """Try the family on a small batch, so that an unfit one is known early; ``ValueError`` if it has other shapes."""
         found = self.function(torch.ones(2, 3, dim), torch.ones(2, 3, dim), settings)
         if not isinstance(found, TorchDistributionMixin):  # Pyro's Normal, Independent, ... share only this
             raise ValueError(
@@ -123,10 +91,7 @@ def register(
 def get_family(name: str) -> LikelihoodFamily:
     """Look a family up by registered name, ``module:function``, or entry point in ``pyro_vje.likelihoods``.
 
-    Raises
-    ------
-    ValueError
-        If the name is unknown; the message lists the known ones.
+    Raises ``ValueError``, which lists the known ones, if the name is unknown.
     """
     found = look_up(name, FAMILIES, what="likelihood family", group="pyro_vje.likelihoods")
     if isinstance(found, LikelihoodFamily):
@@ -136,46 +101,27 @@ def get_family(name: str) -> LikelihoodFamily:
     return LikelihoodFamily(name, found, None, "user-defined")
 
 
+POLAR = ("df", "unit_radius", "radius_scale")
+
+
 @register(
     "polar-student-t", "direction and radius apart, restricted Student-t (the paper's)", is_normalized=False
 )
 def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
-    return PolarStudentT(
-        settings.df,
-        loc,
-        scale,
-        unit_radius=settings.unit_radius,
-        radius=settings.radius,
-        radius_scale=settings.radius_scale,
-    )
+    return PolarStudentT(loc=loc, scale=scale, **vars(settings))
 
 
 @register(
-    "polar-student-t-exact",
-    "projected Student-t times log-radius Student-t",
-    is_normalized=True,
-    uses=("df", "unit_radius", "radius_scale"),
+    "polar-student-t-exact", "projected Student-t times log-radius Student-t", is_normalized=True, uses=POLAR
 )
 def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
-    return PolarStudentT(
-        settings.df,
-        loc,
-        scale,
-        unit_radius=settings.unit_radius,
-        direction="projected",
-        radius="log-student-t",
-        radius_scale=settings.radius_scale,
-    )
+    settings = replace(settings, radius="log-student-t")
+    return PolarStudentT(loc=loc, scale=scale, direction="projected", **vars(settings))
 
 
-@register(
-    "polar-normal",
-    "the Gaussian limit of polar-student-t",
-    is_normalized=False,
-    uses=("unit_radius", "radius", "radius_scale"),
-)
+@register("polar-normal", "the Gaussian limit of polar-student-t", is_normalized=False, uses=SETTINGS[1:])
 def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
     return polar_student_t(loc, scale, replace(settings, df=math.inf))
@@ -215,10 +161,7 @@ def laplace(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDi
 
 
 @register(
-    "power-spherical",
-    "power spherical direction times log-radius Student-t",
-    is_normalized=True,
-    uses=("df", "unit_radius", "radius_scale"),
+    "power-spherical", "power spherical direction times log-radius Student-t", is_normalized=True, uses=POLAR
 )
 def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration κ is 2/σ² for the mean variance σ² of the unit direction.
@@ -233,7 +176,7 @@ def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
     "spherical-cauchy",
     "spherical Cauchy direction times log-radius Student-t",
     is_normalized=True,
-    uses=("df", "unit_radius", "radius_scale"),
+    uses=POLAR,
 )
 def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration ρ solves (1-ρ)²/ρ = (D-1) σ² for the mean variance σ² of the unit direction.
@@ -243,10 +186,10 @@ def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -
     a = (loc.shape[-1] - 1) * _direction_variance(scale, settings)
     rho = 1 / (1 + a / 2 + (a + a.square() / 4).sqrt())  # the root below one, without cancellation
     # Rounding must not put a tiny scale's ρ on the excluded end of [0, 1).
-    rho = rho.clamp(max=1 - torch.finfo(rho.dtype).eps)
-    return PolarProduct(
-        SphericalCauchy(functional.normalize(loc, dim=-1), rho), _log_radius(loc, scale, settings)
+    direction = SphericalCauchy(
+        functional.normalize(loc, dim=-1), rho.clamp(max=1 - torch.finfo(rho.dtype).eps)
     )
+    return PolarProduct(direction, _log_radius(loc, scale, settings))
 
 
 def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:
@@ -260,38 +203,8 @@ def _log_radius(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> Tor
         log_scale = settings.radius_scale / norm
     else:
         log_scale = torch.linalg.vector_norm(loc * scale, dim=-1) / norm.square()
-    infinite = math.isinf(settings.df)
-    base = (
-        dist.Normal(norm.log(), log_scale) if infinite else dist.StudentT(settings.df, norm.log(), log_scale)
-    )
+    if math.isinf(settings.df):
+        base: TorchDistribution = dist.Normal(norm.log(), log_scale)
+    else:
+        base = dist.StudentT(settings.df, norm.log(), log_scale)
     return dist.TransformedDistribution(base, [dist.transforms.ExpTransform()])
-
-
-def resolve_unit_radius(setting: str, dim: int) -> float:
-    """Turn ``"1"`` or ``"sqrt-d"`` (the typical norm of z ~ Normal(0, I_D)) into a radius.
-
-    Raises
-    ------
-    ValueError
-        If the setting is neither of these.
-    """
-    if setting == "1":
-        return 1.0
-    if setting == "sqrt-d":
-        return math.sqrt(dim)
-    raise ValueError(f"unit_radius must be '1' or 'sqrt-d', not {setting!r}")
-
-
-def resolve_radius(setting: str | None) -> RadialFactor | None:
-    """Check the name of a radial factor.
-
-    Raises
-    ------
-    ValueError
-        If there is no such factor.
-    """
-    if setting is not None and setting not in get_args(RadialFactor):
-        raise ValueError(
-            f"radius must be one of {', '.join(get_args(RadialFactor))} or None, not {setting!r}"
-        )
-    return setting  # type: ignore[return-value]

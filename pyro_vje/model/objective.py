@@ -48,26 +48,23 @@ class SymmetricELBO(Trace_ELBO):
 
     Parameters
     ----------
-    num_particles : int
+    num_particles
         Samples of z for each image and direction.
-    kl_weight : float
+    kl_weight
         Weight of log q(z) - log p(z), at least 0. At 1 this is the ELBO proper; the model and guide themselves know of
         no weight, so that Pyro's other inference means what it says.
-    analytic_kl : bool
+    analytic_kl
         Take the KL divergence of each latent in closed form, where there is one, instead of by its samples.
-    bound : str
+    bound
         ``"elbo"``, or ``"iwae"``: the importance-weighted bound of Burda et al. (arXiv 1509.00519) for each image by
         itself, over ``num_particles``. `pyro.infer.RenyiELBO` weighs the whole batch as one.
-    monitor : callable, optional
+    monitor
         Called with each (model trace, guide trace) under ``no_grad``, for logging the parts of the objective.
     **kwargs
         Passed on to `Trace_ELBO` (``vectorize_particles``, ``max_plate_nesting``, ...).
 
-    Raises
-    ------
-    ValueError
-        If ``kl_weight`` or ``bound`` is none of these, or the iwae bound is asked for with another weight than 1 or
-        with an analytic KL: it would be no bound.
+    Raises ``ValueError`` for another bound, a negative weight, and an iwae bound with another weight than 1 or an
+    analytic KL: it would be no bound.
     """
 
     def __init__(
@@ -108,19 +105,10 @@ class SymmetricELBO(Trace_ELBO):
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], views: Views, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Negative symmetric objective, a scalar tensor in nats an image.
+        """Negative symmetric objective, a scalar tensor in nats an image, of Pyro callables on ``views``.
 
-        Parameters
-        ----------
-        model, guide : callable
-            Pyro callables on ``views``.
-        views : tensor, pair of tensors, or ViewPair
-            ``(2, B, C, H, W)``, or two tensors ``(B, C, H, W)``, or `VJE.encode_views` of one of these.
-
-        Raises
-        ------
-        ValueError
-            If ``views`` is not a pair of views, or a latent of the guide is not reparameterised.
+        ``views`` are ``(2, B, C, H, W)``, two tensors ``(B, C, H, W)``, or `VJE.encode_views` of these; others, and a
+        latent of the guide that is not reparameterised, are a ``ValueError``.
         """
         owner = getattr(model, "__self__", None)
         if not isinstance(views, ViewPair):
@@ -150,8 +138,7 @@ class SymmetricELBO(Trace_ELBO):
             return values.sum() if self.bound == "elbo" else values
 
         exact = {name for name, site in guide_trace.nodes.items() if self.analytic_kl and _is_latent(site)}
-        latents: Tensor | float = 0.0
-        observed: Tensor | float = 0.0
+        observed = latents = torch.zeros(())
         for name in exact:
             site: Any = guide_trace.nodes[name]
             divergence = kl_divergence(site["fn"], cast(Any, model_trace.nodes[name]["fn"]))
@@ -159,13 +146,11 @@ class SymmetricELBO(Trace_ELBO):
         for trace, sign in ((guide_trace, 1.0), (model_trace, -1.0)):
             trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
             for name, site in trace.nodes.items():
-                if site["type"] != "sample" or name in exact:
-                    continue
-                if site["is_observed"]:
+                if site["type"] == "sample" and site["is_observed"]:
                     observed = observed + sign * of(site["log_prob"])
-                else:
+                elif _is_latent(site) and name not in exact:
                     latents = latents + sign * of(site["log_prob"])
-        return torch.as_tensor(observed + self.kl_weight * latents)
+        return observed + self.kl_weight * latents
 
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast, get_args
 
 import pyro
 import pyro.distributions as dist
@@ -21,20 +22,11 @@ from torch.nn import functional
 
 # A direction normalised in bfloat16 is off the sphere by more than float32 forgives, so the model leaves autocast.
 from pyro_vje.distributions.numerics import at_least_float32
-from pyro_vje.model.likelihoods import (
-    LikelihoodFamily,
-    LikelihoodSettings,
-    get_family,
-    resolve_radius,
-    resolve_unit_radius,
-)
+from pyro_vje.model.likelihoods import LikelihoodFamily, LikelihoodSettings, RadialFactor, get_family
 from pyro_vje.model.projector import DEFAULT_DIM, build_projector
 
 MIN_SCALE = 1e-3
 """Floor of the posterior's standard deviation: the restricted likelihood's mass grows without bound below it."""
-
-
-RADIUS_SCALES = ("learned", "shared")
 
 
 class ViewPair(NamedTuple):
@@ -50,13 +42,7 @@ class ViewPair(NamedTuple):
 
 
 def stack_views(views: Tensor | Sequence[Tensor]) -> Tensor:
-    """Bring two views ``(B, C, H, W)`` each, or a stacked tensor ``(2, B, C, H, W)``, to the stacked form.
-
-    Raises
-    ------
-    ValueError
-        If there are not exactly two views, or their shapes differ.
-    """
+    """Bring two views ``(B, C, H, W)``, or one tensor ``(2, B, C, H, W)``, to the latter; else a ``ValueError``."""
     if not isinstance(views, Tensor):
         shapes = [tuple(view.shape) for view in views]
         if len(shapes) != 2 or shapes[0] != shapes[1]:
@@ -102,41 +88,31 @@ class VJE(nn.Module):
 
     Parameters
     ----------
-    encoder : nn.Module
-        Maps normalised images ``(N, 3, H, W)`` to features ``(N, feature_dim)``.
-    feature_dim : int
-        Width of the encoder's output (`pyro_vje.model.encoders.feature_dim` measures it).
-    embedding_dim : int, optional
-        D, the dimension of the embedding and of the latent: by default the encoder's width without a projector,
-        `DEFAULT_DIM` behind one.
-    hidden_dim : int
+    encoder, feature_dim
+        Maps normalised images ``(N, 3, H, W)`` to features ``(N, feature_dim)`` (`build_encoder`, `feature_dim`).
+    embedding_dim
+        D, of the embedding and the latent: by default the encoder's width without a projector, else `DEFAULT_DIM`.
+    hidden_dim
         Width of the hidden layer of the posterior network, and of the projector ``"mlp"``.
-    projector : str or nn.Module
+    projector
         Features to embedding: ``"none"``, a batch norm without parameters; ``"linear"`` or ``"mlp"`` before it;
-        ``"whiten"``, for a frozen encoder (`pyro_vje.model.projector`); or a module of your own from
-        ``(N, feature_dim)`` to ``(N, embedding_dim)``.
-    likelihood : str
+        ``"whiten"``, for a frozen encoder; or a module of your own from ``(N, feature_dim)`` to ``(N, embedding_dim)``.
+    likelihood
         A family by name or ``module:function``.
-    df : float, optional
+    df
         Degrees of freedom of the heavy-tailed families. By default D - 2, at which the restricted Student-t is a
         spherical Cauchy up to its mass; small values (5 at D = 128) trained to lower accuracy and rank.
-    unit_radius : str
-        ``"sqrt-d"`` measures directions on the sphere of radius √D, in the unit of the latent; ``"1"`` on the unit
-        sphere.
-    radius : str or None
-        Radial factor of the polar families; ``None`` drops it.
-    radius_scale : str
-        Scale of the radial factor: ``"learned"``, one number; or ``"shared"``, borrowed from the posterior's scale,
-        to which training sacrifices a few features (an ablation).
-    shared_variance : bool
+    unit_radius
+        ``"sqrt-d"`` measures directions on the sphere of radius √D, in the unit of the latent; ``"1"`` on the unit one.
+    radius, radius_scale
+        Radial factor of the polar families, ``None`` to drop it, and its scale: ``"learned"``, one number; or
+        ``"shared"``, borrowed from the posterior's, to which training sacrifices a few features (an ablation).
+    shared_variance
         If false, the likelihood has one learned scale per feature instead of the posterior's (an ablation).
-    name : str
+    name
         Under which `pyro.infer.SVI` finds the parameters in Pyro's store; two models in one program need two.
 
-    Raises
-    ------
-    ValueError
-        If a setting is out of its range or the family is unknown.
+    Raises ``ValueError`` if a setting is out of its range or the family is unknown.
     """
 
     def __init__(
@@ -157,31 +133,32 @@ class VJE(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim is None:
-            embedding_dim = (
-                DEFAULT_DIM.get(projector, feature_dim) if isinstance(projector, str) else feature_dim
-            )
+            known = isinstance(projector, str)
+            embedding_dim = DEFAULT_DIM.get(str(projector), feature_dim) if known else feature_dim
+        df = float(max(1, embedding_dim - 2)) if df is None else df
         if embedding_dim < 2:
             raise ValueError(
                 f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}"
             )
-        if df is None:
-            df = float(max(1, embedding_dim - 2))
         if not df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
-        if radius_scale not in RADIUS_SCALES:
-            raise ValueError(f"radius_scale must be one of {', '.join(RADIUS_SCALES)}, not {radius_scale!r}")
+        units = {"1": 1.0, "sqrt-d": math.sqrt(embedding_dim)}  # √D is the typical norm of z ~ Normal(0, I)
+        for setting, value, choices in (
+            ("unit_radius", unit_radius, tuple(units)),
+            ("radius", radius, (*get_args(RadialFactor), None)),
+            ("radius_scale", radius_scale, ("learned", "shared")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{setting} must be one of {', '.join(map(str, choices))}, not {value!r}")
         self.name = name
         self.encoder, self.frozen = encoder, False
         if isinstance(projector, str):
             projector = build_projector(projector, feature_dim, hidden_dim, embedding_dim)
         self.projector = projector
         self.posterior_network = PosteriorNetwork(embedding_dim, hidden_dim)
-        self.feature_dim = feature_dim
-        self.embedding_dim = embedding_dim
+        self.feature_dim, self.embedding_dim = feature_dim, embedding_dim
         self.family = get_family(likelihood)
-        self.settings = LikelihoodSettings(
-            df, resolve_unit_radius(unit_radius, embedding_dim), resolve_radius(radius)
-        )
+        self.settings = LikelihoodSettings(df, units[unit_radius], cast(Any, radius))
         self.likelihood_raw_scale = None if shared_variance else nn.Parameter(torch.zeros(embedding_dim))
         learned = radius_scale == "learned" and _uses_radius_scale(self.family, self.settings, embedding_dim)
         self.raw_radius_scale = nn.Parameter(torch.tensor(0.5413)) if learned else None  # softplus gives 1
@@ -244,11 +221,7 @@ class VJE(nn.Module):
         return ViewPair(loc, scale, embeddings.detach().flip(0))
 
     def model(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
-        """Pyro model of both targets given latents.
-
-        ``views`` as in `stack_views`, or what `encode_views` made of them, which costs one pass of the encoder for
-        model and guide together.
-        """
+        """Pyro model of both targets ``(2, B, D)``; ``views`` as in `stack_views`, or what `encode_views` made of them."""
         self._register_for_svi()
         pair = self.encode_views(views)
         with self._plates(pair):
@@ -270,9 +243,8 @@ class VJE(nn.Module):
     def _register_for_svi(self) -> None:
         # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and
         # pyro.module would silently tie two models of one process through the global store.
-        if not any(
-            isinstance(h, poutine.trace_messenger.TraceMessenger) and h.param_only for h in _PYRO_STACK
-        ):
+        tracers = (h for h in _PYRO_STACK if isinstance(h, poutine.trace_messenger.TraceMessenger))
+        if not any(tracer.param_only for tracer in tracers):
             return
         store = pyro.get_param_store()
         for name, parameter in self.named_parameters():
@@ -290,8 +262,6 @@ def _uses_radius_scale(family: LikelihoodFamily, settings: LikelihoodSettings, d
     # What is wrong with a family `check` says. On the CPU, also where a model is built without memory.
     with contextlib.suppress(Exception), torch.enable_grad(), torch.device("cpu"):
         scale = torch.ones((), requires_grad=True)
-        likelihood = family(
-            torch.ones(1, dim), torch.ones(1, dim), dataclasses.replace(settings, radius_scale=scale)
-        )
-        return bool(likelihood.log_prob(torch.ones(1, dim)).requires_grad)
+        ones, settings = torch.ones(1, dim), dataclasses.replace(settings, radius_scale=scale)
+        return bool(family(ones, ones, settings).log_prob(ones).requires_grad)
     return False

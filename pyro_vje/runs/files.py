@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -26,23 +26,13 @@ LEFTOVERS = ".*.tmp"
 def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:
     """Write ``content`` beside ``path``, sync it, and rename it into place; the old file stays until then.
 
-    Raises
-    ------
-    OSError
-        If it cannot be written; of the kind that the system gave, and naming ``path``.
+    An ``OSError`` is of the kind that the system gave, and names ``path``.
     """
     # A path from a folder may hold bytes that are not UTF-8; they go out as they came in.
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    temporary = None
     try:
-        _replace(path, data)
-    except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
-    return path
-
-
-def _replace(path: Path, data: bytes | memoryview) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
@@ -52,8 +42,11 @@ def _replace(path: Path, data: bytes | memoryview) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
         raise
     with suppress(OSError):  # the new name too survives a power cut, where folders can be synced
         folder = os.open(path.parent, os.O_RDONLY)
@@ -61,38 +54,18 @@ def _replace(path: Path, data: bytes | memoryview) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+    return path
 
 
 @contextmanager
 def locked(what: Path) -> Iterator[None]:
     """Keep other processes off a run folder, or off a file that is being written, while this one is at work.
 
-    The system lets go when the process dies, however it dies. Where there are no such locks, nothing is kept off.
-
-    Raises
-    ------
-    BlockingIOError
-        If another process is at work on it.
+    The system lets go when the process dies, however it dies. Where there are no such locks, nothing is kept off. If
+    another process is at work on it, that is a ``BlockingIOError``.
     """
     path = what / LOCK if what.is_dir() else what.with_name(f".{what.name}{LOCK}")
-    file = open(path, "a+")  # noqa: SIM115 (closed below)
-    try:
-        while fcntl is not None:
-            try:
-                # Of the two kinds of lock the one that forked processes do not inherit, and so do not keep.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                file.seek(0)
-                raise BlockingIOError(
-                    f"{what} is in use by process {file.read() or '?'}: wait for it, or name another (--out)"
-                ) from None
-            except OSError:  # this file system has none
-                break
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    break
-            file.close()  # of a process that has just ended, and has removed its lock
-            file = open(path, "a+")  # noqa: SIM115
+    with _open_locked(path, what) as file:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -102,8 +75,28 @@ def locked(what: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-    finally:
-        file.close()
+
+
+def _open_locked(path: Path, what: Path) -> TextIO:
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (closed by the caller)
+        try:
+            if fcntl is not None:
+                # Of the two kinds of lock the one that forked workers do not inherit, and so do not keep.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            with file:
+                raise BlockingIOError(
+                    f"{what} is in use by process {file.read() or '?'}: wait for it, or name another (--out)"
+                ) from None
+        except FileNotFoundError:
+            pass
+        except OSError:  # this file system has no locks
+            return file
+        file.close()  # of a process that has just ended, and has removed its lock
 
 
 def is_begun(folder: Path) -> bool:
@@ -114,13 +107,7 @@ def is_begun(folder: Path) -> bool:
 
 
 def check_writable(path: Path) -> Path:
-    """Check before hours of work that ``path`` can be written at their end, and return it.
-
-    Raises
-    ------
-    FileNotFoundError, IsADirectoryError, PermissionError
-        If it cannot, naming what is in the way.
-    """
+    """Check before hours of work that ``path`` can be written, and return it; errors name what is in the way."""
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {folder}")
@@ -145,23 +132,14 @@ def parse_json(text: bytes | str) -> Any:
 
 
 def check_form(values: Any, form: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that ``values`` is an object whose entries named in ``form`` are of the types there, and return it.
-
-    Raises
-    ------
-    ValueError
-        If it is no object, or an entry is missing or of another type.
-    """
+    """Check that ``values`` is an object whose entries named in ``form`` are of the types there, and return it."""
     if not isinstance(values, dict):
         raise ValueError(f"it holds {type(values).__name__}, not an object")
     for name, kind in form.items():
         value = values.get(name)
         # bool is an int to isinstance, and true is no number
-        if (
-            name not in values
-            or not isinstance(value, kind)
-            or (isinstance(value, bool) and kind is not bool)
-        ):
+        a_bool = isinstance(value, bool) and kind is not bool
+        if name not in values or not isinstance(value, kind) or a_bool:
             raise ValueError(f"{name} is missing or no {getattr(kind, '__name__', kind)}")
     return values
 

@@ -19,12 +19,12 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,12 +48,13 @@ from pyro_vje.model.vje import VJE
 from pyro_vje.plugins import is_reference
 from pyro_vje.runs.files import check_form, parse_json, read_json, write_atomic, write_json
 
+T = TypeVar("T")
+
 SCHEMA_VERSION = 3
 MAX_IMAGE_SIZE = 8192
 CONFIG, HELD_OUT, METRICS = "config.json", "held_out.json", "metrics.csv"
-WEIGHTS, CALIBRATION, REFERENCE, FOLDS = (
-    f"{name}.safetensors" for name in ("weights", "calibration", "reference", "folds")
-)
+WEIGHTS, CALIBRATION = "weights.safetensors", "calibration.safetensors"
+REFERENCE, FOLDS = "reference.safetensors", "folds.safetensors"
 CHECKPOINTS, PICTURES, CACHE = "checkpoints", "pictures", "cache"
 HEADER_KEY = "pyro_vje"
 
@@ -64,31 +65,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _from_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Runs of the first versions held nothing out, and had no setting to say so."""
-    config = values.get("config")
-    return values | ({"config": {"holdout": 0.0, **config}} if isinstance(config, dict) else {})
+def _lacked(**settings: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A step from runs without these settings, which did what the settings say here."""
+
+    def step(values: dict[str, Any]) -> dict[str, Any]:
+        config = values.get("config")
+        return values | ({"config": {**settings, **config}} if isinstance(config, dict) else {})
+
+    return step
 
 
-def _from_2(values: dict[str, Any]) -> dict[str, Any]:
-    """Runs of version 2 had an MLP between encoder and embedding, and the radius borrowed its scale."""
-    config = values.get("config")
-    before = {"projector": "mlp", "radius_scale": "shared"}
-    return values | ({"config": {**before, **config}} if isinstance(config, dict) else {})
-
-
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: _from_2}
+MIGRATIONS = {1: _lacked(holdout=0.0), 2: _lacked(projector="mlp", radius_scale="shared")}
 """From each older schema version to the next: what a file of that version would say today."""
 
 
 def migrate(values: Any) -> dict[str, Any]:
-    """The content of ``config.json`` or of a file's header in the form of `SCHEMA_VERSION`.
-
-    Raises
-    ------
-    ValueError
-        If it has no version, or one that this package does not know.
-    """
+    """The content of ``config.json`` or of a file's header, of whatever version, in the form of `SCHEMA_VERSION`."""
     try:
         version = check_form(values, {"schema_version": int})["schema_version"]
     except ValueError as error:
@@ -105,40 +97,18 @@ def migrate(values: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a run was trained with and on: the content of ``config.json`` and of the weights' header.
+    """What a run was trained with and on: the content of ``config.json`` and of the weights' header."""
 
-    Attributes
-    ----------
-    config : TrainConfig
-        The settings, with the data set's defaults filled in.
-    image_size : int
-        Pixels of the square images that the encoder saw.
-    mean, std : tuple of float
-        Pixel normalisation of each channel, in [0, 1].
-    classes : tuple of str or None
-        Class names of the training data, if it has labels.
-    train_images : int
-        Number of images pretrained on.
-    stem : str
-        The encoder's stem in words.
-    view_size : int
-        Pixels of what the encoder sees, a central square of the image: less than ``image_size`` for a pretrained one.
-    interpolation : str
-        How image files are resized: ``bilinear`` or ``bicubic``.
-    fingerprint : str or None
-        What identifies the images (`pyro_vje.data.ImageSet.fingerprint`).
-    """
-
-    config: TrainConfig
-    image_size: int
-    mean: tuple[float, ...]
+    config: TrainConfig  # with the data set's defaults filled in
+    image_size: int  # pixels of the square images as they are decoded
+    mean: tuple[float, ...]  # of each channel, in [0, 1], as is std
     std: tuple[float, ...]
-    classes: tuple[str, ...] | None
+    classes: tuple[str, ...] | None  # of the training data, if it has labels
     train_images: int
-    stem: str
-    view_size: int
-    interpolation: str
-    fingerprint: str | None
+    stem: str  # the encoder's, in words
+    view_size: int  # what the encoder sees, a central square: less than image_size for a pretrained one
+    interpolation: str  # how image files are resized: bilinear or bicubic
+    fingerprint: str | None  # of the images (`pyro_vje.data.ImageSet.fingerprint`)
 
     @property
     def view(self) -> CleanView:
@@ -152,35 +122,20 @@ class RunInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the schema version and the versions of what made it."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["config"] = self.config.to_dict()
-        return {"schema_version": SCHEMA_VERSION, **values, "versions": versions()}
+        values = {**vars(self), "config": self.config.to_dict(), "versions": versions()}
+        return {"schema_version": SCHEMA_VERSION, **values}
 
     @classmethod
     def from_dict(cls, values: Any) -> RunInfo:
-        """Read `to_dict`'s form, of this schema version or an older one.
-
-        Raises
-        ------
-        ValueError
-            If it is of an unknown schema version, or something is missing, of another type or out of its range.
-        """
+        """Read `to_dict`'s form, of this schema version or an older one; a ``ValueError`` says what is wrong in it."""
         form: dict[str, Any] = {
-            "config": dict,
-            "image_size": int,
-            "mean": list,
-            "std": list,
-            "classes": list | None,
-            "train_images": int,
-            "stem": str,
-            "view_size": int,
-            "interpolation": str,
+            **{"config": dict, "image_size": int, "mean": list, "std": list, "classes": list | None},
+            **{"train_images": int, "stem": str, "view_size": int, "interpolation": str},
             "fingerprint": str | None,
         }
         values = migrate(values)
         later = {"view_size": values.get("image_size"), "interpolation": "bilinear", "fingerprint": None}
-        values = check_form({**later, **values}, form)
-        kept = {name: values[name] for name in form}
+        kept = {name: value for name, value in check_form({**later, **values}, form).items() if name in form}
         kept["config"] = TrainConfig.from_dict(kept["config"]).resolved()
         kept["classes"] = None if kept["classes"] is None else tuple(map(str, kept["classes"]))
         for name in ("image_size", "view_size"):
@@ -208,23 +163,10 @@ class LoadedRun:
 def build_model(
     config: TrainConfig, image_size: int, features: int | None = None, *, weights: str = "none"
 ) -> VJE:
-    """A freshly initialised model; the same configuration gives the same weights.
+    """A freshly initialised model for views of ``image_size`` pixels; the same configuration gives the same weights.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        Resolved settings.
-    image_size : int
-        Pixels of what the encoder sees.
-    features : int, optional
-        Width of the encoder's output, which is measured where it is not known.
-    weights : str
-        Of the encoder (`pyro_vje.model.build_encoder`); a run that is loaded brings its own.
-
-    Raises
-    ------
-    ValueError
-        If a name in the configuration is unknown or a value out of range.
+    ``features``, the width of the encoder's output, is measured where it is not known; ``weights`` are those of the
+    encoder (`pyro_vje.model.build_encoder`): a run that is loaded brings its own.
     """
     if config.encoder is None:
         raise ValueError("the configuration names no encoder: use TrainConfig.resolved()")
@@ -247,32 +189,21 @@ def build_head(config: TrainConfig, features: int) -> VJE:
 
 
 def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
-    return VJE(
-        encoder,
-        features,
-        embedding_dim=config.embedding_dim,
-        hidden_dim=config.hidden_dim,
-        projector="none" if config.projector == "auto" else config.projector,
-        likelihood=config.likelihood,
-        df=config.df,
-        unit_radius=config.unit_radius,
-        radius=config.radius,
-        radius_scale=config.radius_scale,
-        shared_variance=config.shared_variance,
-    )
+    names = ("embedding_dim", "hidden_dim", "likelihood", "df", "unit_radius", "radius", "radius_scale")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in (*names, "shared_variance")}
+    projector = "none" if config.projector == "auto" else config.projector
+    return VJE(encoder, features, projector=projector, **settings)
 
 
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     """Collect what a new run will be described by."""
-    wanted = preprocessing_of(config)
-    dataset, size = find_dataset(config.dataset), train_set.image_size
-    mean, std = (wanted.mean, wanted.std) if wanted else (dataset.mean, dataset.std)
+    wanted, dataset, size = _preprocessing(config), find_dataset(config.dataset), train_set.image_size
     view_size = round(size * wanted.crop) if wanted else size
     return RunInfo(
         config,
         size,
-        tuple(mean),
-        tuple(std),
+        tuple(wanted.mean if wanted else dataset.mean),
+        tuple(wanted.std if wanted else dataset.std),
         train_set.classes,
         len(train_set),
         describe_stem(config.encoder or "", view_size),
@@ -284,48 +215,64 @@ def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
 
 def decoded_as(config: TrainConfig) -> tuple[int | None, str]:
     """Side in pixels and interpolation at which a run's image files are decoded; ``None``: the data set's own side."""
-    wanted = preprocessing_of(config)
+    wanted = _preprocessing(config)
     if wanted is None:
         return config.image_size, "bilinear"
     return round((config.image_size or wanted.image_size) / wanted.crop), wanted.interpolation
 
 
-def preprocessing_of(config: TrainConfig) -> Preprocessing | None:
-    """How the encoder of a run wants its images, where its weights are pretrained and it says so."""
+def _preprocessing(config: TrainConfig) -> Preprocessing | None:
+    """How the encoder wants its images, where its weights are pretrained and it says so."""
     return None if config.weights == "none" else preprocessing(config.encoder or "")
 
 
 def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
     """Write ``weights.safetensors`` (with the run's description in its header) and ``config.json``."""
-    state = {name: value.detach().cpu().contiguous() for name, value in vje.state_dict().items()}
-    header = {HEADER_KEY: json.dumps(info.to_dict())}
     write_json(folder / CONFIG, info.to_dict())
-    return write_atomic(folder / WEIGHTS, safetensors_bytes(state, header))
+    return _save(folder / WEIGHTS, vje.state_dict(), info.to_dict())
 
 
 def save_posteriors(path: Path, posteriors: Posteriors) -> Path:
     """Write embeddings and posteriors of a run's images: 12 bytes a feature and image."""
-    tensors = {name: value.contiguous() for name, value in posteriors._asdict().items()}
-    header = {HEADER_KEY: json.dumps({"schema_version": SCHEMA_VERSION})}
-    return write_atomic(path, safetensors_bytes(tensors, header))
+    return _save(path, posteriors._asdict())
+
+
+def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor) -> Path:
+    """Write what cross-conformal p-values need: each image's fold and features, and the head that has not seen it."""
+    states = (head.state_dict().items() for head in heads)
+    named = {f"{k}.{name}": value for k, state in enumerate(states) for name, value in state}
+    return _save(path, {"fold": fold, "features": features, **named})
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any] | None = None) -> Path:
+    text = json.dumps(header or {"schema_version": SCHEMA_VERSION})
+    state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return write_atomic(path, safetensors_bytes(state, {HEADER_KEY: text}))
+
+
+def _read(path: Path, read: Callable[[Any], T]) -> tuple[T, dict[str, Tensor]]:
+    """What ``read`` makes of this package's entry in the header of a safetensors file ({}: none), and its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(HEADER_KEY, "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
+    try:
+        return read(parse_json(header)), tensors
+    except ValueError as error:
+        raise ValueError(f"header of {path}: {error}") from None
 
 
 def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
     """Read what `save_posteriors` wrote as ``name`` (`CALIBRATION` or `REFERENCE`); ``None`` where there is none.
 
-    Raises
-    ------
-    ValueError
-        If the file is damaged, of an unknown version or does not fit the model.
+    A file that is damaged, of an unknown version or does not fit the model is a ``ValueError``.
     """
     path = None if run.folder is None else run.folder / name
     if path is None or not path.is_file():
         return None
-    header, tensors = _read_tensors(path)
-    try:
-        migrate({"schema_version": 1} if header is None else parse_json(header))  # version 1 had no header
-    except ValueError as error:
-        raise ValueError(f"header of {path}: {error}") from None
+    _, tensors = _read(path, lambda values: migrate(values or {"schema_version": 1}))  # 1 had no header
     images = len(next(iter(tensors.values()))) if tensors and all(t.dim() for t in tensors.values()) else 0
     wanted = torch.empty(images, run.vje.embedding_dim, device="meta")
     check_state(path, tensors, dict.fromkeys(Posteriors._fields, wanted))
@@ -334,41 +281,28 @@ def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
     return Posteriors(**tensors)
 
 
-def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor) -> Path:
-    """Write what cross-conformal p-values need: each image's fold and features, and the head that has not seen it."""
-    tensors = {"fold": fold, "features": features.contiguous()}
-    for k, head in enumerate(heads):
-        tensors |= {f"{k}.{name}": value.contiguous() for name, value in head.state_dict().items()}
-    header = {HEADER_KEY: json.dumps({"schema_version": SCHEMA_VERSION})}
-    return write_atomic(path, safetensors_bytes(tensors, header))
-
-
 def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
     """What `save_folds` wrote, if the run has it: folds ``(N,)``, features ``(N, F)``, heads of features.
 
-    Raises
-    ------
-    ValueError
-        If the file is damaged or does not fit the model.
+    A file that is damaged or does not fit the model is a ``ValueError``.
     """
     path = None if run.folder is None else run.folder / FOLDS
     if path is None or not path.is_file():
         return None
-    _, tensors = _read_tensors(path)
-    count, device = len(tensors.get("fold", ())), next(run.vje.parameters()).device
-    images = torch.empty(count, run.vje.feature_dim, device="meta")
-    head = build_head(run.info.config, run.vje.feature_dim)
-    wanted = {"fold": torch.empty(count, dtype=torch.int64, device="meta"), "features": images}
-    heads = sorted({int(name.partition(".")[0]) for name in tensors if name[0].isdigit()})
-    for k in heads:
-        wanted |= {f"{k}.{name}": value for name, value in head.state_dict().items()}
+    _, tensors = _read(path, migrate)
+    folds = len({name.partition(".")[0] for name in tensors if name[:1].isdigit()})
+    heads = [build_head(run.info.config, run.vje.feature_dim) for _ in range(folds)]
+    images = tensors["fold"].numel() if "fold" in tensors else 0
+    wanted = {
+        f"{k}.{name}": value for k, head in enumerate(heads) for name, value in head.state_dict().items()
+    }
+    wanted["fold"] = torch.empty(images, dtype=torch.int64, device="meta")
+    wanted["features"] = torch.empty(images, run.vje.feature_dim, device="meta")
     check_state(path, tensors, wanted)
-    found = []
-    for k in heads:
-        own = build_head(run.info.config, run.vje.feature_dim)
-        own.load_state_dict({name: tensors[f"{k}.{name}"] for name in own.state_dict()})
-        found.append(own.to(device).eval().requires_grad_(False))
-    return tensors["fold"], tensors["features"], found
+    for k, head in enumerate(heads):
+        head.load_state_dict({name: tensors[f"{k}.{name}"] for name in head.state_dict()})
+        head.to(next(run.vje.parameters()).device).eval().requires_grad_(False)
+    return tensors["fold"], tensors["features"], heads
 
 
 def calibration_file(name: str) -> str:
@@ -385,15 +319,7 @@ def calibrations(run: LoadedRun) -> list[str]:
 
 
 def read_info(folder: Path) -> RunInfo:
-    """Read a run folder's ``config.json``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder is missing or is no run folder.
-    ValueError
-        If ``config.json`` cannot be understood.
-    """
+    """Read a run folder's ``config.json``; ``FileNotFoundError`` if there is none, ``ValueError`` if it is damaged."""
     if not folder.exists():
         raise FileNotFoundError(f"no such run folder: {folder}")
     path = folder / CONFIG
@@ -426,23 +352,13 @@ def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
 def load_run(
     ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu"
 ) -> LoadedRun:
-    """Load a trained model from a run folder or a weights file; nothing in either is executed.
+    """Load a trained model from a run folder or a weights file, in evaluation mode; nothing in either is executed.
 
-    Parameters
-    ----------
-    ckpt : path
-        A run folder, or a ``.safetensors`` file that `save_weights` wrote.
-    trust_plugins : bool
-        Whether ``module:attribute`` names in the configuration may be imported.
-    device : str or torch.device
-        Where the model is put.
+    ``ckpt`` is a run folder, or a ``.safetensors`` file that a run or an export wrote; ``trust_plugins`` allows to
+    import ``module:attribute`` names of its configuration; ``device`` is where the model is put.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder or file, or the folder holds no weights.
-    ValueError
-        If a file is damaged, of another version, does not fit the model, or needs plug-ins that are not trusted.
+    Raises ``FileNotFoundError`` if there is no such folder or file, or the folder holds no weights; ``ValueError`` if a
+    file is damaged, of another version, does not fit the model, or needs plug-ins that are not trusted.
     """
     ckpt = Path(ckpt)
     folder = ckpt if ckpt.is_dir() else None
@@ -454,7 +370,7 @@ def load_run(
             raise FileNotFoundError(
                 f"{ckpt} holds no {WEIGHTS}: has its training finished? (train --resume goes on)"
             )
-    info, state = _read_weights(path)
+    info, state = _read(path, RunInfo.from_dict)
     for setting in ("dataset", "encoder", "likelihood"):
         name = getattr(info.config, setting)
         built_in = setting == "encoder" and str(name).partition(":")[0] in LIBRARIES
@@ -478,26 +394,17 @@ def load_run(
 
 
 def load_split(
-    run: LoadedRun,
-    split: str,
-    dataset: str | None = None,
-    data_dir: str | Path | None = None,
-    *,
-    download: bool = True,
-    residency: str = "auto",
+    run: LoadedRun, split: str, dataset: str | None = None, data_dir: str | Path | None = None, **how: Any
 ) -> ImageSet:
-    """Load a split of the run's own data set, or of another one, as the run's encoder wants its images."""
-    config = run.info.config
-    own = dataset is None or dataset == config.dataset
-    return load_dataset(
-        dataset or config.dataset,
-        data_dir if data_dir is not None or not own else config.data_dir,
-        split,
-        image_size=run.info.image_size,
-        interpolation=run.info.interpolation,
-        download=download,
-        residency=residency,
-    )
+    """Load a split of the run's own data set, or of another one, as the run's encoder wants its images.
+
+    ``how`` as in `pyro_vje.data.load_dataset`: download, residency.
+    """
+    config, info = run.info.config, run.info
+    if dataset in (None, config.dataset) and data_dir is None:
+        data_dir = config.data_dir
+    how |= {"image_size": info.image_size, "interpolation": info.interpolation}
+    return load_dataset(dataset or config.dataset, data_dir, split, **how)
 
 
 def training_images(run: LoadedRun) -> tuple[ImageSet, ImageSet | None]:
@@ -506,34 +413,8 @@ def training_images(run: LoadedRun) -> tuple[ImageSet, ImageSet | None]:
     return load_train_set(config, run.info.image_size, run.info.interpolation)
 
 
-def _read_tensors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
-    """This package's entry in the header of a safetensors file, and its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(HEADER_KEY)
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from None
-
-
-def _read_weights(path: Path) -> tuple[RunInfo, dict[str, Tensor]]:
-    header, state = _read_tensors(path)
-    if header is None:
-        raise ValueError(f"{path} was not written by pyro-vje: its header has no {HEADER_KEY!r} entry")
-    try:
-        return RunInfo.from_dict(parse_json(header)), state
-    except ValueError as error:
-        raise ValueError(f"header of {path}: {error}") from None
-
-
 def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Check that tensors read from ``path`` have the names, shapes and types of ``wanted``, and finite values.
-
-    Raises
-    ------
-    ValueError
-        If not, naming the first that is wrong.
-    """
+    """Check names, shapes and types of tensors read from ``path``, and that they are finite; else a ``ValueError``."""
     if state.keys() != wanted.keys():
         names = sorted(state.keys() ^ wanted.keys())
         raise ValueError(

@@ -3,11 +3,3 @@
 from pyro_vje.training.module import Pretraining
 from pyro_vje.training.monitor import EpochReport, TrainingDiverged
 from pyro_vje.training.run import choose_precision, train
-
-__all__ = [
-    "EpochReport",
-    "Pretraining",
-    "TrainingDiverged",
-    "choose_precision",
-    "train",
-]

@@ -31,10 +31,7 @@ CHECK_EVERY = 5
 """Steps after which several processes ask each other whether one of them was told to stop."""
 
 
-OPTIMISERS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.SGD: ("momentum_buffer",),
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-}
+OPTIMISERS: dict[str, tuple[str, ...]] = {"SGD": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}
 """What each keeps of a parameter, in its shape."""
 
 
@@ -60,29 +57,17 @@ class StoppedTraining(Exception):
 
 
 class Checkpoints(Checkpoint):
-    """Writes the last checkpoint at the end of each epoch, inside it, and when the run is told to stop.
-
-    Parameters
-    ----------
-    path : Path
-        The checkpoint.
-    stop : StopRequest
-        Whether the run was told to stop.
-    """
+    """Writes the checkpoint ``path`` at the end of each epoch, inside it, and when the run is told to ``stop``."""
 
     def __init__(self, path: Path, stop: StopRequest) -> None:
-        self.path = path
-        self.stop = stop
-        self.saved = 0.0
+        self.path, self.stop, self.saved = path, stop, 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Start the clock, and take the signals from Lightning, which has just set handlers of its own."""
         self.saved = time.monotonic()
         self.stop.install()
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
         """Save if it is time to, or to stop; the epoch's last step is left to `on_train_epoch_end`."""
         batches = trainer.fit_loop.batch_idx + 1
         if batches == trainer.num_training_batches or (trainer.world_size > 1 and batches % CHECK_EVERY):
@@ -92,17 +77,15 @@ class Checkpoints(Checkpoint):
         if not (stop or due):
             return
         # A state that has diverged does not take the place of a good one; the end of the epoch says so.
-        loss = pl_module.sums["loss"]  # type: ignore[index]
-        (diverged,) = self._agreed(trainer, float(not torch.isfinite(loss)))
+        (diverged,) = self._agreed(trainer, float(not torch.isfinite(pl_module.sums["loss"])))
         if not diverged:
             self._save(trainer)
         self._stop_if(stop)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Save, when all that belongs to the epoch is done; a head's epochs are too short for that."""
-        config: Any = pl_module.config
         last = trainer.current_epoch + 1 == trainer.max_epochs
-        if config.frozen and not self.stop.signum and not last:
+        if pl_module.config.frozen and not self.stop.signum and not last:
             return
         self._save(trainer)
         self._stop_if(*self._agreed(trainer, float(self.stop.signum)))
@@ -139,21 +122,15 @@ def check_checkpoint(path: Path, module: lightning.LightningModule) -> None:
             if (broken := archive.testzip()) is not None:
                 raise ValueError(f"wrong checksum of {broken}")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        form = {
-            "state_dict": dict,
-            "optimizer_states": list,
-            "lr_schedulers": list,
-            "loops": dict,
-            "callbacks": dict,
-        }
-        check_form(saved, {**form, "epoch": int, "global_step": int})
+        states = {"optimizer_states": list, "lr_schedulers": list, "callbacks": dict, "loops": dict}
+        check_form(saved, {"state_dict": dict, **states, "epoch": int, "global_step": int})
         check_state(path, saved["state_dict"], module.state_dict())
         (states,) = saved["optimizer_states"]
         optimizer: Any = cast(dict[str, Any], module.configure_optimizers())["optimizer"]
         optimizer.load_state_dict(states)
         for parameter, state in optimizer.state.items():
             moments = {name: value for name, value in state.items() if name != "step"}
-            check_state(path, moments, dict.fromkeys(OPTIMISERS[type(optimizer)], parameter))
+            check_state(path, moments, dict.fromkeys(OPTIMISERS[type(optimizer).__name__], parameter))
     except pickle.UnpicklingError:  # whose text tells how to run what is in the file
         raise ValueError(
             f"{path} is no checkpoint of ours, and nothing in it was run: train anew with --overwrite"

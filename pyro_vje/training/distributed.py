@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.layer_sync import LayerSync
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from torch import Tensor, distributed
+from torch.distributed.nn.functional import all_reduce
 from torch.distributions import Normal
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -21,31 +22,21 @@ from pyro_vje.distributions.numerics import at_least_float32
 
 
 class GlobalNoise(Messenger):
-    """Pyro handler in which a normal latent of a plate gets this process's part of the global batch's noise.
+    """Pyro handler in which a normal latent of plate ``image`` gets this process's part of the global batch's noise.
 
-    A latent that is not normal is drawn as it would be without the handler: correct, but dependent on how many
-    processes there are.
-
-    Parameters
-    ----------
-    generator : torch.Generator
-        On the latents' device, in the same state in every process.
-    rank, world_size : int
-        This process draws for ``world_size`` times its share of the plate and keeps the ``rank``-th part.
-    plate : str
-        The plate of the batch.
+    ``generator``, on the latents' device and in the same state in every process, draws for ``world_size`` times the
+    share, of which the ``rank``-th is kept. A latent that is not normal is drawn as it would be without the handler:
+    correct, but dependent on how many processes there are.
     """
 
-    def __init__(
-        self, generator: torch.Generator, rank: int, world_size: int, *, plate: str = "image"
-    ) -> None:
+    def __init__(self, generator: torch.Generator, rank: int, world_size: int) -> None:
         super().__init__()
-        self.generator, self.rank, self.world_size, self.plate = generator, rank, world_size, plate
+        self.generator, self.rank, self.world_size = generator, rank, world_size
 
     def _pyro_sample(self, msg: Message) -> None:
         fn: Any = msg["fn"]
         normal = getattr(fn, "base_dist", fn)
-        frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == self.plate), None)
+        frame = next((frame for frame in msg["cond_indep_stack"] if frame.name == "image"), None)
         given = msg["done"] or msg["is_observed"] or msg["value"] is not None
         if given or frame is None or frame.dim is None or not isinstance(normal, Normal):
             return
@@ -60,8 +51,7 @@ class GlobalNoise(Messenger):
 class CPUSyncBatchNorm(LayerSync):
     """Batch norm over the global batch on CPUs, for which `torch.nn.SyncBatchNorm` is not made.
 
-    The modules stay what they are; only their ``forward`` is another while the plugin is applied, so parameters,
-    buffers and their names do not change.
+    Only the modules' ``forward`` is another while the plugin is applied: parameters and buffers do not change.
     """
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -87,19 +77,16 @@ def _global_batch_norm(module: _BatchNorm, images: Tensor) -> Tensor:
     axes, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
     count = x.numel() // x.shape[1] * distributed.get_world_size()
     # The variance from centred values, in a second reduction: a difference of large sums would lose digits.
-    mean = _Sum.apply(x.sum(axes)) / count
+    mean = all_reduce(x.sum(axes)) / count
     centred = x - mean.view(shape)
-    variance = _Sum.apply(centred.square().sum(axes)) / count
+    variance = all_reduce(centred.square().sum(axes)) / count
     if module.track_running_stats:
-        assert module.num_batches_tracked is not None
-        assert module.running_mean is not None
-        assert module.running_var is not None
+        state: Any = module
         with torch.no_grad():
-            module.num_batches_tracked.add_(1)
-            momentum = module.momentum
-            factor = 1 / float(module.num_batches_tracked) if momentum is None else momentum
-            module.running_mean.lerp_(mean, factor)
-            module.running_var.lerp_(variance * (count / (count - 1)), factor)
+            state.num_batches_tracked.add_(1)
+            factor = 1 / float(state.num_batches_tracked) if module.momentum is None else module.momentum
+            state.running_mean.lerp_(mean, factor)
+            state.running_var.lerp_(variance * (count / (count - 1)), factor)
     scale = (variance + module.eps).rsqrt()
     if module.weight is not None:
         scale = scale * module.weight
@@ -107,17 +94,3 @@ def _global_batch_norm(module: _BatchNorm, images: Tensor) -> Tensor:
     if module.bias is not None:
         out = out + module.bias.view(shape)
     return out.to(images.dtype)
-
-
-class _Sum(torch.autograd.Function):
-    """Sum over all processes; as each one's loss depends on it, so is its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Sum.apply(gradient)

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from pyro.distributions import Independent
 from pyro.poutine import Trace
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, TwoViews, derive_seed, make_loader
@@ -26,6 +26,10 @@ from pyro_vje.training.distributed import GlobalNoise
 
 HEAD_LR = 1e-3
 """Of AdamW, for a head on cached features."""
+QUIET: dict[str, Any] = dict.fromkeys(
+    ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
+)
+"""Of Lightning's trainer."""
 PART_EVERY = 5
 """Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
 
@@ -33,19 +37,9 @@ PART_EVERY = 5
 class Pretraining(lightning.LightningModule):
     """VJE pretraining: two views of each image, the symmetric ELBO, an optimiser with a cosine schedule.
 
-    All random draws of a step (views, latents) are functions of (seed, step), so a resumed run draws what an
-    uninterrupted one would, and several processes draw what one would for their global batch.
-
-    Parameters
-    ----------
-    vje : VJE
-        The model to train.
-    config : TrainConfig
-        Resolved settings.
-    train_set : ImageSet or tensor
-        The images; or ``(N, V, feature_dim)``, what a frozen encoder has made of V views of each.
-    views : TwoViews, optional
-        What draws two views of each image.
+    ``train_set`` are images, of which ``views`` draws two views each; or ``(N, V, feature_dim)``, what a frozen encoder
+    has made of V views of each. All random draws of a step (views, latents) are functions of (seed, step), so a resumed
+    run draws what an uninterrupted one would, and several processes draw what one would for their global batch.
     """
 
     def __init__(
@@ -64,10 +58,8 @@ class Pretraining(lightning.LightningModule):
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.begun = False
+        self.begun = self._validated = False
         self.first_loss = torch.tensor(math.inf)
-        self._generator: torch.Generator | None = None
-        self._validated = False
 
     @property
     def vje(self) -> VJE:
@@ -79,10 +71,10 @@ class Pretraining(lightning.LightningModule):
         rank, world_size = self.global_rank, self.trainer.world_size
         generator = self._seeded_generator(batch.device)
         views: Tensor | ViewPair
-        if self.views is not None:
-            views = self.views(batch, generator, rank=rank, world_size=world_size)
-        else:
+        if self.views is None:
             views = self.vje.pair(_two_of(batch, generator))
+        else:
+            views = self.views(batch, generator, rank=rank, world_size=world_size)
         noise: GlobalNoise | nullcontext[None] = nullcontext()
         if world_size > 1:  # from the seed of the only process's latents, see below
             generator.manual_seed(derive_seed("latents", self.config.seed, self.global_step, 0))
@@ -101,23 +93,19 @@ class Pretraining(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with momentum, or AdamW for a head on features; decay on matrices and kernels; warm-up and cosine."""
         config, lr = self.config, self.config.lr * self.batch_size / 256
-        groups = []
-        for encoder in (False, True):
-            for decayed in (False, True):
-                parameters = [
-                    p
-                    for name, p in self.vje.named_parameters()
-                    if p.requires_grad and (p.dim() > 1) == decayed and name.startswith("encoder.") == encoder
-                ]
-                if parameters:
-                    rate = lr * (config.encoder_lr_scale or 0.0) if encoder else lr
-                    decay = config.weight_decay if decayed else 0.0
-                    groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
-        optimizer: torch.optim.Optimizer
-        if not config.frozen:
-            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
-        else:
-            optimizer = torch.optim.AdamW([{**group, "lr": HEAD_LR} for group in groups], lr=HEAD_LR)
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.vje.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("encoder."), parameter.dim() > 1), []).append(parameter)
+        lr = HEAD_LR if config.frozen else lr
+        rates = {False: lr, True: lr * (config.encoder_lr_scale or 0.0)}
+        named: list[Any] = [
+            {"params": groups[which], "lr": rates[which[0]], "weight_decay": config.weight_decay * which[1]}
+            for which in sorted(groups)  # whether of the encoder, and whether decayed
+        ]
+        optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(named) if config.frozen else torch.optim.SGD(named, momentum=0.9, fused=True)
+        )
         steps_per_epoch = len(self.train_set) // self.batch_size
         warmup = round((config.warmup_epochs or 0) * steps_per_epoch)
         total = (config.epochs or 1) * steps_per_epoch
@@ -132,21 +120,13 @@ class Pretraining(lightning.LightningModule):
 
     def train_dataloader(self) -> ResidentLoader | StreamingLoader:
         """This process's share of every global batch, in the order of (seed, epoch)."""
-        share: dict[str, Any] = {
-            "seed": self.config.seed,
-            "rank": self.global_rank,
-            "world_size": self.trainer.world_size,
-        }
+        share: dict[str, Any] = {"rank": self.global_rank, "world_size": self.trainer.world_size}
+        share["seed"] = self.config.seed
         if isinstance(self.train_set, Tensor):
             return ResidentLoader(self.train_set, self.batch_size, **share)
-        return make_loader(
-            self.train_set,
-            self.batch_size,
-            device=self.device,
-            residency=self.config.residency if self.train_set.in_memory else "auto",
-            num_workers=self.config.workers,
-            **share,
-        )
+        how = {"residency": self.config.residency if self.train_set.in_memory else "auto", **share}
+        workers = self.config.workers
+        return make_loader(self.train_set, self.batch_size, device=self.device, num_workers=workers, **how)
 
     def on_train_epoch_start(self) -> None:
         """Choose the epoch's order, also after resuming."""
@@ -154,33 +134,26 @@ class Pretraining(lightning.LightningModule):
         self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
 
     def _seeded_generator(self, device: torch.device) -> torch.Generator:
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device)
-        step = (self.config.seed, self.global_step)
+        step, cuda = (self.config.seed, self.global_step), device.type == "cuda"
         # Only the device's own generator: torch.manual_seed visits every backend, a millisecond a step.
-        latents = (
-            torch.cuda.default_generators[device.index or 0]
-            if device.type == "cuda"
-            else torch.default_generator
-        )
-        latents.manual_seed(derive_seed("latents", *step, self.global_rank))
+        own = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
+        own.manual_seed(derive_seed("latents", *step, self.global_rank))
         # An encoder of the user's own may draw from these.
         random.seed(derive_seed("python", *step, self.global_rank))
         np.random.seed(derive_seed("numpy", *step, self.global_rank) % 2**32)  # noqa: NPY002
         # Equal on every rank: the views of a global batch do not depend on how many processes share it.
-        return self._generator.manual_seed(derive_seed("views", *step))
+        return torch.Generator(device).manual_seed(derive_seed("views", *step))
 
     def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
         posterior = cast(Independent, guide_trace.nodes["z"]["fn"]).base_dist
-        target = model_trace.nodes["target"]["value"]
+        target: Any = model_trace.nodes["target"]["value"]
         likelihood = cast(Any, model_trace.nodes["target"]["fn"])
         kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
         self._add("kl", kl.mean())
         self._add("log_likelihood", likelihood.log_prob(target).mean())
         if hasattr(likelihood, "log_prob_direction"):
             self._add("log_direction", likelihood.log_prob_direction(target).mean())
-            radius = torch.linalg.vector_norm(target, dim=-1)
-            self._add("log_radius", likelihood.log_prob_radius(radius).mean())
+            self._add("log_radius", likelihood.log_prob_radius(target.norm(dim=-1)).mean())
 
     def _add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums[name].to(value.device) + value if name in self.sums else value.clone()
@@ -200,11 +173,9 @@ class Pretraining(lightning.LightningModule):
 
     def epoch_means(self) -> dict[str, float]:
         """Means over all processes since the last call: the one place that reads back from the device."""
-        means = torch.stack([value / self.counts[name] for name, value in self.sums.items()])
-        names = list(self.sums)
+        names, means = list(self.sums), [value / self.counts[name] for name, value in self.sums.items()]
         self.sums, self.counts = {}, {}
-        # Equal shares of every batch: the mean over the processes is that over all images.
-        return dict(zip(names, self.trainer.strategy.reduce(means).tolist(), strict=True))
+        return dict(zip(names, self.trainer.strategy.reduce(torch.stack(means)).tolist(), strict=True))
 
 
 def _two_of(features: Tensor, generator: torch.Generator) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning
+import pandas as pd
 from torch import Tensor
 
 from pyro_vje import metrics
@@ -35,22 +34,10 @@ TIMED_STEPS = 10
 """Steps after which the time of the whole run is known well enough to be said."""
 CHECK_EVERY = 100
 """Steps between looks at whether the loss is finite: each waits for the device."""
-
-COLUMNS = (
-    "epoch",
-    "loss",
-    "log_likelihood",
-    "log_direction",
-    "log_radius",
-    "kl",
-    "knn_accuracy",
-    "effective_rank",
-    "spread",
-    "posterior_snr",
-    "lr",
-    "images_per_second",
-    "seconds",
-)
+SIGNS = ("effective_rank", "spread", "posterior_snr")
+"""Of collapse."""
+PARTS = ("loss", "log_likelihood", "log_direction", "log_radius", "kl")
+COLUMNS = ("epoch", *PARTS, "knn_accuracy", *SIGNS, "lr", "images_per_second", "seconds")
 
 
 class TrainingDiverged(FloatingPointError):
@@ -60,18 +47,8 @@ class TrainingDiverged(FloatingPointError):
 class EpochReport(lightning.pytorch.Callback):
     """Writes a row of ``metrics.csv`` after each epoch, warns of collapse, stops on a loss that is not finite.
 
-    Parameters
-    ----------
-    folder : Path
-        The run folder.
-    train_set : ImageSet
-        The images that are trained on.
-    knn_sets : pair of ImageSet or None
-        Labelled training and test images for the k-NN monitor.
-    view : CleanView
-        How they are encoded.
-    features : tensor, optional
-        ``(N, V, feature_dim)``, what a frozen encoder has made of the training images.
+    ``knn_sets`` are labelled training and test images for the k-NN monitor; ``features`` ``(N, V, feature_dim)`` what
+    a frozen encoder has made of the training images.
     """
 
     def __init__(
@@ -82,21 +59,19 @@ class EpochReport(lightning.pytorch.Callback):
         view: CleanView,
         features: Tensor | None = None,
     ) -> None:
-        self.path = folder / METRICS
-        self.view = view
+        self.path, self.view, self.knn_sets = folder / METRICS, view, knn_sets
         watched = evenly_spread(len(train_set), HEALTH_IMAGES)
         self.health_set = train_set.select(watched)
         self.health_features = None if features is None else features[watched, 0]
-        self.knn_sets = knn_sets
         self.rows: list[dict[str, Any]] = []
         self.started = self.shown = 0.0
         self.warned: set[str] = set()
 
-    def _encode_watched(self, vje: VJE) -> Encoded:
+    def _encode(self, vje: VJE, images: ImageSet) -> Encoded:
         device = next(vje.parameters()).device
-        if self.health_features is not None:
+        if images is self.health_set and self.health_features is not None:
             return encode_features(vje, self.health_features.to(device))
-        return encode(vje, self.health_set, self.view, device=device)
+        return encode(vje, images, self.view, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, so that a resumed run's file holds each epoch once, what was said, the epoch's seconds."""
@@ -105,38 +80,31 @@ class EpochReport(lightning.pytorch.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the rows of the run that is resumed."""
-        self.rows = state_dict["rows"]
-        self.warned = set(state_dict.get("warned", ()))
+        self.rows, self.warned = state_dict["rows"], set(state_dict.get("warned", ()))
         # The start of the epoch for a run that goes on inside one; another epoch sets it anew.
         self.started = time.perf_counter() - state_dict.get("seconds", 0.0)
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Say so where the images look like the one-class protocol and all classes are trained on."""
-        config: TrainConfig = cast(Any, pl_module).config
-        if trainer.is_global_zero and (config.batch_size or 0) < FEW_IMAGES:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Warn of tiny batches; say so where the images look like the one-class protocol and all are trained on."""
+        config: TrainConfig = pl_module.config
+        if not trainer.is_global_zero:
+            return
+        if (config.batch_size or 0) < FEW_IMAGES:
             log.warning(
                 "batch norm has %d images for its statistics: raise batch_size to %d or more",
                 *(config.batch_size, FEW_IMAGES),
             )
         labels, classes = self.health_set.labels, self.health_set.classes or ()
-        if not trainer.is_global_zero or config.normal_class is not None or labels is None:
-            return
-        trained = {classes[label] for label in labels.unique().tolist() if label >= 0}
-        if len(trained) > 1 and "normal" in trained:
+        trained = {classes[label] for label in ([] if labels is None else labels.tolist()) if label >= 0}
+        if config.normal_class is None and len(trained) > 1 and "normal" in trained:
             log.info("training on all %d classes; --normal-class normal trains on one alone", len(trained))
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Start the epoch's clock."""
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *arguments: Any) -> None:
-        """Say how long it will take, and stop long before the end of an epoch of many steps.
-
-        Raises
-        ------
-        TrainingDiverged
-            If the loss is no longer finite.
-        """
+        """Say how long it will take; `TrainingDiverged` long before the end of an epoch of many steps."""
         step, steps = trainer.fit_loop.batch_idx + 1, int(trainer.num_training_batches)
         if trainer.global_step % CHECK_EVERY == 0 and not math.isfinite(pl_module.sums["loss"].item()):
             raise TrainingDiverged(
@@ -144,8 +112,7 @@ class EpochReport(lightning.pytorch.Callback):
             )
         if not trainer.is_global_zero:
             return
-        now = time.perf_counter()
-        epochs = trainer.max_epochs or 0
+        now, epochs = time.perf_counter(), trainer.max_epochs or 0
         left = (now - self.started) / step * (steps - step + (epochs - trainer.current_epoch - 1) * steps)
         if not self.rows and step == min(TIMED_STEPS, steps):
             log.info("%d epochs of %d steps, about %s", epochs, steps, duration(left))
@@ -154,55 +121,42 @@ class EpochReport(lightning.pytorch.Callback):
             part = f"epoch {trainer.current_epoch + 1}/{epochs}  step {step}/{steps}  {duration(left)} left"
             print(f"\r{part:<78}", end="\r", file=sys.stderr, flush=True)
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the row, print a line where there is no progress bar, and check the run's health.
-
-        Raises
-        ------
-        TrainingDiverged
-            If the loss is no longer finite.
-        """
-        module: Any = pl_module  # a `pyro_vje.training.module.Pretraining`
-        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **module.epoch_means()}
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Write the row, print a line, and check the run's health; `TrainingDiverged` if the loss is not finite."""
+        config, gentler, epochs = pl_module.config, _gentler(pl_module.config), trainer.max_epochs or 0
+        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **pl_module.epoch_means()}
         seconds = time.perf_counter() - self.started
         row["seconds"] = round(seconds, 3)
-        row["images_per_second"] = round(trainer.num_training_batches * module.batch_size / seconds, 1)
+        row["images_per_second"] = round(trainer.num_training_batches * pl_module.batch_size / seconds, 1)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isfinite(row["loss"]):
-            raise TrainingDiverged(
-                f"the loss became {row['loss']} in epoch {row['epoch']}: {_gentler(module.config)}"
-            )
-        best = min((earlier["loss"] for earlier in self.rows), default=module.first_loss.item())
-        rise = (row["loss"] - best) / module.vje.embedding_dim
-        if trainer.is_global_zero and rise > MAX_RISE and "loss" not in self.warned:
+            raise TrainingDiverged(f"the loss became {row['loss']} in epoch {row['epoch']}: {gentler}")
+        best = min((earlier["loss"] for earlier in self.rows), default=pl_module.first_loss.item())
+        self.rows.append(row)
+        if not trainer.is_global_zero:
+            return
+        rise = (row["loss"] - best) / pl_module.vje.embedding_dim
+        if rise > MAX_RISE and "loss" not in self.warned:
             self.warned.add("loss")
             log.warning(
                 "epoch %d: the loss explodes, %.0f nats a dimension above its best (more than %g): %s",
-                *(row["epoch"], rise, MAX_RISE, _gentler(module.config)),
+                *(row["epoch"], rise, MAX_RISE, gentler),
             )
-        every = module.config.knn_every or 0
-        last = row["epoch"] == trainer.max_epochs
-        if trainer.is_global_zero and (last or (every and row["epoch"] % every == 0)):
-            row.update(self._measure(module.vje, module.config))
+        last = row["epoch"] == epochs
+        if last or (config.knn_every and row["epoch"] % config.knn_every == 0):
+            row.update(self._measure(pl_module.vje, gentler))
             # A young posterior is noise in every run; what matters is whether it stays so.
-            young = max(module.config.warmup_epochs or 0, (trainer.max_epochs or 0) / 2)
-            if last or row["epoch"] > young:
-                self._warn(row, module.vje.feature_dim, module.own_objective is None, module.config.frozen)
-        self.rows.append(row)
-        if trainer.is_global_zero:
-            if last or not module.config.frozen:
-                self._write()
-            if trainer.logger is not None:  # TensorBoard, where it is installed
-                trainer.logger.log_metrics(
-                    {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
-                )
-            # A head has hundreds of epochs of a few steps.
-            if (
-                last
-                or not module.config.frozen
-                or row["epoch"] % max(1, (trainer.max_epochs or 0) // 10) == 0
-            ):
-                log.info(_line(row, trainer.max_epochs or 0))
+            if last or row["epoch"] > max(config.warmup_epochs or 0, epochs / 2):
+                self._warn(row, pl_module.vje.feature_dim, pl_module.own_objective is None, config.frozen)
+        if trainer.logger is not None:  # TensorBoard, where it is installed
+            trainer.logger.log_metrics(
+                {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
+            )
+        if last or not config.frozen:
+            table = pd.DataFrame(self.rows, columns=COLUMNS)
+            write_atomic(self.path, table.to_csv(index=False, lineterminator="\n"))
+        if last or not config.frozen or row["epoch"] % max(1, epochs // 10) == 0:  # a head has hundreds
+            log.info(_line(row, epochs))
 
     def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
         """Draw the curves and the embedding of held-out (else training) images into the run folder."""
@@ -211,53 +165,37 @@ class EpochReport(lightning.pytorch.Callback):
         history = {name: [row.get(name, math.nan) for row in self.rows] for name in COLUMNS}
         pictures.plot_training(history, folder / "training.png")
         shown = self.knn_sets[1] if self.knn_sets else self.health_set
-        device = next(vje.parameters()).device
-        encoded = encode(vje, shown, self.view, device=device) if self.knn_sets else self._encode_watched(vje)
+        encoded = self._encode(vje, shown)
         labels = None if shown.labels is None else shown.labels[encoded.indices]
         pictures.plot_embedding(encoded.embeddings, labels, classes, folder / "embedding.png")
 
-    def _measure(self, vje: VJE, config: TrainConfig) -> dict[str, float]:
-        device = next(vje.parameters()).device
-        encoded = self._encode_watched(vje)
+    def _measure(self, vje: VJE, gentler: str) -> dict[str, float]:
+        encoded = self._encode(vje, self.health_set)
         if not all(tensor.isfinite().all() for tensor in encoded):
-            raise TrainingDiverged(
-                f"the embeddings are not finite after an epoch whose loss was: {_gentler(config)}"
-            )
+            raise TrainingDiverged(f"the embeddings are not finite after an epoch whose loss was: {gentler}")
         row = {
             "effective_rank": metrics.effective_rank(encoded.features),
             "spread": metrics.embedding_spread(encoded.embeddings),
             "posterior_snr": metrics.posterior_snr(encoded.loc, encoded.scale),
         }
         if self.knn_sets is not None:
-            train, test = (encode(vje, images, self.view, device=device) for images in self.knn_sets)
-            labels = [
-                images.labels_at(part.indices)
-                for images, part in zip(self.knn_sets, (train, test), strict=True)
-            ]
+            train, test = (self._encode(vje, images) for images in self.knn_sets)
+            labels = self.knn_sets[0].labels_at(train.indices), self.knn_sets[1].labels_at(test.indices)
             predicted = metrics.knn_predict(train.features, labels[0], test.features)
             row["knn_accuracy"] = (predicted == labels[1]).double().mean().item()
         return row
 
     def _warn(self, row: dict[str, Any], dim: int, elbo: bool, frozen: bool) -> None:
-        signs = ("effective_rank", "spread", "posterior_snr")
-        for sign in signs[
-            2 * frozen : 3 if elbo else 2
-        ]:  # without the ELBO the posterior's scale has no meaning
+        # A frozen encoder cannot collapse; without the ELBO the posterior's scale has no meaning.
+        for sign in SIGNS[2 * frozen : 3 if elbo else 2]:
             # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
-            rank, spread, snr = (row[name] if name == sign else math.inf for name in signs)
+            rank, spread, snr = (row[name] if name == sign else math.inf for name in SIGNS)
             message = metrics.collapse_warning(rank, spread, snr, dim)
             if message is None:
                 self.warned.discard(sign)
             elif sign not in self.warned:
                 self.warned.add(sign)
                 log.warning("epoch %d: %s", row["epoch"], message)
-
-    def _write(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomic(self.path, text.getvalue())
 
 
 def _gentler(config: TrainConfig) -> str:
@@ -274,10 +212,7 @@ def duration(seconds: float) -> str:
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.2f}"]
-    for name in ("log_direction", "log_radius", "kl"):
-        if name in row:
-            parts.append(f"{name.removeprefix('log_')} {row[name]:.2f}")
-    if "knn_accuracy" in row:
-        parts.append(f"k-NN {row['knn_accuracy']:.3f}")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    return "  ".join(parts)
+    names = [name for name in ("log_direction", "log_radius", "kl") if name in row]
+    parts += [f"{name.removeprefix('log_')} {row[name]:.2f}" for name in names]
+    parts += [f"k-NN {row['knn_accuracy']:.3f}"] if "knn_accuracy" in row else []
+    return "  ".join([*parts, f"{row['images_per_second']:.0f} images/s"])

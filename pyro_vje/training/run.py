@@ -16,142 +16,74 @@ from typing import Any, Literal
 
 import lightning
 import torch
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins import environments
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import ImageSet
-from pyro_vje.data.splits import (
-    REFERENCE_IMAGES,
-    evenly_spread,
-    load_train_set,
-    monitor_sets,
-    reference_images,
-)
+from pyro_vje.data import ImageSet, splits
+from pyro_vje.data.splits import load_train_set
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
 from pyro_vje.model import ELBO, VJE, encode, encode_features
+from pyro_vje.runs import folder as layout
 from pyro_vje.runs.files import LOCK, is_begun, locked, write_json
-from pyro_vje.runs.folder import (
-    CACHE,
-    CALIBRATION,
-    CHECKPOINTS,
-    CONFIG,
-    FOLDS,
-    HELD_OUT,
-    REFERENCE,
-    WEIGHTS,
-    RunInfo,
-    build_model,
-    decoded_as,
-    default_device,
-    describe_run,
-    deterministic_kernels,
-    read_info,
-    save_folds,
-    save_posteriors,
-    save_weights,
-)
-from pyro_vje.runs.stopping import (
-    Interrupted,
-    StopRequest,
-    follow_parent,
-    raise_interrupted,
-    restored_handlers,
-)
-from pyro_vje.training.checkpoints import (
-    LAST,
-    AtomicCheckpointIO,
-    Checkpoints,
-    StoppedTraining,
-    check_checkpoint,
-)
+from pyro_vje.runs.folder import CHECKPOINTS, CONFIG, RunInfo, save_weights
+from pyro_vje.runs.stopping import Interrupted, StopRequest, follow_parent, restored_handlers
+from pyro_vje.training import checkpoints
 from pyro_vje.training.distributed import CPUSyncBatchNorm
 from pyro_vje.training.features import cache_features, fit_folds, fit_whitening
-from pyro_vje.training.module import PART_EVERY, Pretraining, quiet_lightning
+from pyro_vje.training.module import PART_EVERY, QUIET, Pretraining, quiet_lightning
 from pyro_vje.training.monitor import EpochReport
 
 log = logging.getLogger("pyro_vje")
-
-
 _TRAINING = threading.Lock()
 
 
 def train(
     config: TrainConfig, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
 ) -> Path:
-    """Pretrain a model and leave a run folder behind.
+    """Pretrain a model and leave a run folder behind, whose path is returned.
 
-    Parameters
-    ----------
-    config : TrainConfig
-        Settings; unset ones take the data set's defaults.
-    out : path, optional
-        The run folder; by default ``runs/<dataset>-<number>``.
-    resume : bool
-        Go on from the last checkpoint in ``out``, or from the beginning where there is none yet: the run ends as if it
-        had never been interrupted. ``config`` must be the one stored there, but for more ``epochs``, which extend the
-        run (its learning rate follows the longer schedule from there on), and for what changes no number.
-    overwrite : bool
-        Replace the run that ``out`` holds.
+    ``config`` may leave settings to the data set; ``out`` is the folder, by default ``runs/<dataset>-<number>``, and
+    ``overwrite`` replaces the run that it holds. ``resume`` goes on from the last checkpoint in it, or from the
+    beginning where there is none yet: the run ends as if it had never been interrupted. ``config`` must then be the one
+    stored there, but for more ``epochs``, which extend the run (its learning rate follows the longer schedule from
+    there on), and for what changes no number.
 
-    Returns
-    -------
-    Path
-        The run folder.
-
-    Raises
-    ------
-    FileExistsError
-        If ``out`` already holds a run, or holds anything else, and neither flag was given.
-    ValueError, FileNotFoundError
-        If a setting or the data are unusable, or not those of the run that is resumed.
-    BlockingIOError
-        If another process is at work on ``out``.
-    OSError
-        If a checkpoint cannot be written; the one before stays.
-    TrainingDiverged
-        If the loss stops being finite; the last checkpoint stays.
-    Interrupted
-        On SIGINT, and on SIGTERM during the epochs: the step is finished and a checkpoint written.
-    MemoryError
-        If the device's memory does not hold a step of ``batch_size`` images.
-    RuntimeError
-        If another thread of this process is training: Pyro keeps its handlers in one global stack.
+    Raises ``FileExistsError`` if ``out`` already holds a run, or anything else, and neither flag was given;
+    ``ValueError`` or ``FileNotFoundError`` if a setting or the data are unusable, or not those of the run that is
+    resumed; ``BlockingIOError`` if another process is at work on ``out``; ``OSError`` if a checkpoint cannot be
+    written, and `TrainingDiverged` if the loss stops being finite: the last checkpoint stays; `Interrupted` on SIGINT,
+    and on SIGTERM during the epochs: the step is finished and a checkpoint written; ``MemoryError`` if the device's
+    memory does not hold a step; ``RuntimeError`` if another thread is training: Pyro has one global stack of handlers.
     """
     check_launch(config.devices)
+    folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
     if not _TRAINING.acquire(blocking=False):
         raise RuntimeError(
-            "another thread of this process is training, and Pyro knows no threads: use processes"
+            "another thread of this process is training, and Pyro has no threads: use processes"
         )
     try:
-        folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
-        with ExitStack() as stack, restored_handlers(), deterministic_kernels(config.deterministic):
-            try:
-                if not is_first_process():
-                    if launcher() == "lightning":
-                        follow_parent()
-                elif (folder / CONFIG).is_file():
-                    stack.enter_context(locked(folder))
-                return _train(config, folder, stack, resume=resume, overwrite=overwrite)
-            except KeyboardInterrupt as stop:
-                how = f"--resume --out {folder} goes on"
-                if not (folder / CONFIG).is_file():
-                    how = "nothing was written, the same command begins anew"
-                raise Interrupted.after(stop, f"stopped: {how}") from None
+        with ExitStack() as stack, restored_handlers(), layout.deterministic_kernels(config.deterministic):
+            if not is_first_process():
+                if launcher() == "lightning":
+                    follow_parent()
+            elif (folder / CONFIG).is_file():
+                stack.enter_context(locked(folder))
+            return _train(config, folder, stack, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt as stop:
+        how = f"--resume --out {folder} goes on"
+        if not (folder / CONFIG).is_file():
+            how = "nothing was written, the same command begins anew"
+        raise Interrupted.after(stop, f"stopped: {how}") from None
     finally:
         _TRAINING.release()
 
 
 def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool, overwrite: bool) -> Path:
-    before = read_info(folder) if resume else None
+    before = layout.read_info(folder) if resume else None
     config = _to_resume(config, before.config, folder) if before else config.resolved()
-    size, interpolation = decoded_as(config)
+    size, interpolation = layout.decoded_as(config)
     train_set, held_out = load_train_set(config, size, interpolation)
     if before is not None and before.fingerprint not in (None, train_set.fingerprint()):
         raise ValueError(
@@ -161,8 +93,8 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     config = config.fitted(len(train_set), config.devices * machines())
     if config.normal_class is not None:  # its index would be another class elsewhere
         config = dataclasses.replace(config, normal_class=train_set.class_name(config.normal_class))
-    info = describe_run(config, train_set)
-    vje = build_model(config, info.view_size, weights=config.weights)
+    info = layout.describe_run(config, train_set)
+    vje = layout.build_model(config, info.view_size, weights=config.weights)
     if config.compile:
         vje.encoder.compile()
     vje.family.check(vje.embedding_dim, vje.settings)
@@ -172,10 +104,12 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
         *(config.encoder, info.stem, config.likelihood, precision, len(train_set)),
         *(info.view_size, info.view_size, config.batch_size),
     )
-    checkpoint = folder / CHECKPOINTS / LAST
-    knn_sets = monitor_sets(config, info.image_size, train_set, info.interpolation)
+    checkpoint = folder / CHECKPOINTS / checkpoints.LAST
+    knn_sets = splits.monitor_sets(config, info.image_size, train_set, info.interpolation)
     if resume and checkpoint.is_file():
-        check_checkpoint(checkpoint, Pretraining(vje, config, train_set))
+        checkpoints.check_checkpoint(checkpoint, Pretraining(vje, config, train_set))
+    elif resume:
+        log.info("%s holds no checkpoint yet: from the beginning", folder)
     # Only now, with data and model at hand, is anything on disk touched.
     if is_first_process():
         if not (folder / CONFIG).is_file():
@@ -186,20 +120,17 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
         if overwrite:
             _empty(folder)
         write_json(folder / CONFIG, info.to_dict())
-        write_json(folder / HELD_OUT, [] if held_out is None else held_out.names)
+        write_json(folder / layout.HELD_OUT, [] if held_out is None else held_out.names)
     features = None
     if config.frozen:
-        device = default_device()
+        device = layout.default_device()
         vje.to(device)
-        features, train_set = cache_features(
-            vje, train_set, info.view, info.views, folder / CACHE,
-            augmented=config.feature_views, seed=config.seed, device=device,
-        )  # fmt: skip
+        features, train_set = cache_features(vje, train_set, info, folder / layout.CACHE, device)
         fit_whitening(vje, features[:, 0])
     report = EpochReport(folder, train_set, knn_sets, info.view, features)
     views = info.views if features is None else None
     module = Pretraining(vje, config, train_set if features is None else features, views)
-    _fit(module, folder, [report], precision, resume=resume)
+    _fit(module, folder, report, precision, resume=resume)
     if is_first_process():
         _keep(folder, vje, info, train_set, held_out, features)
         report.draw(vje, info.classes)
@@ -217,29 +148,33 @@ def _keep(
     """Write what a finished run is scored with: calibration, reference images, and last the weights."""
     device = next(vje.parameters()).device
     if held_out is not None:
-        save_posteriors(folder / CALIBRATION, encode(vje, held_out, info.view, device=device).posteriors)
+        calibration = encode(vje, held_out, info.view, device=device)
+        layout.save_posteriors(folder / layout.CALIBRATION, calibration.posteriors)
     if features is None:
-        reference = encode(vje, reference_images(train_set, info.config.seed), info.view, device=device)
+        shown = splits.reference_images(train_set, info.config.seed)
+        reference = encode(vje, shown, info.view, device=device)
     else:
-        kept = evenly_spread(len(features), REFERENCE_IMAGES)
+        kept = splits.evenly_spread(len(features), splits.REFERENCE_IMAGES)
         reference = encode_features(vje, features[kept, 0].to(device))
         if held_out is None and info.config.folds:
-            save_folds(folder / FOLDS, *fit_folds(info.config, features), features[:, 0])
-        shutil.rmtree(folder / CACHE)
-    save_posteriors(folder / REFERENCE, reference.posteriors)
+            layout.save_folds(folder / layout.FOLDS, *fit_folds(info.config, features), features[:, 0])
+        shutil.rmtree(folder / layout.CACHE)
+    layout.save_posteriors(folder / layout.REFERENCE, reference.posteriors)
     save_weights(folder, vje, info)
 
 
-def _fit(module: Pretraining, folder: Path, callbacks: list[Any], precision: str, *, resume: bool) -> None:
+def _fit(module: Pretraining, folder: Path, report: EpochReport, precision: str, *, resume: bool) -> None:
     """Run the epochs, from the last checkpoint if there is one to resume."""
-    checkpoint = folder / CHECKPOINTS / LAST
+    checkpoint = folder / CHECKPOINTS / checkpoints.LAST
     stop = StopRequest()
     with quiet_lightning():
-        trainer = _trainer(folder, module.config, [*callbacks, Checkpoints(checkpoint, stop)], precision)
+        trainer = _trainer(
+            folder, module.config, [report, checkpoints.Checkpoints(checkpoint, stop)], precision
+        )
         begun = resume and checkpoint.is_file()
         try:
             trainer.fit(module, ckpt_path=checkpoint if begun else None, weights_only=True)
-        except StoppedTraining:
+        except checkpoints.StoppedTraining:
             # The others end quietly: their launcher would take another end for a failure, and kill the first.
             if not is_first_process():
                 sys.exit(0)
@@ -258,32 +193,26 @@ def _fit(module: Pretraining, folder: Path, callbacks: list[Any], precision: str
                 ) from error
             raise
     if stop.signum:
-        raise_interrupted(stop.signum, None)
+        raise Interrupted("stopped", stop.signum)
 
 
 def choose_precision(setting: str) -> Literal["32-true", "bf16-mixed"]:
     """Lightning's name of a precision setting; ``auto`` is bfloat16 autocast where the hardware multiplies in it."""
-    if setting == "auto":
-        if torch.cuda.is_available():
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            flags = (
-                getattr(torch.cpu, name, lambda: False)
-                for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-            )
-            supported = any(flag() for flag in flags)
-        return "bf16-mixed" if supported else "32-true"
-    return "bf16-mixed" if setting == "bf16" else "32-true"
+    bf16 = setting == "bf16"
+    if setting == "auto" and torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif setting == "auto":
+        flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        bf16 = any(getattr(torch.cpu, name, lambda: False)() for name in flags)
+    return "bf16-mixed" if bf16 else "32-true"
 
 
 def _choose_folder(config: TrainConfig, out: str | Path | None, *, resume: bool, overwrite: bool) -> Path:
     """The run folder, after checking that it may be written or resumed."""
-    if out is None:
-        if resume:
-            raise ValueError("resuming needs the run folder to go on with: name it (--out RUN)")
-        numbers = (Path("runs") / f"{config.dataset}-{number}" for number in itertools.count(1))
-        out = next(path for path in numbers if not path.exists())
-    folder = Path(out)
+    if out is None and resume:
+        raise ValueError("resuming needs the run folder to go on with: name it (--out RUN)")
+    numbered = (Path("runs") / f"{config.dataset}-{number}" for number in itertools.count(1))
+    folder = next(path for path in numbered if not path.exists()) if out is None else Path(out)
     if not resume and is_first_process():  # when the others come, this one may have begun to fill the folder
         _refuse_existing(folder, overwrite=overwrite)
     return folder
@@ -295,7 +224,7 @@ def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
     if not (folder / CONFIG).is_file():
         raise FileExistsError(f"{folder} exists and is no run folder: name another with --out")
     # A run that was stopped before its first checkpoint has nothing to lose.
-    begun = (folder / WEIGHTS).exists() or (folder / CHECKPOINTS / LAST).exists()
+    begun = (folder / layout.WEIGHTS).exists() or (folder / CHECKPOINTS / checkpoints.LAST).exists()
     if begun and not overwrite:
         raise FileExistsError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
@@ -312,8 +241,7 @@ def _empty(folder: Path) -> None:
 
 
 FREE = ("download", "workers", "residency", "devices", "data_dir", "epochs")
-"""Settings that may be others when a run goes on: they change no number, the data are compared by their fingerprint,
-and more epochs extend the run."""
+"""Settings that may be others when a run goes on: they change no number (the data have a fingerprint) or extend it."""
 
 
 def _to_resume(config: TrainConfig, stored: TrainConfig, folder: Path) -> TrainConfig:
@@ -341,37 +269,32 @@ def _trainer(
         logger: Any = TensorBoardLogger(folder, name="", version="tensorboard")
     except ModuleNotFoundError:  # neither tensorboard nor tensorboardX is installed
         logger = False
-    several = config.devices * machines() > 1
-    plugins: list[Any] = [AtomicCheckpointIO(), _environment()]
-    if several and not torch.cuda.is_available():
+    several, cuda = config.devices * machines() > 1, torch.cuda.is_available()
+    plugins: list[Any] = [checkpoints.AtomicCheckpointIO(), _environment()]
+    if several and not cuda:  # PyTorch has synchronised batch norm for GPUs only
         plugins.append(CPUSyncBatchNorm())
+    # A control need not use all of VJE's networks.
+    ddp = "ddp" if config.objective == ELBO else "ddp_find_unused_parameters_true"
     return lightning.Trainer(
         max_epochs=config.epochs,
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        accelerator="gpu" if cuda else "cpu",
         devices=config.devices,
         num_nodes=machines(),
-        # A control need not use all of VJE's networks.
-        strategy=("ddp" if config.objective == ELBO else "ddp_find_unused_parameters_true")
-        if several
-        else "auto",
-        # PyTorch has synchronised batch norm for GPUs only.
-        sync_batchnorm=several and torch.cuda.is_available(),
+        strategy=ddp if several else "auto",
+        sync_batchnorm=several and cuda,
         plugins=plugins,
         precision=precision,  # type: ignore[arg-type]
         callbacks=callbacks,
         logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         log_every_n_steps=PART_EVERY,
-        num_sanity_val_steps=0,
+        **QUIET,
     )
 
 
-def _environment() -> ClusterEnvironment:
+def _environment() -> environments.ClusterEnvironment:
     """Lightning's view of who started the processes, held to ours: it takes one task of SLURM for a launcher."""
     kinds: dict[str, Any] = {
-        "torchrun": TorchElasticEnvironment,
-        "srun": partial(SLURMEnvironment, auto_requeue=False),
+        "torchrun": environments.TorchElasticEnvironment,
+        "srun": partial(environments.SLURMEnvironment, auto_requeue=False),
     }
-    return kinds.get(launcher(), LightningEnvironment)()
+    return kinds.get(launcher(), environments.LightningEnvironment)()

@@ -16,8 +16,6 @@ from pyro_vje.model.likelihoods import (
     FAMILIES,
     LikelihoodSettings,
     get_family,
-    resolve_radius,
-    resolve_unit_radius,
 )
 
 D = 4
@@ -168,11 +166,6 @@ def test_look_up_errors_name_what_is_known(tmp_path, monkeypatch):
         get_family("family_for_test:missing")
     with pytest.raises(ValueError, match="is no function"):
         get_family("family_for_test:number")
-    assert resolve_unit_radius("sqrt-d", 16) == 4.0
-    with pytest.raises(ValueError, match="unit_radius must be"):
-        resolve_unit_radius("2", 16)
-    with pytest.raises(ValueError, match="radius must be one of"):
-        resolve_radius("gamma")
 
 
 @every_family
