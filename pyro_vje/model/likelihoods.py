@@ -59,7 +59,7 @@ class LikelihoodFamily:
         return self.function(loc, scale, settings)
 
     def check(self, dim: int, settings: LikelihoodSettings) -> None:
-        """Try the family on a small batch, so that an unfit one is known early; ``ValueError`` if it has other shapes."""
+        """Try the family on a small batch, so that an unfit one is known early, by a ``ValueError``."""
         found = self.function(torch.ones(2, 3, dim), torch.ones(2, 3, dim), settings)
         if not isinstance(found, TorchDistributionMixin):  # Pyro's Normal, Independent, ... share only this
             raise ValueError(

@@ -75,7 +75,8 @@ def library_model(name: str, weights: str) -> nn.Module:
         if library == "timm":
             network = _timm(model).create_model(model, pretrained=hub)
         else:
-            network = models.get_model(model, weights=_torchvision_weights(model).DEFAULT if hub else None)
+            known = _torchvision_weights(model)
+            network = models.get_model(model, weights=known.DEFAULT if hub else None)
     except (OSError, RuntimeError) as error:  # what a failing connection raises is not one type
         raise ValueError(
             f"the weights of {name!r} cannot be fetched ({type(error).__name__}: {str(error).partition(chr(10))[0]}): "

@@ -133,12 +133,14 @@ class VJE(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim is None:
-            known = isinstance(projector, str)
-            embedding_dim = DEFAULT_DIM.get(str(projector), feature_dim) if known else feature_dim
+            embedding_dim = (
+                DEFAULT_DIM.get(projector, feature_dim) if isinstance(projector, str) else feature_dim
+            )
+            embedding_dim = min(embedding_dim, feature_dim) if projector == "whiten" else embedding_dim
         df = float(max(1, embedding_dim - 2)) if df is None else df
         if embedding_dim < 2:
             raise ValueError(
-                f"embedding_dim must be at least 2 for a direction to exist, not {embedding_dim}"
+                f"embedding_dim must be at least 2, for directions to exist, not {embedding_dim}"
             )
         if not df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
@@ -221,7 +223,7 @@ class VJE(nn.Module):
         return ViewPair(loc, scale, embeddings.detach().flip(0))
 
     def model(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
-        """Pyro model of both targets ``(2, B, D)``; ``views`` as in `stack_views`, or what `encode_views` made of them."""
+        """Pyro model of both targets ``(2, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`."""
         self._register_for_svi()
         pair = self.encode_views(views)
         with self._plates(pair):

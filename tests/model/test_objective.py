@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.contrib.autoname import scope
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
@@ -227,3 +228,77 @@ def test_pair_of_views_equals_the_stacked_tensor():
     stacked = elbo(views)
     torch.manual_seed(5)
     torch.testing.assert_close(elbo((views[0], views[1])), stacked)
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_iwae_is_the_log_mean_weight_of_each_image(vectorize):
+    vje, views, found = make_vje(), make_views(), []
+    pair = vje.encode_views(views)
+    objective = SymmetricELBO(
+        4, bound="iwae", vectorize_particles=vectorize, monitor=lambda model, guide: found.append(guide)
+    )
+    loss = objective(vje.model, vje.guide)(pair)
+    z = torch.stack([guide.nodes["z"]["value"] for guide in found]).reshape(4, 2, BATCH, DIM)
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    posterior = torch.distributions.Normal(pair.loc, pair.scale).log_prob(z).sum(-1)
+    weights = prior + vje.likelihood(z, pair.scale.expand_as(z)).log_prob(pair.target) - posterior
+    expected = [math.log(sum(math.exp(w) for w in column) / 4) for column in weights.flatten(1).T.tolist()]
+    assert loss.item() == pytest.approx(-sum(expected) / len(expected), rel=1e-9)
+    assert loss < -weights.mean()  # tighter than the ELBO of the same particles
+
+
+def test_a_bound_that_would_be_none_is_refused():
+    for wrong in ({"kl_weight": 0.5}, {"analytic_kl": True}):
+        with pytest.raises(ValueError, match="iwae is no bound"):
+            SymmetricELBO(2, bound="iwae", **wrong)
+    with pytest.raises(ValueError, match="bound must be one of elbo, iwae, not 'renyi'"):
+        SymmetricELBO(bound="renyi")
+
+
+def test_analytic_kl_is_the_mean_of_the_sampled_one():
+    vje, views = make_vje(), make_views()
+    pair = vje.encode_views(views)
+    kl = 0.5 * (pair.scale**2 + pair.loc**2 - 1 - 2 * pair.scale.log()).sum(-1)
+
+    def loss(**settings):
+        torch.manual_seed(4)
+        with torch.no_grad():
+            return SymmetricELBO(vectorize_particles=True, **settings)(vje.model, vje.guide)(pair)
+
+    likelihood = loss(kl_weight=0.0)
+    torch.testing.assert_close(loss(analytic_kl=True) - likelihood, kl.mean())
+    torch.testing.assert_close(loss(analytic_kl=True, kl_weight=0.3) - likelihood, 0.3 * kl.mean())
+    sampled = loss(num_particles=20_000) - loss(num_particles=20_000, kl_weight=0.0)
+    torch.testing.assert_close(sampled, kl.mean(), rtol=0.01, atol=0)
+
+
+def test_the_kl_weight_is_the_objectives_alone():
+    """Pyro's own ELBO of the model is the plain one, whatever the model is trained with."""
+    vje, views = make_vje(), make_views()
+    losses = []
+    for weight in (0.03, 1.0):
+        torch.manual_seed(3)
+        losses.append(SymmetricELBO(kl_weight=weight)(vje.model, vje.guide)(views))
+        torch.manual_seed(3)
+        plain = Trace_ELBO(max_plate_nesting=2).differentiable_loss(vje.model, vje.guide, views) / (2 * BATCH)
+    torch.testing.assert_close(losses[1], plain)
+    assert losses[0] < plain - 0.1
+
+
+def test_two_models_of_different_names_train_in_one_program():
+    models = {name: make_vje(torch.float32, name=name) for name in ("a", "b")}
+
+    def both(part):
+        def program(views):
+            for name, vje in models.items():
+                with scope(prefix=name):
+                    getattr(vje, part)(views)
+
+        return program
+
+    before = [p.clone() for vje in models.values() for p in vje.parameters()]
+    svi = SVI(both("model"), both("guide"), pyro.optim.Adam({"lr": 1e-2}), SymmetricELBO())
+    svi.step(make_views(torch.float32))
+    after = [p for vje in models.values() for p in vje.parameters()]
+    assert all((old != new).any() for old, new in zip(before, after, strict=True))
+    assert {key.partition("$$$")[0] for key in pyro.get_param_store().keys()} == {"a", "b"}  # noqa: SIM118
