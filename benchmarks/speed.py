@@ -38,6 +38,7 @@ from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.encoding import Posteriors, encode_batches
 from pyro_vje.runs.folder import build_model
 from pyro_vje.training import run as training
+from pyro_vje.training.module import quiet_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
@@ -232,7 +233,7 @@ def vje_epoch(encoder: str, train_set: ImageSet, batch: int, settings: Settings)
 
     def epoch() -> float:
         clock = EpochClock()
-        with tempfile.TemporaryDirectory() as folder, training._quiet_lightning():
+        with tempfile.TemporaryDirectory() as folder, quiet_lightning():
             report = training.EpochReport(Path(folder), train_set, None, view)
             checkpoints = training.Checkpoints(Path(folder) / training.LAST, training.StopRequest())
             trainer = training._trainer(

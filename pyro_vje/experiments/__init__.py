@@ -2,17 +2,7 @@
 
 from pyro_vje.experiments.ablation import ablate
 from pyro_vje.experiments.baselines import DETECTORS
-from pyro_vje.experiments.cells import Cell, Cells, Comparison, train_cell
+from pyro_vje.experiments.cells import Cell, Cells, Comparison
 from pyro_vje.experiments.protocols import all_scores, one_class, ood
 
-__all__ = [
-    "DETECTORS",
-    "Cell",
-    "Cells",
-    "Comparison",
-    "ablate",
-    "all_scores",
-    "one_class",
-    "ood",
-    "train_cell",
-]
+__all__ = ["DETECTORS", "Cell", "Cells", "Comparison", "ablate", "all_scores", "one_class", "ood"]

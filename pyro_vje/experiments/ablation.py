@@ -3,13 +3,11 @@
 Its folder is one of cells (`pyro_vje.experiments.cells`), with a picture ``ablation.png``.
 """
 
-from __future__ import annotations
-
-import csv
 import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import pandas as pd
 
 from pyro_vje.anomaly.rows import HOW
 from pyro_vje.anomaly.table import score
-from pyro_vje.config import ABLATION_AXES, TrainConfig
+from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.experiments.cells import NO_NUMBER, Cell, Cells, Comparison, protocols_of
+from pyro_vje.experiments.cells import Cell, Cells, Comparison, protocols_of
 from pyro_vje.experiments.tables import NOT_USED, spread, text
 from pyro_vje.model.likelihoods import FAMILIES, SETTINGS
 from pyro_vje.pages import pictures
@@ -51,12 +49,12 @@ def unused(config: TrainConfig) -> set[str]:
 
 
 def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConfig]:
-    """Every combination of the axes' values, each once, the first seed's before the second's.
+    """Every combination of the axes' values, the first seed's before the second's.
 
-    A setting that does nothing in a cell keeps its default, so that no cell is trained twice. ``ValueError`` if an axis
-    is no setting that may vary, has no values, or one that the setting cannot have.
+    A setting that does nothing in a cell keeps its default, and no cell is trained twice. ``ValueError`` if an axis is
+    no setting that may vary, has no values or one that the setting cannot have, or does nothing in any cell.
     """
-    allowed = [field.name for field in dataclasses.fields(TrainConfig) if field.name not in NOT_AXES]
+    allowed = [name for name in fields_of(TrainConfig) if name not in NOT_AXES]
     for name, values in axes.items():
         if name not in allowed:
             raise ValueError(f"{name} cannot be varied: choose axes among {', '.join(allowed)}")
@@ -67,8 +65,7 @@ def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConf
     found, default = [], TrainConfig()
     for values in itertools.product(*(axes[name] for name in names)):
         config = TrainConfig.from_dict({**base.to_dict(), **dict(zip(names, values, strict=True))})
-        settings = {name: getattr(default, name) for name in unused(config)}
-        found.append(dataclasses.replace(config, **settings))
+        found.append(dataclasses.replace(config, **{name: getattr(default, name) for name in unused(config)}))
     for name, values in axes.items():
         if len(set(values)) > 1 and all(name in unused(config) for config in found):
             raise ValueError(f"{name} does nothing in any of these cells, so {values} cannot be compared")
@@ -78,48 +75,32 @@ def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConf
 def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path) -> Comparison:
     """Run every cell of a grid that has not been run yet, and write the tables that compare all of them.
 
-    A cell gives what `train` gives with the same settings and seed. One that was interrupted goes on from its last
-    checkpoint; one that diverges, or whose settings do not go together, becomes a row that says so. Values may be
-    added from call to call, also by several processes at once as long as their grids do not overlap.
-
-    Parameters
-    ----------
-    base : TrainConfig
-        The settings that do not vary.
-    axes : mapping of str to sequence
-        Values of the settings that vary, by the names of `TrainConfig`.
-    out : path
-        The folder, new or of an ablation with the same ``base``.
-
-    Raises
-    ------
-    FileExistsError
-        If ``out`` holds something else, or an ablation with another ``base``.
-    ValueError, FileNotFoundError
-        If an axis, a setting in common or the data are unusable.
+    ``axes`` are values of the settings that vary, by their names; ``base`` has the others. A cell gives what `train`
+    gives with the same settings and seed. One that was interrupted goes on from its last checkpoint; one that diverges,
+    or whose settings do not go together, becomes a row that says so. Values may be added from call to call, also by
+    several processes at once as long as their grids do not overlap. ``FileExistsError`` if the folder ``out`` holds
+    something else, or an ablation with another ``base``; ``ValueError`` or ``FileNotFoundError`` if an axis, a setting
+    in common or the data are unusable.
     """
     if base.devices != 1:
         message = f"a cell trains on one device, not {base.devices}: run parts of the grid side by side"
         raise ValueError(message)
     names = (*ABLATION_AXES[:-1], *sorted(set(axes) - set(ABLATION_AXES)), ABLATION_AXES[-1])
-    fixed = base.resolved().to_dict()
-    # Where they are not set they follow from the epochs, which may vary.
-    fixed |= {"warmup_epochs": base.warmup_epochs, "knn_every": base.knn_every}
-    fixed = {name: value for name, value in fixed.items() if name not in (*names, *NO_NUMBER)}
-    cells = Cells(Path(out), "ablation", fixed, names)
+    # Where these are not set they follow from the epochs, which may vary.
+    late = {"warmup_epochs": base.warmup_epochs, "knn_every": base.knn_every}
+    cells = Cells(Path(out), "ablation", {**base.resolved().to_dict(), **late}, names)
     named = {_name(config, names): config for config in grid(base, axes)}
     if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
         # What is wrong with all cells is an error now, not a row for each.
         single = {name: values[0] for name, values in axes.items() if len(values) == 1}
         common = dataclasses.replace(base, **single).resolved()
-        images, _ = load_train_set(common)
-        build_model(common, images.image_size)
+        build_model(common, load_train_set(common)[0].image_size)
 
     def tabulate(found: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
         rows = rows_of(found, names)
         table, constant = compare(rows, names)
         plot(rows, [name for name in names if name in table], cells.folder / "ablation.png")
-        common = {name: value for name, value in fixed.items() if value is not None} | constant
+        common = {name: value for name, value in cells.settings.items() if value is not None} | constant
         notes = [_said(common), "seeds: cells with a result; numbers: mean ± standard deviation over them"]
         notes += [f"{name}: {_said(protocol)}" for name, protocol in protocols_of(found).items()]
         return rows, table, notes
@@ -136,21 +117,15 @@ def _said(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {text(value)}" for name, value in settings.items())
 
 
-# Measures -------------------------------------------------------------------------------------------------------------
-
-
 def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
     # The plug-ins in the run folder are those that the caller has just named.
     run = load_run(folder, trust_plugins=True, device=default_device())
     measures = read_measures(folder / METRICS)
-    protocols: dict[str, Any] = {
-        "loss": {"unit": "nats an image", "epoch": "last"},
-        "health": {"images": min(HEALTH_IMAGES, run.info.train_images), "split": "train", "epoch": "last"},
-    }
-    train_set = load_split(run, "train", None, None, download=config.download)
+    health = {"images": min(HEALTH_IMAGES, run.info.train_images), "split": "train", "epoch": "last"}
+    protocols: dict[str, Any] = {"loss": {"unit": "nats an image", "epoch": "last"}, "health": health}
+    train_set, test_set = (load_split(run, split, download=config.download) for split in ("train", "test"))
     if train_set.labels is not None and len(train_set.labels[train_set.labels >= 0].unique()) > 1:
-        sets = train_set.labelled(), load_split(run, "test", None, None, download=config.download).labelled()
-        accuracy, found = probe(run.vje, run.info.view, *sets)
+        accuracy, found = probe(run.vje, run.info.view, train_set, test_set)
         measures |= {name: accuracy[name] for name in found}
         protocols |= found
     if config.normal_class is not None:
@@ -165,16 +140,12 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
 def read_measures(path: Path) -> dict[str, float]:
     """What a run's ``metrics.csv`` says of its last epoch, and its seconds of training."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            history = list(csv.DictReader(file))
-        measures = {name: float(history[-1][name]) for name in ("loss", "effective_rank", "posterior_snr")}
-        return {**measures, "seconds": round(sum(float(row["seconds"]) for row in history), 3)}
-    except (ValueError, TypeError, LookupError, csv.Error) as error:
+        history = pd.read_csv(path)
+        last = history[["loss", "effective_rank", "posterior_snr"]].astype(float).iloc[-1]
+        return {**last.to_dict(), "seconds": round(float(history["seconds"].astype(float).sum()), 3)}
+    except (ValueError, TypeError, LookupError) as error:
         message = f"{path} is damaged ({error}): remove {path.parent}, and the cell is trained anew"
         raise ValueError(message) from None
-
-
-# Table and picture ----------------------------------------------------------------------------------------------------
 
 
 def shown(config: TrainConfig, name: str) -> str:
@@ -188,28 +159,34 @@ def shown(config: TrainConfig, name: str) -> str:
 def rows_of(cells: Sequence[Cell], names: Sequence[str]) -> pd.DataFrame:
     """A row for each cell: its settings called ``names`` as text, its measures, its status."""
     rows = [
-        {"cell": cell.name, "status": cell.status, "error": cell.error, **cell.measures}
-        | {name: shown(cell.config, name) for name in names}
+        {
+            "cell": cell.name,
+            **vars(cell),
+            **cell.measures,
+            **{name: shown(cell.config, name) for name in names},
+        }
         for cell in cells
     ]
-    return pd.DataFrame(rows, columns=["cell", *names, *MEASURES, "status", "error"])
+    frame = pd.DataFrame(rows, columns=["cell", *names, *MEASURES, "status", "error"])
+    return frame.astype(dict.fromkeys(MEASURES, float))
 
 
 def compare(rows: pd.DataFrame, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, str]]:
     """A line for each setting, mean ± standard deviation over its seeds, and the settings that do not vary."""
     settings = [name for name in names if name != "seed"]
-    values = {name: list(dict.fromkeys(v for v in rows[name] if v != NOT_USED)) for name in settings}
+    values = {name: rows[name][rows[name] != NOT_USED].unique() for name in settings}
+    measured = [name for name in MEASURES if rows[name].notna().any()]
+    columns: dict[str, Any] = {"seeds": ("status", lambda status: str((status == "finished").sum()))}
+    columns |= {MEASURES[name][0]: (name, partial(spread, style=MEASURES[name][1])) for name in measured}
+    columns[""] = "status", _trouble
+    table = rows.groupby(settings, sort=False).agg(**columns).reset_index()
     varied = [name for name in settings if len(values[name]) > 1]
-    measured = {name: how for name, how in MEASURES.items() if rows[name].notna().any()}
-    lines = []
-    for _, members in rows.groupby(settings, sort=False):
-        states = members["status"].value_counts()
-        trouble = ", ".join(f"{count} {state}" for state, count in states.items() if state != "finished")
-        numbers = [spread(members[name].astype(float), style) for name, (_, style) in measured.items()]
-        lines.append([*members[varied].iloc[0], str(states.get("finished", 0)), *numbers, trouble])
-    headings = [*varied, "seeds", *(heading for heading, _ in measured.values()), ""]
-    constant = {name: found[0] for name, found in values.items() if len(found) == 1}
-    return pd.DataFrame(lines, columns=headings), constant
+    return table[[*varied, *columns]], {name: found[0] for name, found in values.items() if len(found) == 1}
+
+
+def _trouble(status: pd.Series) -> str:
+    counts = status[status != "finished"].value_counts()
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def plot(rows: pd.DataFrame, varied: Sequence[str], path: Path) -> None:
@@ -218,12 +195,11 @@ def plot(rows: pd.DataFrame, varied: Sequence[str], path: Path) -> None:
     if measure is None:
         return
     labels = rows[[*varied] or ["likelihood"]].agg(", ".join, axis=1)
-    labels += rows["status"].map(lambda status: "" if status == "finished" else f" ({status})")
-    means = rows[measure].astype(float).groupby(labels).mean().sort_values(na_position="first")
+    labels = labels.where(rows["status"] == "finished", labels + " (" + rows["status"] + ")")
+    means = rows[measure].groupby(labels).mean().sort_values(na_position="first")
     with pictures.picture(path, 8, 1.2 + 0.26 * len(means)) as figure:
-        axes = figure.subplots()
-        places = labels.map({label: place for place, label in enumerate(means.index)})
-        axes.plot(rows[measure].astype(float), places, "o", color=pictures.BLUE, markersize=4, alpha=0.6)
-        axes.plot(means, range(len(means)), "|", color=pictures.BLUE, markersize=11, markeredgewidth=2)
+        axes, blue = figure.subplots(), pictures.BLUE
+        axes.plot(rows[measure], means.index.get_indexer(labels), "o", color=blue, markersize=4, alpha=0.6)
+        axes.plot(means, range(len(means)), "|", color=blue, markersize=11, markeredgewidth=2)
         pictures.style(axes, ", ".join(varied), f"{MEASURES[measure][0]}: mean (bar) and each seed (dot)", "")
         axes.set_yticks(range(len(means)), means.index, fontsize=8, parse_math=False)

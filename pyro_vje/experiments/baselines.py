@@ -1,10 +1,4 @@
-"""What a likelihood has to beat: cheap detectors on frozen features, beside those that scores use on embeddings.
-
-Each is fitted on vectors of normal images, as in `pyro_vje.anomaly.detectors`. A new one is one function and its
-registry line.
-"""
-
-from __future__ import annotations
+"""What a likelihood has to beat: cheap detectors on features, as in `pyro_vje.anomaly.detectors`; a registry."""
 
 from collections.abc import Callable
 from functools import partial

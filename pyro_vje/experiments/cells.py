@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,14 +32,17 @@ log = logging.getLogger("pyro_vje")
 CELLS = "cells"
 NO_NUMBER = ("download", "workers")
 """How images are fetched and decoded changes no number, so a folder may be gone on with in another way."""
+FORM: dict[str, Any] = {"name": str, "config": dict, "status": str, "error": str | None}
+FORM |= {"measures": dict, "protocols": dict, "scores": list}
+SCORE_FORM = {"normal": str, "seed": int, "score": str, "on": str, "auroc": float, "auroc_95": list}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell that has been run: its name and settings, and what came of it.
+    """A cell that has been run: its settings, measures (numbers by name), and how well each anomaly score does.
 
     Its status is ``finished``; ``diverged``, the loss stopped being finite; or ``failed``, settings and data do not go
-    together; ``error`` says of what. Measures are numbers by name, scores say how well each anomaly score does.
+    together; ``error`` says of what.
     """
 
     name: str
@@ -58,24 +60,20 @@ class Cell:
     @classmethod
     def from_dict(cls, values: Any) -> Cell:
         """Read `to_dict`'s form; ``ValueError`` if something is missing or of another type."""
-        form: dict[str, Any] = {"name": str, "config": dict, "status": str, "error": str | None}
-        form |= {"measures": dict, "protocols": dict, "scores": list}
-        values = check_form({"scores": [], **check_form(values, {})}, form)
+        values = check_form({"scores": [], **check_form(values, {})}, FORM)
         check_form(values["measures"], dict.fromkeys(values["measures"], int | float))
         check_form(values["protocols"], dict.fromkeys(values["protocols"], dict))
         for row in values["scores"]:
-            check_form(row, {"normal": str, "seed": int, "score": str, "on": str, "auroc": float})
-            interval = check_form(row, {"auroc_95": list})["auroc_95"]
-            if list(map(type, interval)) != [float, float]:
-                raise ValueError(f"auroc_95 is {interval}, not two numbers")
-        kept = {name: values[name] for name in form}
+            if [type(end) for end in check_form(row, SCORE_FORM)["auroc_95"]] != [float, float]:
+                raise ValueError(f"auroc_95 is {row['auroc_95']}, not two numbers")
+        kept = {name: values[name] for name in FORM}
         return cls(**{**kept, "config": TrainConfig.from_dict(kept["config"])})
 
 
 Measure = Callable[[TrainConfig, Path], dict[str, Any]]
-"""From a trained cell's settings and run folder to `Cell`'s measures, protocols, scores."""
-Tabulate = Callable[[list[Cell]], tuple[pd.DataFrame, pd.DataFrame, list[str]]]
-"""From cells to a row for each number, a table of strings, and notes below it."""
+Table = tuple[pd.DataFrame, pd.DataFrame, list[str]]
+"""A row for each number, a table of strings, and notes below it."""
+Tabulate = Callable[[list[Cell]], Table]
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,12 @@ class Comparison:
         return [row for cell in self.cells for row in cell.scores]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cells:
-    """The folder of a comparison; making one checks, and writes nothing.
+    """The folder of a comparison, new or of the same one (else a ``FileExistsError``); making this writes nothing.
 
-    It is new, or of the same comparison with the same ``settings``, JSON-ready: anything else is a ``FileExistsError``.
-    ``summary`` is its files' name, ``axes`` are the settings in which cells may differ.
+    ``summary`` is its files' name; ``axes`` are the settings in which cells may differ, the others in ``settings``,
+    JSON-ready, may not.
     """
 
     folder: Path
@@ -106,13 +104,15 @@ class Cells:
     axes: Sequence[str]
 
     def __post_init__(self) -> None:
+        free = (*self.axes, *NO_NUMBER)
+        self.settings = {name: value for name, value in self.settings.items() if name not in free}
         path = self.folder / f"{self.summary}.json"
-        if not path.is_file():
-            if is_begun(self.folder):
-                message = f"{self.folder} exists and holds no {path.name}: name another folder (--out)"
-                raise FileExistsError(message)
-            return
-        old, new = read_json(path, self._fixed), self._fixed({"settings": self.settings})
+        if not path.is_file() and is_begun(self.folder):
+            raise FileExistsError(
+                f"{self.folder} exists and holds no {path.name}: name another folder (--out)"
+            )
+        new = self._fixed({"settings": self.settings})
+        old = read_json(path, self._fixed) if path.is_file() else new
         default = TrainConfig().resolved().to_dict()  # of a setting that the version before did not have
         for name in sorted(old.keys() | new.keys()):
             before, now = (values.get(name, default.get(name)) for values in (old, new))
@@ -124,29 +124,24 @@ class Cells:
 
     def _fixed(self, summary: Any) -> dict[str, Any]:
         """The settings in a summary; the version before called them fixed, or had no axes."""
-        summary = check_form(summary, {})
-        summary = {"axes": list(self.axes), "settings": summary.get("fixed"), **summary}
-        check_form(summary, {"axes": list, "settings": dict})
-        return {**dict.fromkeys(map(str, summary["axes"]), "varied"), **summary["settings"]}
+        found = {"axes": [*self.axes], "settings": check_form(summary, {}).get("fixed"), **summary}
+        check_form(found, {"axes": list, "settings": dict})
+        return {**dict.fromkeys(map(str, found["axes"]), "varied"), **found["settings"]}
 
     def read(self) -> list[Cell]:
         """All cells run so far, by their settings."""
 
         def by_setting(cell: Cell) -> list[tuple[bool, Any]]:
-            values = (getattr(cell.config, name) for name in self.axes)
-            return [(value is None, "" if value is None else value) for value in values]
+            return [(value is None, value) for value in (getattr(cell.config, name) for name in self.axes)]
 
-        paths = sorted((self.folder / CELLS).glob("*.json"))
-        # The version before gave one-class results no name: they are measured anew.
-        named = [path for path in paths if "name" in read_json(path, dict)]
-        return sorted((read_json(path, Cell.from_dict) for path in named), key=by_setting)
+        def read(values: Any) -> Cell | None:  # of the version before without a name: to be measured anew
+            return Cell.from_dict(values) if "name" in check_form(values, {}) else None
+
+        found = [read_json(path, read) for path in sorted((self.folder / CELLS).glob("*.json"))]
+        return sorted(filter(None, found), key=by_setting)
 
     def run(self, configs: Mapping[str, TrainConfig], measure: Measure, tabulate: Tabulate) -> Comparison:
-        """Train and measure the cells, by name, that are not done; write the tables first and after each.
-
-        A cell that was interrupted goes on from its checkpoint. One that diverges or whose settings do not go together
-        is written down with the reason; only the latter is tried again by the next call.
-        """
+        """Train and measure the cells, by name, that are not done or have failed; write the tables after each."""
         done = {cell.name for cell in self.read() if cell.status != "failed"}
         todo = [name for name in configs if name not in done]
         result = self.summarise(tabulate)
@@ -163,11 +158,11 @@ class Cells:
         folder, began = self.folder / CELLS / name, time.monotonic()
         try:
             config = config.resolved()
-            train_cell(config, folder)
+            if not (folder / WEIGHTS).is_file():
+                train(config, folder, resume=(folder / CONFIG).is_file())
             found = measure(config, folder)
-            seconds = {"seconds": round(time.monotonic() - began, 1)}
-            found["measures"] = seconds | found.get("measures", {})
-            return Cell(name, read_info(folder).config, "finished", None, **found)
+            measures = {"seconds": round(time.monotonic() - began, 1), **found.pop("measures", {})}
+            return Cell(name, read_info(folder).config, "finished", None, measures, **found)
         except (FloatingPointError, ValueError) as error:
             status = "diverged" if isinstance(error, FloatingPointError) else "failed"
             log.warning("%s %s: %s", name, status, error)
@@ -191,17 +186,3 @@ class Cells:
 def protocols_of(cells: Sequence[Cell]) -> dict[str, Any]:
     """How the numbers were measured, which is the same for every cell."""
     return next((cell.protocols for cell in cells if cell.status == "finished"), {})
-
-
-def train_cell(config: TrainConfig, folder: Path) -> None:
-    """Train a cell, whatever an interruption has left of it; ``FileExistsError`` if that is another cell's."""
-    begun = (folder / CONFIG).is_file()
-    if begun:
-        stored = read_info(folder).config
-        fitted = [name for name in ("batch_size", "epochs") if getattr(config, name) is None]  # to the images
-        config = dataclasses.replace(config, **{name: getattr(stored, name) for name in fitted})
-        if dataclasses.replace(stored, **{name: getattr(config, name) for name in NO_NUMBER}) != config:
-            raise FileExistsError(f"{folder} holds a run with other settings: move it out of the way")
-        if (folder / WEIGHTS).is_file():
-            return
-    train(config, folder, resume=begun)

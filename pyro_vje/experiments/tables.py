@@ -1,13 +1,11 @@
 """A table of strings in every form it is wanted in: CSV of the numbers behind it, Markdown, LaTeX, text."""
 
-from __future__ import annotations
-
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pyro_vje.runs.files import write_atomic
@@ -31,28 +29,19 @@ def spread(values: pd.Series, style: str) -> str:
 
 
 def write(folder: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, notes: Sequence[str]) -> str:
-    """Write rows as CSV, a table of strings with notes as Markdown and LaTeX; return what a terminal is to show.
-
-    Entries of the table that begin with ``*`` are the best of their kind.
-    """
-    plain = table.map(lambda entry: entry.removeprefix("*"))
+    """Write rows as CSV, a table of strings (``**best**``) as Markdown and LaTeX, and return it for a terminal."""
     write_atomic(folder / f"{name}.csv", rows.to_csv(index=False, lineterminator="\n"))
     write_atomic(folder / f"{name}.md", "\n\n".join([markdown(table), *notes]) + "\n")
-    best = np.where(table.map(lambda entry: entry.startswith("*")), "font-weight: bold", "")
-    style = plain.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
-    latex = style.apply(lambda _: best, axis=None).to_latex(hrules=True, convert_css=True)
-    comments = "".join(f"% {line}\n" for note in notes for line in textwrap.wrap(note, 110))
+    latex = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", table.to_latex(index=False, escape=True))
+    comments = "".join(f"% {note}\n" for note in notes)
     write_atomic(folder / f"{name}.tex", comments + latex.replace("±", r"$\pm$"))
-    lines = [textwrap.fill(note, 110, subsequent_indent="    ") for note in notes]
+    plain = table.map(lambda entry: entry.strip("*"))
     simple = str(plain.to_markdown(index=False, tablefmt="simple", disable_numparse=True))
+    lines = [textwrap.fill(note, 110, subsequent_indent="    ") for note in notes]
     return "\n".join([*map(str.rstrip, simple.splitlines()), "", *lines])
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table of strings as Markdown, the best in bold."""
-
-    def mark(entry: str) -> str:
-        return f"**{entry[1:]}**" if entry.startswith("*") else entry
-
-    escaped = table.map(lambda entry: mark(entry.replace("|", "\\|")))
+    """A table of strings as Markdown."""
+    escaped = table.map(lambda entry: entry.replace("|", "\\|"))
     return str(escaped.to_markdown(index=False, disable_numparse=True))

@@ -144,8 +144,8 @@ def test_table_is_the_mean_over_seeds_and_classes():
     table = compare_scores(rows)
     assert list(table) == ["score", "on", "cat", "dog", "mean", "95 %"]
     # Over the seeds the means are 0.70 and 0.65; of four intervals of ± 0.06 the mean has 0.06 / √4.
-    assert list(table.loc[0]) == ["a", "x", "0.550", "*0.800", "*0.675 ± 0.035", "± 0.030"]
-    assert list(table.loc[1]) == ["b", "x", "*0.650", "0.650", "0.650 ± 0.000", "± 0.030"]
+    assert list(table.loc[0]) == ["a", "x", "0.550", "**0.800**", "**0.675 ± 0.035**", "± 0.030"]
+    assert list(table.loc[1]) == ["b", "x", "**0.650**", "0.650", "0.650 ± 0.000", "± 0.030"]
     assert "| **0.800** | **0.675 ± 0.035** |" in markdown(table)
 
 
