@@ -1,5 +1,3 @@
-"""``pyro-vje ablate``."""
-
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ COMMON = ("dataset", "data_dir", "download")
 
 @options.command("ablate")
 @options.recipe
-@options.of(TrainConfig, without=("devices",), repeated=fields_of(TrainConfig).keys() - COMMON)
+@options.training(without=("devices",), repeated=fields_of(TrainConfig).keys() - COMMON)
 @options.folder
 def command(out: Path, **settings: Any) -> None:
     """Train and evaluate every combination of the repeatable settings, and compare them in one table.

@@ -1,17 +1,14 @@
-"""``pyro-vje benchmark``: published protocols of anomaly detection."""
-
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pyro_vje.cli import options
-from pyro_vje.config import DATASET_DEFAULTS, ScoreConfig, TrainConfig
+from pyro_vje.config import DATASET_DEFAULTS
 
 OUTSIDE = "A data set by name, or a folder of images. Repeatable."
-likelihoods = options.of(
-    ScoreConfig, "score_likelihood", multiple=True, help="Score with this family too. Repeatable."
-)
+TOO = "Score with this family too. Repeatable."
+likelihoods = options.scoring("score_likelihood", multiple=True, help=TOO)
 
 
 @click.group("benchmark")
@@ -21,38 +18,31 @@ def command() -> None:
 
 @command.command("one-class", cls=options.OneValue)
 @options.recipe
-@options.of(TrainConfig, without=("devices",), repeated=("normal_class", "seed"))
+@options.training(without=("devices",), repeated=("normal_class", "seed"))
 @likelihoods
 @options.folder
-def one_class_command(
-    normal_class: Any, seed: Any, score_likelihood: Any, out: Path, **settings: Any
-) -> None:
+def one_class(normal_class: Any, seed: Any, score_likelihood: Any, out: Path, **settings: Any) -> None:
     """Train on one class, score all test images; every class (or those of --normal-class) and every seed.
 
     Finished cells are not run again. Leaves table.csv, .json, .md and .tex, and a run folder for each cell.
     """
     base = options.train_config(settings)
 
-    from pyro_vje.experiments import one_class
+    from pyro_vje import experiments
 
-    result = one_class(base, out, classes=normal_class, seeds=seed, likelihoods=score_likelihood)
+    result = experiments.one_class(base, out, classes=normal_class, seeds=seed, likelihoods=score_likelihood)
     click.echo(f"{result.table}\n\n{result.folder}")
 
 
 @command.command("ood", cls=options.OneValue)
 @options.ckpt
 @click.option("--outside", multiple=True, required=True, metavar="SET", help=OUTSIDE)
-@options.of(ScoreConfig, "data_dir", help="Where data sets named by --outside lie.")
+@options.scoring("data_dir", help="Where data sets named by --outside lie.")
 @likelihoods
 @options.folder
-@options.of(ScoreConfig, "trust_plugins")
-def ood_command(
-    ckpt: Path, outside: Any, data_dir: Any, score_likelihood: Any, out: Path, **settings: Any
-) -> None:
-    """Tell a run's own test images from those of other data sets.
-
-    Leaves table.csv, .json, .md and .tex.
-    """
+@options.scoring("trust_plugins")
+def ood(ckpt: Path, outside: Any, data_dir: Any, score_likelihood: Any, out: Path, **settings: Any) -> None:
+    """Tell a run's own test images from those of other data sets; leaves table.csv, .json, .md and .tex."""
     known = DATASET_DEFAULTS.keys() - {"folder"}
     places: dict[str, tuple[str, str | None]] = {
         name if name in known else Path(name).name: (name, data_dir) if name in known else ("folder", name)
@@ -61,7 +51,7 @@ def ood_command(
     if len(places) < len(outside):
         raise click.UsageError(f"--outside: two sets have one name in the table, {', '.join(outside)}")
 
-    from pyro_vje.experiments import ood
+    from pyro_vje import experiments
 
-    result = ood(ckpt, places, out, likelihoods=score_likelihood, **settings)
+    result = experiments.ood(ckpt, places, out, likelihoods=score_likelihood, **settings)
     click.echo(f"{result.table}\n\n{result.folder}")

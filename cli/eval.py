@@ -1,22 +1,19 @@
-"""``pyro-vje eval``."""
-
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pyro_vje.cli import options
-from pyro_vje.config import EvalConfig, ScoreConfig
 
 
 @options.command("eval")
 @options.ckpt
-@options.of(ScoreConfig, "dataset", help="Another data set than the run's own.")
-@options.of(ScoreConfig, "data_dir", "download")
-@options.of(EvalConfig)
-@options.of(ScoreConfig, "batch_size")
-@options.of(ScoreConfig, "out", help="The JSON. [default: eval.json in the run folder]")
-@options.of(ScoreConfig, "trust_plugins")
+@options.scoring("dataset", help="Another data set than the run's own.")
+@options.scoring("data_dir", "download")
+@options.evaluation()
+@options.scoring("batch_size")
+@options.scoring("out", help="The JSON. [default: eval.json in the run folder]")
+@options.scoring("trust_plugins")
 def command(ckpt: Path, **settings: Any) -> None:
     """Probes of the representation: the trained encoder, the same untrained, and raw pixels.
 

@@ -18,8 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 class OneValue(click.Command):
     """Refuses an option that is given twice and takes one value: one of them would do nothing."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Read the arguments."""
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:  # noqa: D102
         given = Counter(self.make_parser(ctx).parse_args(args=list(args))[2])
         for option, times in given.items():
             if times > 1 and isinstance(option, click.Option) and not (option.multiple or option.is_eager):
@@ -30,16 +29,14 @@ class OneValue(click.Command):
 class OrNone(click.Choice):
     """Choices of which ``None`` is called none."""
 
-    def normalize_choice(self, choice: Any, ctx: click.Context | None) -> str:
-        """What a choice is called."""
+    def normalize_choice(self, choice: Any, ctx: click.Context | None) -> str:  # noqa: D102
         return "none" if choice is None else str(choice)
 
 
 class DataSet(click.Choice):
     """Built-in data sets, those of installed packages, and one's own as ``module:function``."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Check a name."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: D102
         own = is_reference(value) or value in entry_points(group="pyro_vje.datasets").names
         return value if own else super().convert(value, param, ctx)
 
@@ -48,8 +45,13 @@ command = functools.partial(click.command, cls=OneValue)
 EXISTING, ANY = click.Path(exists=True, path_type=Path), click.Path(path_type=Path)
 KINDS: dict[Any, Any] = {bool: bool, int: int, float: float, config.Place: ANY}
 SPECIAL: dict[str, Any] = {"dataset": DataSet(list(config.DATASET_DEFAULTS)), "data": EXISTING}
-CKPT = "A run folder, or a weights file (.safetensors)."
-ckpt = click.option("--ckpt", required=True, type=EXISTING, metavar="RUN", help=CKPT)
+ckpt = click.option(
+    "--ckpt",
+    required=True,
+    type=EXISTING,
+    metavar="RUN",
+    help="A run folder, or a weights file (.safetensors).",
+)
 folder = click.option("--out", required=True, type=ANY, metavar="DIR", help="Folder of the results.")
 
 
@@ -68,17 +70,16 @@ def of(
 
 def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) -> Callable[[F], F]:
     field = config.fields_of(settings)[name]
-    choices, default, off = config.choices_of(field), field.default, config.off_of(field)
-    kind = next(
-        (KINDS[part] for part in (*get_args(field.annotation), field.annotation) if part in KINDS), str
-    )
+    extra: Any = field.json_schema_extra
+    choices, default, off = config.choices_of(field), field.default, extra["off"]
+    parts = (*get_args(field.annotation), field.annotation)
+    kind = next((KINDS[part] for part in parts if part in KINDS), str)
     flag = "--" + name.replace("_", "-")
     if repeated and default is not None:
         default = (default,)
     repeated = repeated or get_origin(field.annotation) is tuple
-    shown = ", ".join(
-        map(str, default if isinstance(default, tuple) else [] if default is None else [default])
-    )
+    values = default if isinstance(default, tuple) else () if default is None else (default,)
+    shown = ", ".join(map(str, values))
     if kind is bool:
         shown = "" if not off else flag[2:] if field.default else off
     help, _, told = (field.description or "").partition(" [default: ")
@@ -92,6 +93,11 @@ def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) 
         "help": help + " Repeatable." * repeated + f" [{notes}]" * bool(notes),
     }
     return click.option(f"{flag}/--{off}" if off else flag, **{**arguments, **changes})
+
+
+training, scoring, evaluation = (
+    functools.partial(of, kind) for kind in (config.TrainConfig, config.ScoreConfig, config.EvalConfig)
+)
 
 
 def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | None) -> None:
@@ -119,6 +125,7 @@ def train_config(settings: dict[str, Any]) -> config.TrainConfig:
     """The settings of a command, checked as far as can be done without torch, which loads slowly."""
     made = config.TrainConfig(**settings)
     made.resolved()
-    if made.dataset == "folder" and not Path(made.data_dir or "").exists():
-        raise FileNotFoundError(f"no such folder: {Path(made.data_dir or '').absolute()} (--data-dir)")
+    place = Path(made.data_dir or "")
+    if made.dataset in ("folder", "images") and not place.exists():
+        raise FileNotFoundError(f"no such folder: {place.absolute()} (--data-dir)")
     return made

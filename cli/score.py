@@ -1,5 +1,3 @@
-"""``pyro-vje score``."""
-
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +8,12 @@ from pyro_vje.cli import options
 from pyro_vje.config import ScoreConfig
 
 NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.values())
-DEFAULT = ScoreConfig().score
 
 
 @options.command("score")
 @options.ckpt
-@options.of(ScoreConfig, "score", help=f"{NAMES}; or your own as module:function. [default: {DEFAULT}]")
-@options.of(ScoreConfig, without=["score"])
+@options.scoring("score", help=f"{NAMES}; or your own as module:function. [default: {ScoreConfig().score}]")
+@options.scoring(without=["score"])
 @click.pass_context
 def command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""

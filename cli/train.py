@@ -1,5 +1,3 @@
-"""``pyro-vje train``."""
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -8,13 +6,12 @@ import click
 from click.core import ParameterSource
 
 from pyro_vje.cli import options
-from pyro_vje.config import TrainConfig
 from pyro_vje.launch import is_first_process
 
 
 @options.command("train")
 @options.recipe
-@options.of(TrainConfig)
+@options.training()
 @click.option("--out", type=options.ANY, metavar="RUN", help="Run folder. [default: runs/DATASET-N]")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to more --epochs if so said.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")

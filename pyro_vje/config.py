@@ -33,11 +33,6 @@ def fields_of(cls: type) -> dict[str, FieldInfo]:
     return cls.__pydantic_fields__  # type: ignore[attr-defined]
 
 
-def off_of(field: FieldInfo) -> str | None:
-    """What the flag that turns a setting off is called."""
-    return field.json_schema_extra["off"]  # type: ignore[index, return-value]
-
-
 def choices_of(field: FieldInfo) -> list[str | None]:
     """The values of a setting that takes a few named ones, else nothing."""
     parts = get_args(field.annotation)
@@ -61,24 +56,21 @@ def settings(cls: S) -> S:
     @functools.wraps(check)
     def __init__(self: Any, *values: Any, **named: Any) -> None:
         try:
-            check(self, *values, **named)
+            return check(self, *values, **named)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-        else:
-            return
-        if first["type"] == "value_error":
+        kind, value, name = first["type"], first["input"], first["loc"][0] if first["loc"] else None
+        if kind == "value_error":
             raise ValueError(str(first["ctx"]["error"]))
-        name = first["loc"][0]
         if isinstance(name, int) and name < len(fields):  # it was given by position
             name = list(fields)[name]
         if name not in fields:
             raise TypeError(f"{cls.__name__} has no setting {name!r}: choose among {', '.join(fields)}")
-        may_be = ", ".join(map(str, choices_of(fields[name])))
-        may_be = f"one of {may_be}" if may_be else range_of(fields[name])
-        what = f"{name} must be {may_be}" + " and finite" * (first["type"] == "finite_number")
-        if not may_be or first["type"].endswith("_type"):
-            what = f"setting {name} must be {made.__dataclass_fields__[name].type}"
-        raise ValueError(f"{what}, not {first['input']!r}")
+        choices = ", ".join(map(str, choices_of(fields[name])))
+        may_be = f"one of {choices}" if choices else range_of(fields[name])
+        if not may_be or kind.endswith("_type"):
+            raise ValueError(f"setting {name} must be {made.__dataclass_fields__[name].type}, not {value!r}")
+        raise ValueError(f"{name} must be {may_be}{' and finite' * (kind == 'finite_number')}, not {value!r}")
 
     made.__init__ = __init__
     lines = [f"{name} :\n    {field.description}" for name, field in fields.items()]
@@ -131,41 +123,30 @@ class TrainConfig:
     # fmt: on
 
     def resolved(self) -> TrainConfig:
-        """A copy in which the data set's defaults stand in for ``None``.
+        """A copy in which the data set's defaults stand in for ``None``, but for what `fitted` says.
 
-        Raises
-        ------
-        ValueError
-            If the data set is a folder, and it is not said which.
+        Raises ``ValueError`` if the data set is a folder that nobody named, or a frozen encoder is given two devices.
         """
         if self.dataset in ("folder", "images") and self.data_dir is None:
-            raise ValueError(
-                f"the data set {self.dataset!r} needs to know which folder: name it (--data-dir DIR)"
-            )
-        defaults = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}
-        scale = self.encoder_lr_scale
-        defaults["encoder_lr_scale"] = scale = float(self.weights == "none") if scale is None else scale
-        defaults["holdout"] = 0.0 if scale == 0 and self.folds else 0.05
+            what = f"the data set {self.dataset!r} needs to know which folder"
+            raise ValueError(f"{what}: name it (--data-dir DIR)")
+        scale = float(self.weights == "none") if self.encoder_lr_scale is None else self.encoder_lr_scale
+        if scale == 0 and self.devices > 1:
+            what = "the head of a frozen encoder trains on one device"
+            raise ValueError(f"{what}, not {self.devices} (--devices)")
+        defaults = self._defaults()
         epochs = self.epochs or defaults["epochs"]
+        values = {"warmup_epochs": min(10.0, 0.1 * epochs), "knn_every": max(1, epochs // 10), **defaults}
         if scale == 0:
-            defaults |= {"warmup_epochs": 0.0, "knn_every": 0}
-            del defaults["epochs"]  # follow from the number of images: `fitted`
-        else:
-            defaults = {
-                "warmup_epochs": min(10.0, 0.1 * epochs),
-                "knn_every": max(1, epochs // 10),
-            } | defaults
-        del defaults["batch_size"]  # follows from the number of images too
-        missing: dict[str, Any] = {
-            name: value for name, value in defaults.items() if getattr(self, name) is None
-        }
+            values |= {"warmup_epochs": 0.0, "knn_every": 0, "epochs": None}
+        values |= {"holdout": 0.0 if scale == 0 and self.folds else 0.05, "batch_size": None}
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         if self.projector == "auto":
             missing["projector"] = "whiten" if scale == 0 else "none"
-        if scale == 0 and self.devices > 1:
-            raise ValueError(
-                f"the head of a frozen encoder trains on one device, not {self.devices} (--devices)"
-            )
-        return dataclasses.replace(self, **missing)
+        return dataclasses.replace(self, encoder_lr_scale=scale, **missing)
+
+    def _defaults(self) -> dict[str, Any]:
+        return DATASET_DEFAULTS["folder"] | DATASET_DEFAULTS.get(self.dataset, {})
 
     @property
     def frozen(self) -> bool:
@@ -176,15 +157,10 @@ class TrainConfig:
         """Resolved settings fitted to the number of images: at least `STEPS` steps an epoch, or else a smaller batch.
 
         A batch size that was asked for stays. A frozen encoder's head gets `HEAD_STEPS` steps unless epochs are said.
-
-        Raises
-        ------
-        ValueError
-            If there are too few images for any batch.
+        Raises ``ValueError`` if there are too few images for any batch.
         """
-        most = self.batch_size
+        most, default = self.batch_size, self._defaults()["batch_size"]
         if most is None:
-            default = {**DATASET_DEFAULTS["folder"], **DATASET_DEFAULTS.get(self.dataset, {})}["batch_size"]
             most = min(default, max(images // STEPS, min(SMALLEST_BATCH, images)))
             most -= most % processes
         if most < 2:  # batch norm needs two
@@ -196,30 +172,23 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""
-        infinite = self.df is not None and math.isinf(self.df)  # JSON has no infinity
-        return dataclasses.asdict(self) | ({"df": "inf"} if infinite else {})
+        return dataclasses.asdict(self) | (
+            {"df": "inf"} if self.df == math.inf else {}
+        )  # JSON has no infinity
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Settings from `to_dict`'s form.
-
-        Raises
-        ------
-        ValueError
-            If a setting is unknown, out of its range, or of another type.
-        """
+        """Settings from `to_dict`'s form; raises ``ValueError`` if one is unknown, out of range, or of another type."""
         known = fields_of(cls)
         if unknown := ", ".join(name for name in values if name not in known):
             raise ValueError(f"unknown settings {unknown} (of a newer version?); known: {', '.join(known)}")
-        read: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in values.items()}
-        return cls(**read)
+        return cls(**values | {"df": math.inf} if values.get("df") == "inf" else values)
 
 
 @settings
 class ScoreConfig:
     """Every setting of scoring: which images, by what, what is decided, and what is written."""
 
-    # fmt: off
     data: Place | None = say(None, "A folder of images, all of which are scored.")
     dataset: str | None = say(None, "Score a data set's test split instead. [default: the run's own]")
     data_dir: Text | None = say(None, "Where the data set lies or is downloaded to. [default: the run's own]")
@@ -233,7 +202,9 @@ class ScoreConfig:
     num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
     alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)
-    fdr: float | None = say(None, "At most this share of those called is normal (Benjamini-Hochberg).", gt=0, lt=1)
+    fdr: float | None = say(
+        None, "At most this share of anomalies is false (Benjamini-Hochberg).", gt=0, lt=1
+    )
     batch_size: int = say(256, "Images at once; on a CPU raised until passes of the encoder are full.", ge=1)
     out: Place | None = say(None, "The CSV. [default: scores.csv in the run folder]")
     draw: bool = say(True, "Draw pictures beside the CSV.", off="no-draw")
@@ -242,7 +213,6 @@ class ScoreConfig:
     resume: bool = say(False, "Go on from an interrupted call with the same options, if there was one.")
     trust_plugins: bool = say(False, "Import code that the run's configuration names (module:attribute).")
     deterministic: bool = say(False, "Kernels that give the same bits every time, on a GPU too.")
-    # fmt: on
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.fdr is not None:
@@ -257,9 +227,7 @@ class EvalConfig:
 
     k: tuple[int, ...] = say((200,), "Neighbours of the k-NN, the first in the table.")
     temperature: tuple[float, ...] = say((0.1,), "Temperature of the k-NN weights, as --k.")
-    linear: tuple[Literal["logistic", "sgd"], ...] = say(
-        ("logistic",), "Probe of clean or of augmented images."
-    )
+    linear: tuple[Literal["logistic", "sgd"], ...] = say(("logistic",), "Probe of clean or augmented images.")
     probe_epochs: int = say(90, "Epochs of --linear sgd, in which both encoders see every image.", ge=1)
 
 
@@ -270,27 +238,21 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parent / "recipes"
 def load_recipe(name: str | Path) -> dict[str, Any]:
     """Settings of a recipe by name, or of a TOML file by path: arguments for `TrainConfig`.
 
-    Keys are those of `TrainConfig`; the radius ``"none"`` is ``None``, which TOML lacks.
-
-    Raises
-    ------
-    ValueError
-        If there is no such recipe, it is no TOML, or a key is unknown or has a value of another type.
+    The radius ``"none"`` is ``None``, which TOML lacks. Raises ``ValueError`` if there is no such recipe, it is no
+    TOML, or a key is unknown or has a value of another type.
     """
     path = RECIPES.get(str(name), Path(name))
     if not path.is_file():
-        raise ValueError(
-            f"no recipe {str(name)!r}: choose one of {', '.join(RECIPES)}, or the path of a TOML file"
-        )
+        known = ", ".join(RECIPES)
+        raise ValueError(f"no recipe {str(name)!r}: choose one of {known}, or the path of a TOML file")
     try:
         values = tomllib.loads(path.read_text("utf-8"))
         if values.get("radius") == "none":
             values["radius"] = None
         TrainConfig.from_dict(values)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"recipe {path} is no TOML: {error}") from None
     except ValueError as error:
-        raise ValueError(f"recipe {path}: {error}") from None
+        what = " is no TOML" if isinstance(error, tomllib.TOMLDecodeError) else ""
+        raise ValueError(f"recipe {path}{what}: {error}") from None
     return values
 
 
@@ -305,10 +267,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a run on each data set uses where nothing is said."""
 
-STEPS, SMALLEST_BATCH = 20, 16
-"""Steps that an epoch should have, and the batch size below which none is made smaller for it."""
-HEAD_STEPS = 500
-"""Of the head of a frozen encoder: seconds on a CPU."""
+STEPS, SMALLEST_BATCH, HEAD_STEPS = 20, 16, 500
+"""Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run."""
 
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")
 """What an ablation always varies (with one value or several), the seed last."""

@@ -7,9 +7,6 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 def is_reference(name: str) -> bool:
@@ -37,20 +34,17 @@ def import_reference(reference: str) -> object:
         sys.path.remove(here)
 
 
-def look_up(name: str, known: Mapping[str, T], *, what: str, group: str | None = None) -> T | object:
+def look_up(name: str, known: Mapping[str, object], *, what: str, group: str | None = None) -> object:
     """Resolve ``name`` among ``known`` names, ``module:attribute`` references and an entry-point ``group``.
 
-    Raises
-    ------
-    ValueError
-        If nothing has that name; the message lists what is known.
+    Raises ``ValueError`` if nothing has that name; the message lists what is known.
     """
     if name in known:
         return known[name]
     if is_reference(name):
         return import_reference(name)
-    installed = {entry_point.name: entry_point for entry_point in entry_points(group=group or "")}
-    if name in installed:
+    installed = entry_points(group=group or "")
+    if name in installed.names:
         return installed[name].load()
-    names = ", ".join([*known, *installed])
+    names = ", ".join([*known, *sorted(installed.names)])
     raise ValueError(f"unknown {what} {name!r}: choose one of {names}, or name your own as module:attribute")
