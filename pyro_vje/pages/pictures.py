@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from sklearn.preprocessing import normalize
 
-from pyro_vje.metrics import auroc
+from pyro_vje.metrics import RejectionCurve, auroc
 from pyro_vje.metrics.arrays import Array, as_numpy
 from pyro_vje.metrics.representation import MIN_POSTERIOR_SNR, MIN_SPREAD
 from pyro_vje.runs.files import write_atomic
@@ -317,18 +317,16 @@ def plot_strangest(images: Array, scores: Array, path: Path, k: int = 12) -> Non
                 axes.set_axis_off()
 
 
-def plot_rejection(curves: Mapping[str, tuple[Array, Array]], path: Path, *, ylabel: str) -> None:
-    """Accuracy of the images kept against the rejected share, up to 90 %, a line for each named pair of the two.
+def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path, *, ylabel: str) -> None:
+    """Accuracy of the images kept against the rejected share, up to 90 %, a line for each name.
 
-    Takes vectors ``(N,)`` of `metrics.rejection_curve`; the dotted lines are the accuracy without rejecting, where a
-    curve stays whose uncertainty knows nothing.
+    The dotted lines are the accuracy without rejecting, where a curve stays whose uncertainty knows nothing.
     """
     with picture(path, 6.0, 3.8) as figure:
         axes = figure.subplots()
-        for (rejected, accuracy), colour in zip(curves.values(), PALETTE, strict=False):
-            share, kept = as_numpy(rejected), as_numpy(accuracy)
-            shown = share <= 0.9  # beyond it the accuracy of few images jumps
-            axes.plot(100 * share[shown], kept[shown], color=colour)
-            axes.axhline(kept[0], color=colour, linestyle=":", linewidth=1)
+        for (rejected, accuracy, _), colour in zip(curves.values(), PALETTE, strict=False):
+            shown = rejected <= 0.9  # beyond it the accuracy of few images jumps
+            axes.plot(100 * rejected[shown], accuracy[shown], color=colour)
+            axes.axhline(accuracy[0], color=colour, linestyle=":", linewidth=1)
         _legend(axes, [*zip(curves, PALETTE, strict=False)])
         style(axes, "Rejecting the most uncertain images", "share rejected (%)", ylabel)

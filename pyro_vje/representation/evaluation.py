@@ -7,9 +7,8 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -28,13 +27,14 @@ from pyro_vje.runs.folder import PICTURES, build_model, default_device, load_run
 log = logging.getLogger("pyro_vje")
 
 LINEAR = ("logistic", "sgd")
-WIDTH = 110  # columns of the printed text
+# Heading in the table, decimals; a line of protocol each.
+_COLUMNS = {
+    "knn": ("k-NN", 4), "linear": ("linear", 4), "linear_sgd": ("SGD", 4), "effective_rank": ("rank", 1),
+    "alignment": ("align", 4), "uniformity": ("uniform", 3), "recall_at_1": ("R@1", 4), "r_auroc": ("R-AUROC", 4),
+}  # fmt: skip
 
-Data = Sequence[Tensor]
-"""Features ``(N, F)`` and labels ``(N,)`` of the training images, then those of the test images."""
-
-Found = dict[str, tuple[Any, dict[str, Any]]]
-"""What was found by name, and the protocol behind it, empty where it needs none."""
+Data: TypeAlias = Sequence[Tensor]  # features (N, F), labels (N,) of training images, then of test images
+Found: TypeAlias = dict[str, tuple[Any, dict[str, Any]]]  # what was found by name, and the protocol behind it
 
 
 def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
@@ -43,21 +43,17 @@ def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
     return torch.cat([indices for indices, _ in batches]), torch.cat([values for _, values in batches])
 
 
-def _encode(vje: VJE, images: ImageSet, view: CleanView, batch_size: int) -> Encoded:
+def _encode(vje: VJE, images: ImageSet, view: CleanView, batch_size: int = 256) -> Encoded:
     return encode(vje, images, view, batch_size=batch_size, device=next(vje.parameters()).device)
 
 
 def probe(
     vje: VJE, view: CleanView, train_set: ImageSet, test_set: ImageSet
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Weighted k-NN and logistic regression on an encoder's features of images; unlabelled ones are left out.
-
-    Gives what was found (``dim``, accuracies ``knn`` and ``linear``, ``linear_converged``), and the protocols behind
-    the accuracies, by the same names.
-    """
+    """Accuracies ``knn`` and ``linear`` (logistic) of an encoder's features on labelled images; their protocols."""
     data = []
     for images in (train_set.labelled(), test_set.labelled()):
-        encoded = _encode(vje, images, view, 256)
+        encoded = _encode(vje, images, view)
         data += [encoded.features, images.labels_at(encoded.indices)]
     return _split(_knn(data, [200], [0.1]) | _logistic(data))
 
@@ -68,8 +64,7 @@ def _split(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _protocol(result: Mapping[str, Any]) -> dict[str, Any]:
-    own = ("accuracy", "train_accuracy", "iterations", "converged")
-    return {name: value for name, value in result.items() if name not in own}
+    return {name: value for name, value in result.items() if name not in ("accuracy", "converged")}
 
 
 def _knn(data: Data, ks: Sequence[int], temperatures: Sequence[float]) -> Found:
@@ -90,21 +85,19 @@ def _logistic(data: Data) -> Found:
     return {"linear": (result["accuracy"], _protocol(result)), "linear_converged": (result["converged"], {})}
 
 
-def _geometry(vje: VJE, images: ImageSet, test: Encoded, views: TwoViews, views_of: str, seed: int) -> Found:
+@torch.no_grad()
+def _geometry(vje: VJE, images: ImageSet, test: Encoded, views: TwoViews, config: TrainConfig) -> Found:
     """Effective rank, uniformity, and alignment between two views of each image by a model in evaluation mode."""
     device = next(vje.parameters()).device
-    generator = torch.Generator(device).manual_seed(derive_seed("alignment", seed))
-    parts = []
-    for _, batch in images.batches(256):
-        with torch.no_grad():
-            embeddings = vje.embed(views(batch.to(device), generator).flatten(0, 1))
-        parts.append(embeddings.unflatten(0, (2, -1)).cpu())
+    generator = torch.Generator(device).manual_seed(derive_seed("alignment", config.seed))
+    pairs = (views(batch.to(device), generator).flatten(0, 1) for _, batch in images.batches(256))
+    first, second = torch.cat([vje.embed(pair).unflatten(0, (2, -1)).cpu() for pair in pairs], dim=1)
     rank, uniform = metrics.effective_rank(test.features), metrics.uniformity(test.embeddings)
-    count, drawn = {"test_images": len(test.features)}, f"as in pretraining on {views_of}"
-    pairs = {"of": "normalised embeddings of two views", "alpha": 2.0, "views": drawn, "seed": seed}
+    count, drawn = {"test_images": len(test.features)}, f"as in pretraining on {config.dataset}"
+    how = {"of": "normalised embeddings of two views", "alpha": 2.0, "views": drawn, "seed": config.seed}
     return {
         "effective_rank": (rank, {"of": "encoder features, not centred (RankMe)", **count}),
-        "alignment": (metrics.alignment(*torch.cat(parts, dim=1)), {**pairs, **count}),
+        "alignment": (metrics.alignment(first, second), {**how, **count}),
         "uniformity": (uniform, {"of": "normalised embeddings", "t": 2.0, **count}),
     }
 
@@ -115,12 +108,9 @@ def _uncertainty(data: Data, scale: Tensor) -> tuple[Found, metrics.RejectionCur
     correct = metrics.knn_predict(train, labels, test, k=1).cpu() == truth
     variance = scale.double().square().mean(1)
     curve = metrics.rejection_curve(correct, variance)
-    steps = range(0, 100, 10)
-    rejection = {
-        "rejected": [step / 100 for step in steps],
-        "accuracy": [float(curve.accuracy[len(truth) * step // 100]) for step in steps],
-        "area": curve.area,
-    }
+    steps = [step / 100 for step in range(0, 100, 10)]
+    accuracy = [float(curve.accuracy[int(len(truth) * step + 1e-9)]) for step in steps]
+    rejection = {"rejected": steps, "accuracy": accuracy, "area": curve.area}
     # Undefined where retrieval never fails, or always does.
     r_auroc = metrics.r_auroc(correct, variance) if 0 < correct.sum() < len(correct) else None
     retrieval: dict[str, Any] = {"of": "encoder features", "retrieval": "nearest training image"}
@@ -135,8 +125,7 @@ def _uncertainty(data: Data, scale: Tensor) -> tuple[Found, metrics.RejectionCur
 
 def control_name(config: TrainConfig) -> str:
     """What the same model before its training is called: its encoder may have learned elsewhere."""
-    pretrained = getattr(config, "weights", "none") not in (None, "none")
-    return "pretrained encoder, no head" if pretrained else "untrained encoder"
+    return "untrained encoder" if config.weights == "none" else "pretrained encoder, no head"
 
 
 def evaluate(
@@ -155,42 +144,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Probes and measures of the representation on the labelled splits: last epoch's weights and two controls.
 
-    Weighted k-NN and linear probes; for the encoders also effective rank, alignment, uniformity, and whether the
-    posterior's variance says where nearest-neighbour retrieval fails (`metrics` defines each). The controls are the
-    model before its training and raw pixels.
+    Weighted k-NN and linear probes; for the encoders also effective rank, alignment, uniformity, and whether posterior
+    variance says where retrieval fails (`metrics` defines each). The controls are the model before its training and raw
+    pixels. Gives ``rows`` (one for each representation; ``None`` where a measure does not apply), their ``protocols``,
+    and what they were measured on. Raises ``ValueError`` if the data have no labels, or a setting is out of range.
 
-    Parameters
-    ----------
-    ckpt : path
-        Run folder or weights file.
-    dataset, data_dir, download :
-        What to evaluate on; by default the run's own data set.
-    k, temperature :
-        Neighbours and temperature of the k-NN (Wu et al. 2018: cosine, weights exp(similarity / T)). Of several, all
-        combinations are reported (``knn_sweep``), and the first of each is ``knn``.
-    linear : str or sequence of str
-        ``"logistic"``: logistic regression on clean features, ``linear`` in the result. ``"sgd"``: the published
-        protocol on augmented images, ``linear_sgd``, for the encoders (`pyro_vje.representation.probes.sgd_probe`).
-    probe_epochs : int
-        Epochs of ``"sgd"``; each is a forward pass of both encoders over all training images.
-    batch_size : int
-        Images in a forward pass, and in a step of ``"sgd"``.
-    trust_plugins : bool
-        See `pyro_vje.runs.folder.load_run`.
-    out : path, optional
-        Where to write the JSON, with a picture in a folder ``pictures`` beside it; by default ``eval.json`` in the
-        run folder.
-
-    Returns
-    -------
-    dict
-        ``rows`` (one for each representation; ``None`` where a measure does not apply), the ``protocols`` behind the
-        numbers, and what they were measured on.
-
-    Raises
-    ------
-    ValueError
-        If the data have no labels, or a setting is unknown or out of range.
+    ``ckpt`` is a run folder or weights file, evaluated on its own data set or on ``dataset`` in ``data_dir``. Of some
+    ``k`` and temperatures of the k-NN all combinations are reported (``knn_sweep``), the first of each as ``knn``.
+    ``linear``: ``"logistic"`` (regression on clean features), ``"sgd"`` (for the encoders, `sgd_probe` of
+    ``probe_epochs`` passes in steps of ``batch_size``; ``linear_sgd`` in the result), or both. The JSON goes to
+    ``out``, ``eval.json`` in the run folder unless said, a picture to a folder ``pictures`` beside it.
     """
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
@@ -203,37 +166,31 @@ def evaluate(
     device = default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     config, view = run.info.config, run.info.view
-    sets = [
-        load_split(run, split, dataset, data_dir, download=download).labelled() for split in ("train", "test")
-    ]
+    splits = (load_split(run, split, dataset, data_dir, download=download) for split in ("train", "test"))
+    sets = [images.labelled() for images in splits]
     warn_if_shared(*sets)
-    views = run.info.views
-    curves: dict[str, tuple[Any, Any]] = {}
+    curves: dict[str, metrics.RejectionCurve] = {}
 
     def measure(name: str, vje: VJE | None) -> Found:
         log.info("evaluating %s", name)
+        encoded = [] if vje is None else [_encode(vje, images, view, batch_size) for images in sets]
         of = "embeddings" if config.frozen and vje is run.vje else "features"  # what was trained
-        parts = [
-            pixels(images, view) if vje is None else _encode(vje, images, view, batch_size) for images in sets
-        ]
+        parts = [(x.indices, getattr(x, of)) for x in encoded] or [pixels(images, view) for images in sets]
         data = [
             x
-            for images, part in zip(sets, parts, strict=True)
-            for x in (getattr(part, of, part[1]), images.labels_at(part[0]))
+            for images, (at, values) in zip(sets, parts, strict=True)
+            for x in (values, images.labels_at(at))
         ]
         found = _knn(data, ks, temperatures) | (_logistic(data) if "logistic" in probes else {})
-        encoded = parts[1]
-        if vje is None or not isinstance(encoded, Encoded):
+        if vje is None:
             return found
         if "sgd" in probes:
             own = probe_views(dataset or config.dataset, view)
             settings: dict[str, Any] = {"epochs": probe_epochs, "batch_size": batch_size, "seed": config.seed}
             result = sgd_probe(vje.features, sets[0], data[2], data[3], own, device=device, **settings)
             found["linear_sgd"] = result["accuracy"], _protocol(result)
-        found |= _geometry(vje, sets[1], encoded, views, config.dataset, config.seed)
-        uncertainty, curve = _uncertainty(data, encoded.scale)
-        curves[name] = curve.rejected, curve.accuracy
-        return found | uncertainty
+        uncertainty, curves[name] = _uncertainty(data, encoded[1].scale)
+        return found | _geometry(vje, sets[1], encoded[1], run.info.views, config) | uncertainty
 
     control = build_model(config, run.info.view_size).to(device).eval()
     if config.frozen:  # what was trained is the head
@@ -241,19 +198,11 @@ def evaluate(
     models = {"trained encoder": run.vje, control_name(config): control, "raw pixels": None}
     found = {name: _split(measure(name, vje)) for name, vje in models.items()}
     trained, protocols = found["trained encoder"]
-    result = {
-        "dataset": dataset or config.dataset,
-        "train_images": len(sets[0]),
-        "test_images": len(sets[1]),
-        "image_size": run.info.image_size,
-        "weights": f"epoch {config.epochs} of {config.epochs} (the last)",
-        "seed": config.seed,
-        # Empty cells where a measure does not apply.
-        "rows": [
-            {"representation": name, **dict.fromkeys(trained), **row} for name, (row, _) in found.items()
-        ],
-        "protocols": protocols,
-    }
+    rows = [{"representation": name, **dict.fromkeys(trained), **row} for name, (row, _) in found.items()]
+    last = f"epoch {config.epochs} of {config.epochs} (the last)"
+    result = {"dataset": dataset or config.dataset, "train_images": len(sets[0]), "test_images": len(sets[1])}
+    result |= {"image_size": run.info.image_size, "weights": last, "seed": config.seed}
+    result |= {"rows": rows, "protocols": protocols}
     target = Path(out) if out is not None else (run.folder / "eval.json" if run.folder else None)
     if target is not None:
         write_json(target, result)
@@ -262,54 +211,40 @@ def evaluate(
     return result
 
 
-# Heading in the table, decimals; a line of protocol each.
-_COLUMNS = {
-    "knn": ("k-NN", 4),
-    "linear": ("linear", 4),
-    "linear_sgd": ("SGD", 4),
-    "effective_rank": ("rank", 1),
-    "alignment": ("align", 4),
-    "uniformity": ("uniform", 3),
-    "recall_at_1": ("R@1", 4),
-    "r_auroc": ("R-AUROC", 4),
-}
-
-
-def _text(first: str, columns: Mapping[str, Sequence[str]], index: Sequence[str], width: int) -> list[str]:
-    """Lines of a table whose first column is headed ``first``."""
-    frame = pd.DataFrame(columns, index=[f"{name:<20}" for name in index]).rename_axis(columns=first)
-    text = frame.to_string(col_space={name: 5 if name == "dim" else width for name in columns})
-    return ["", *(line.rstrip() for line in text.splitlines())]
+def _text(rows: Mapping[str, Sequence[str]], width: int) -> list[str]:
+    """Lines of a table, headings first: cells to the right in columns of ``width`` or more."""
+    first, widths = (
+        max(20, *map(len, rows)),
+        [max(width, len(cell) + 1) for cell in next(iter(rows.values()))],
+    )
+    filled = ((name, zip(cells, widths, strict=True)) for name, cells in rows.items())
+    return [f"{name:<{first}}" + "".join(f"{cell:>{wide}}" for cell, wide in cells) for name, cells in filled]
 
 
 def format_table(result: dict[str, Any]) -> str:
     """`evaluate`'s result as text: a row for each representation, tables, then the protocols."""
     rows, protocols = {row["representation"]: row for row in result["rows"]}, result["protocols"]
-    columns = {"dim": [str(row["dim"]) for row in rows.values()]}
-    for name, (heading, digits) in _COLUMNS.items():
-        if name in protocols:
-            values = [row[name] for row in rows.values()]
-            columns[heading] = ["" if value is None else f"{value:.{digits}f}" for value in values]
+    shown = {name: column for name, column in _COLUMNS.items() if name in protocols}
+    table = {f"{'representation':<20}   dim": [heading for heading, _ in shown.values()]}
+    for of, row in rows.items():
+        cells = [
+            "" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in shown.items()
+        ]
+        table[f"{of:<20}{row['dim']:>6}"] = cells
     images = f"{result['train_images']} training and {result['test_images']} test images"
-    lines = [f"{result['dataset']}: {images}, weights of {result['weights']}"]
-    lines += _text("representation", columns, [*rows], 8)[1:]
+    lines = [f"{result['dataset']}: {images}, weights of {result['weights']}", *_text(table, 9)]
     if "knn_sweep" in protocols:
-        sweeps = {name: [f"{x['accuracy']:.4f}" for x in row["knn_sweep"]] for name, row in rows.items()}
-        (settings, *_) = (row["knn_sweep"] for row in rows.values())
-        lines += _text(
-            "k-NN for each k and T", sweeps, ["k {k}, T {temperature}".format(**s) for s in settings], 8
-        )
+        sweep = {"k-NN for each k and T": [*rows]}
+        for found in zip(*(row["knn_sweep"] for row in rows.values()), strict=True):
+            sweep["k {k}, T {temperature}".format(**found[0])] = [f"{one['accuracy']:.4f}" for one in found]
+        lines += ["", *_text(sweep, 9)]
     curves = {name: row["rejection"] for name, row in rows.items() if row["rejection"] is not None}
     shares = [f"{share:.0%}" for share in next(iter(curves.values()))["rejected"]]
-    kept = zip(*([*curve["accuracy"], curve["area"]] for curve in curves.values()), strict=True)
-    table = {
-        heading: [f"{x:.3f}" for x in column] for heading, column in zip([*shares, "area"], kept, strict=True)
-    }
-    lines += [*_text("R@1, share rejected", table, [*curves], 6), ""]
-    for name, (heading, _) in (*_COLUMNS.items(), ("rejection", ("rejected", 0))):
-        if name in protocols:
-            protocol = ", ".join(f"{key} {value}" for key, value in protocols[name].items())
-            unfit = [of for of, row in rows.items() if name == "linear" and not row["linear_converged"]]
-            protocol += f"; NOT CONVERGED for {', '.join(unfit)}" if unfit else ""
-            lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", WIDTH, subsequent_indent=" " * 10)
-    return "\n".join(lines)
+    kept = {of: [f"{x:.3f}" for x in (*curve["accuracy"], curve["area"])] for of, curve in curves.items()}
+    lines += ["", *_text({"R@1, share rejected": [*shares, "area"], **kept}, 7), ""]
+    for name, (heading, _) in {**shown, "rejection": ("rejected", 0)}.items():
+        protocol = ", ".join(f"{key} {value}" for key, value in protocols[name].items())
+        unfit = [of for of, row in rows.items() if name == "linear" and not row["linear_converged"]]
+        protocol += f"; NOT CONVERGED for {', '.join(unfit)}" if unfit else ""
+        lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", 110, subsequent_indent=" " * 10)
+    return "\n".join(line.rstrip() for line in lines)

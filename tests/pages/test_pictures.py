@@ -183,7 +183,7 @@ class TestScores:
         assert legend_texts(figures[1]) is None
 
     def test_rejection(self, tmp_path, figures):
-        curve = np.arange(10) / 10, np.linspace(0.5, 1, 10)
+        curve = np.arange(10) / 10, np.linspace(0.5, 1, 10), 0.75
         draw("rejection", {"a": curve, "b": curve}, path=tmp_path / "r.png", ylabel="kept")
         assert legend_texts(figures[0]) == ["a", "b"]
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_drawn_is_a_warning_that_names_the_picture(tmp_path, capl
         pictures.plot_score_histogram(nan, None, paths[2])
         pictures.plot_direction_radius(nan, nan, torch.zeros(2), paths[3])
         pictures.plot_strangest(torch.rand(3, 3, 4, 4), nan, path=paths[4])
-        pictures.plot_rejection({"a": (nan, nan[:2])}, paths[5], ylabel="kept")
+        pictures.plot_rejection({"a": (nan.numpy(), nan.numpy()[:2], 0.0)}, paths[5], ylabel="kept")
         monkeypatch.setattr(pictures, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         pictures.plot_training(history(3), tmp_path / "bytes\udcff.png")
     warned = [record.getMessage() for record in caplog.records]
