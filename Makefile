@@ -13,9 +13,9 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/pyro-vje train --dataset digits --out runs/demo --overwrite
-	$(BIN)/pyro-vje eval --ckpt runs/demo
-	$(BIN)/pyro-vje score --ckpt runs/demo --report
+	$(BIN)/python examples/demo_images.py runs/demo_images
+	rm -rf runs/demo
+	$(BIN)/pyro-vje inspect runs/demo_images/good runs/demo_images/new --out runs/demo
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

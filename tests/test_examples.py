@@ -15,7 +15,7 @@ from pyro_vje.data import DATASETS
 from pyro_vje.model import encoders
 
 MCMC = pyro.infer.MCMC
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("[0-9]*.py"))
 SHOWN = {
     "01": r"\d+ of 96 called anomalies; AUROC 0\.\d+\n(\d\.\d{6}  (anomaly|normal ) +new/.*\n){20}",
     "02": r"likelihood .*\n__main__:contaminated .*\npolar-student-t .*\n(.*\n)*",
