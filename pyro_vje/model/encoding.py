@@ -22,8 +22,7 @@ class Images(Protocol):
         """Indices and uint8 images ``(B, 3, S, S)`` of those that can be decoded, in order."""
 
 
-View = Callable[[Tensor], Tensor]
-"""uint8 images to what the encoder takes: `pyro_vje.data.CleanView`."""
+View = Callable[[Tensor], Tensor]  # uint8 images to what the encoder takes: `pyro_vje.data.CleanView`
 
 
 class Posteriors(NamedTuple):

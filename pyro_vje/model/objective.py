@@ -48,20 +48,16 @@ class SymmetricELBO(Trace_ELBO):
 
     Parameters
     ----------
-    num_particles
-        Samples of z for each image and direction.
-    kl_weight
-        Weight of log q(z) - log p(z), at least 0. At 1 this is the ELBO proper; the model and guide themselves know of
-        no weight, so that Pyro's other inference means what it says.
-    analytic_kl
-        Take the KL divergence of each latent in closed form, where there is one, instead of by its samples.
+    num_particles, **kwargs
+        Samples of z for each image and direction; other options of `Trace_ELBO` (``vectorize_particles``, ...).
+    kl_weight, analytic_kl
+        Weight of log q(z) - log p(z), at least 0, and whether it is taken in closed form instead of by samples. At 1
+        this is the ELBO proper; model and guide know of no weight, so that Pyro's other inference means what it says.
     bound
         ``"elbo"``, or ``"iwae"``: the importance-weighted bound of Burda et al. (arXiv 1509.00519) for each image by
         itself, over ``num_particles``. `pyro.infer.RenyiELBO` weighs the whole batch as one.
     monitor
         Called with each (model trace, guide trace) under ``no_grad``, for logging the parts of the objective.
-    **kwargs
-        Passed on to `Trace_ELBO` (``vectorize_particles``, ``max_plate_nesting``, ...).
 
     Raises ``ValueError`` for another bound, a negative weight, and an iwae bound with another weight than 1 or an
     analytic KL: it would be no bound.
@@ -90,10 +86,7 @@ class SymmetricELBO(Trace_ELBO):
         self.kl_weight, self.analytic_kl, self.bound, self.monitor = kl_weight, analytic_kl, bound, monitor
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ELBOModule:
-        """Bind model and guide in an ``nn.Module`` that owns the parameters behind them.
-
-        Bound methods such as ``vje.model`` hide their module from ``parameters()``, so it is registered by hand.
-        """
+        """Bind model and guide in an ``nn.Module`` that owns the parameters behind them, also behind bound methods."""
         # Pyro's annotation asks for modules, its code for callables.
         module = super().__call__(model, guide)  # type: ignore[arg-type]
         for part in (model, guide):
@@ -129,10 +122,7 @@ class SymmetricELBO(Trace_ELBO):
         return (math.log(self.num_particles) - (-weights).logsumexp(0)).mean()
 
     def _terms(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        """kl_weight · Σ over latents (log q - log p, or their KL) - Σ over observations log p.
-
-        A scalar for the ELBO; for the iwae bound of each image by itself, of the plates' shape.
-        """
+        """kl_weight · Σ latents (log q - log p, or their KL) - Σ observed log p: for iwae an image."""
 
         def of(values: Tensor) -> Tensor:
             return values.sum() if self.bound == "elbo" else values

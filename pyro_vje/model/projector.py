@@ -46,14 +46,8 @@ class Whitening(nn.Module):
 def build_projector(kind: str, feature_dim: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
     """Features ``(N, feature_dim)`` to embeddings ``(N, embedding_dim)`` by name.
 
-    ``none``, ``linear`` and ``mlp`` close with a batch norm without parameters, which puts every embedding feature at
-    unit variance, hence the embedding's radius near √D: the unit of the prior z ~ Normal(0, I). ``whiten`` is
-    `Whitening`.
-
-    Raises
-    ------
-    ValueError
-        If there is no such projector, or it cannot give this dimension.
+    All but ``whiten`` (`Whitening`) close with a batch norm without parameters, which puts every embedding feature at
+    unit variance, hence the embedding's radius near √D: the unit of the prior z ~ Normal(0, I).
     """
     if kind not in PROJECTORS:
         raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, not {kind!r}")
@@ -64,9 +58,7 @@ def build_projector(kind: str, feature_dim: int, hidden_dim: int, embedding_dim:
         )
     if kind == "whiten":
         if embedding_dim > feature_dim:
-            raise ValueError(
-                f"embedding_dim {embedding_dim} is more than the encoder's {feature_dim} features"
-            )
+            raise ValueError(f"embedding_dim {embedding_dim} exceeds the encoder's {feature_dim} features")
         return Whitening(feature_dim, embedding_dim)
     closing = nn.BatchNorm1d(embedding_dim, affine=False)
     if kind == "none":

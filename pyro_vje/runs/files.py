@@ -19,8 +19,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-LEFTOVERS = ".*.tmp"
-"""Temporary files of `write_atomic`, which only a kill leaves behind."""
+LEFTOVERS = ".*.tmp"  # temporary files of `write_atomic`, which only a kill leaves behind
 
 
 def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:

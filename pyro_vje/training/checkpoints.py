@@ -1,9 +1,8 @@
 """Checkpoints of a training run: when they are written, and how, so that nothing is lost.
 
-Lightning's own ModelCheckpoint is not enough: it writes to the system's temporary folder, which may be another file
-system than the run's, without syncing; a checkpoint that it saves after the last step of an epoch makes a resumed run
-skip the epoch's end, and so its row of metrics; and Lightning's handling of SIGTERM sends a collective from within the
-signal handler.
+Lightning's own ModelCheckpoint is not enough: it writes to the system's temporary folder, maybe another file system,
+without syncing; what it saves after an epoch's last step makes a resumed run skip the epoch's end, and its row of
+metrics; and Lightning's handling of SIGTERM sends a collective from within the signal handler.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from pyro_vje.runs.stopping import StopRequest
 LAST = "last.ckpt"
 CHECKPOINT_SECONDS = 600.0
 """Between checkpoints inside an epoch: about as much of the training as a kill can cost. Epochs end with one too."""
-CHECK_EVERY = 5
-"""Steps after which several processes ask each other whether one of them was told to stop."""
+CHECK_EVERY = 5  # steps after which several processes ask each other whether one of them was told to stop
 
 
 OPTIMISERS: dict[str, tuple[str, ...]] = {"SGD": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}

@@ -24,8 +24,7 @@ log = logging.getLogger("pyro_vje")
 
 ROWS = 32
 """Images at once; their views are drawn from a seed of these rows, so that a resumed cache is the same."""
-SAVE_EVERY = 8
-"""Of these steps, between notes of how far the cache is."""
+SAVE_EVERY = 8  # of these steps, between notes of how far the cache is
 
 
 def cache_features(

@@ -24,8 +24,7 @@ from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, TwoViews, d
 from pyro_vje.model import VJE, SymmetricELBO, ViewPair, own_objective
 from pyro_vje.training.distributed import GlobalNoise
 
-HEAD_LR = 1e-3
-"""Of AdamW, for a head on cached features."""
+HEAD_LR = 1e-3  # of AdamW, for a head on cached features
 QUIET: dict[str, Any] = dict.fromkeys(
     ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
 )
@@ -46,12 +45,9 @@ class Pretraining(lightning.LightningModule):
         self, vje: VJE, config: TrainConfig, train_set: ImageSet | Tensor, views: TwoViews | None = None
     ) -> None:
         super().__init__()
-        self.objective = SymmetricELBO(
-            config.num_particles,
-            kl_weight=config.kl_weight,
-            analytic_kl=config.analytic_kl,
-            vectorize_particles=config.num_particles > 1,
-        )
+        settings: Any = {"kl_weight": config.kl_weight, "analytic_kl": config.analytic_kl}
+        several = config.num_particles > 1
+        self.objective = SymmetricELBO(config.num_particles, vectorize_particles=several, **settings)
         self.elbo = self.objective(vje.model, vje.guide)
         self.own_objective = own_objective(config.objective)
         self.config, self.train_set, self.views = config, train_set, views
@@ -188,14 +184,13 @@ def _two_of(features: Tensor, generator: torch.Generator) -> Tensor:
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's hints and its own deprecations off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
+    before = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

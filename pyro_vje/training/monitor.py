@@ -23,19 +23,16 @@ from pyro_vje.runs.files import write_atomic
 from pyro_vje.runs.folder import METRICS, PICTURES
 
 log = logging.getLogger("pyro_vje")
+Sets = tuple[ImageSet, ImageSet] | None
 
-HEALTH_IMAGES = 2048
-"""Training images on which effective rank, spread and signal-to-noise are measured."""
+HEALTH_IMAGES = 2048  # training images on which effective rank, spread and signal-to-noise are measured
 MAX_RISE = 10.0
 """Nats a dimension above the best epoch at which the loss counts as exploding; healthy runs stay within 3 of it."""
 FEW_IMAGES = 8
 """In a batch below this the mean of a feature is off by a third of its deviation (1/√8) or more."""
-TIMED_STEPS = 10
-"""Steps after which the time of the whole run is known well enough to be said."""
-CHECK_EVERY = 100
-"""Steps between looks at whether the loss is finite: each waits for the device."""
-SIGNS = ("effective_rank", "spread", "posterior_snr")
-"""Of collapse."""
+TIMED_STEPS = 10  # steps after which the time of the whole run is known well enough to be said
+CHECK_EVERY = 100  # steps between looks at whether the loss is finite: each waits for the device
+SIGNS = ("effective_rank", "spread", "posterior_snr")  # of collapse
 PARTS = ("loss", "log_likelihood", "log_direction", "log_radius", "kl")
 COLUMNS = ("epoch", *PARTS, "knn_accuracy", *SIGNS, "lr", "images_per_second", "seconds")
 
@@ -55,7 +52,7 @@ class EpochReport(lightning.pytorch.Callback):
         self,
         folder: Path,
         train_set: ImageSet,
-        knn_sets: tuple[ImageSet, ImageSet] | None,
+        knn_sets: Sets,
         view: CleanView,
         features: Tensor | None = None,
     ) -> None:

@@ -60,9 +60,7 @@ def train(
     check_launch(config.devices)
     folder = _choose_folder(config, out, resume=resume, overwrite=overwrite)
     if not _TRAINING.acquire(blocking=False):
-        raise RuntimeError(
-            "another thread of this process is training, and Pyro has no threads: use processes"
-        )
+        raise RuntimeError("another thread is training, and Pyro knows no threads: use processes")
     try:
         with ExitStack() as stack, restored_handlers(), layout.deterministic_kernels(config.deterministic):
             if not is_first_process():
@@ -141,7 +139,7 @@ def _keep(
     folder: Path,
     vje: VJE,
     info: RunInfo,
-    train_set: ImageSet,
+    images: ImageSet,
     held_out: ImageSet | None,
     features: Tensor | None,
 ) -> None:
@@ -151,7 +149,7 @@ def _keep(
         calibration = encode(vje, held_out, info.view, device=device)
         layout.save_posteriors(folder / layout.CALIBRATION, calibration.posteriors)
     if features is None:
-        shown = splits.reference_images(train_set, info.config.seed)
+        shown = splits.reference_images(images, info.config.seed)
         reference = encode(vje, shown, info.view, device=device)
     else:
         kept = splits.evenly_spread(len(features), splits.REFERENCE_IMAGES)
@@ -168,9 +166,8 @@ def _fit(module: Pretraining, folder: Path, report: EpochReport, precision: str,
     checkpoint = folder / CHECKPOINTS / checkpoints.LAST
     stop = StopRequest()
     with quiet_lightning():
-        trainer = _trainer(
-            folder, module.config, [report, checkpoints.Checkpoints(checkpoint, stop)], precision
-        )
+        callbacks = [report, checkpoints.Checkpoints(checkpoint, stop)]
+        trainer = _trainer(folder, module.config, callbacks, precision)
         begun = resume and checkpoint.is_file()
         try:
             trainer.fit(module, ckpt_path=checkpoint if begun else None, weights_only=True)

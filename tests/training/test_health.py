@@ -96,11 +96,11 @@ def test_batch_norm_of_one_or_few_images(train_with, said, tiny_config, tmp_path
         train_with(batch_size=1)
     one = tmp_path / "one"
     one.mkdir()
-    Image.new("RGB", (16, 16)).save(one / "a.png")
+    Image.new("RGB", (16, 16), "red").save(one / "a.png")
     (one / "train").mkdir()
     (one / "test").mkdir()
     (one / "a.png").rename(one / "train" / "a.png")
-    Image.new("RGB", (16, 16)).save(one / "test" / "b.png")
+    Image.new("RGB", (16, 16), "red").save(one / "test" / "b.png")
     with pytest.raises(ValueError, match="training needs at least two images, and one a process, but has 1"):
         train_with(data_dir=str(one), batch_size=None)
     train_with(batch_size=3, epochs=1)
