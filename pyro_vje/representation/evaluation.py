@@ -146,14 +146,14 @@ def evaluate(
 
     Weighted k-NN and linear probes; for the encoders also effective rank, alignment, uniformity, and whether posterior
     variance says where retrieval fails (`metrics` defines each). The controls are the model before its training and raw
-    pixels. Gives ``rows`` (one for each representation; ``None`` where a measure does not apply), their ``protocols``,
-    and what they were measured on. Raises ``ValueError`` if the data have no labels, or a setting is out of range.
+    pixels. Gives ``rows`` (``None`` where a measure does not apply), their ``protocols``, and what they were measured
+    on. Raises ``ValueError`` if the data have no labels, or a setting is unknown or out of range.
 
     ``ckpt`` is a run folder or weights file, evaluated on its own data set or on ``dataset`` in ``data_dir``. Of some
     ``k`` and temperatures of the k-NN all combinations are reported (``knn_sweep``), the first of each as ``knn``.
     ``linear``: ``"logistic"`` (regression on clean features), ``"sgd"`` (for the encoders, `sgd_probe` of
     ``probe_epochs`` passes in steps of ``batch_size``; ``linear_sgd`` in the result), or both. The JSON goes to
-    ``out``, ``eval.json`` in the run folder unless said, a picture to a folder ``pictures`` beside it.
+    ``out`` (``eval.json`` in the run folder), a picture beside it. For ``trust_plugins`` see `runs.folder.load_run`.
     """
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
@@ -176,11 +176,9 @@ def evaluate(
         encoded = [] if vje is None else [_encode(vje, images, view, batch_size) for images in sets]
         of = "embeddings" if config.frozen and vje is run.vje else "features"  # what was trained
         parts = [(x.indices, getattr(x, of)) for x in encoded] or [pixels(images, view) for images in sets]
-        data = [
-            x
-            for images, (at, values) in zip(sets, parts, strict=True)
-            for x in (values, images.labels_at(at))
-        ]
+        data: list[Tensor] = []
+        for images, (at, values) in zip(sets, parts, strict=True):
+            data += [values, images.labels_at(at)]
         found = _knn(data, ks, temperatures) | (_logistic(data) if "logistic" in probes else {})
         if vje is None:
             return found
@@ -213,10 +211,8 @@ def evaluate(
 
 def _text(rows: Mapping[str, Sequence[str]], width: int) -> list[str]:
     """Lines of a table, headings first: cells to the right in columns of ``width`` or more."""
-    first, widths = (
-        max(20, *map(len, rows)),
-        [max(width, len(cell) + 1) for cell in next(iter(rows.values()))],
-    )
+    first = max(20, *map(len, rows))
+    widths = [max(width, len(heading) + 1) for heading in next(iter(rows.values()))]
     filled = ((name, zip(cells, widths, strict=True)) for name, cells in rows.items())
     return [f"{name:<{first}}" + "".join(f"{cell:>{wide}}" for cell, wide in cells) for name, cells in filled]
 
@@ -227,9 +223,7 @@ def format_table(result: dict[str, Any]) -> str:
     shown = {name: column for name, column in _COLUMNS.items() if name in protocols}
     table = {f"{'representation':<20}   dim": [heading for heading, _ in shown.values()]}
     for of, row in rows.items():
-        cells = [
-            "" if row[name] is None else f"{row[name]:.{digits}f}" for name, (_, digits) in shown.items()
-        ]
+        cells = ["" if row[name] is None else f"{row[name]:.{n}f}" for name, (_, n) in shown.items()]
         table[f"{of:<20}{row['dim']:>6}"] = cells
     images = f"{result['train_images']} training and {result['test_images']} test images"
     lines = [f"{result['dataset']}: {images}, weights of {result['weights']}", *_text(table, 9)]
