@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from pyro_vje.distributions.backend import constraints
 from pyro_vje.distributions.numerics import (
     StudentTDistribution,
+    digamma_difference,
     inverse_mixing_scale,
     squared_distance,
     student_t_log_density,
+    student_t_log_normalizer,
 )
 
 
@@ -43,6 +45,24 @@ class DiagonalStudentT(StudentTDistribution):
         """Draw exactly, reparameterised in df, loc and scale."""
         noise = self._standard_normal(sample_shape, self.loc)
         return self.loc + self.scale * noise / inverse_mixing_scale(self.df, sample_shape).unsqueeze(-1)
+
+    @classmethod
+    def _start(cls, samples: Tensor, df: float | None) -> dict[str, Tensor]:
+        degrees = samples.new_tensor(torch.inf if df is None else df)
+        share = (1 - 2 / degrees).clamp_min(0.1)
+        return {"df": degrees, "loc": samples.mean(0), "scale": (samples.var(0) * share).sqrt()}
+
+    @property
+    def mode(self) -> Tensor:
+        """Most likely value, ``loc``."""
+        return self.loc
+
+    def entropy(self) -> Tensor:
+        """Differential entropy, shape ``batch_shape``."""
+        dim, df = self.event_shape[0], self.df.double().clamp(max=1e20)
+        mean_log1p = digamma_difference(0.5 * df, 0.5 * dim)
+        entropy = 0.5 * (df + dim) * mean_log1p - student_t_log_normalizer(df, dim)
+        return entropy.to(self.loc.dtype) + self.scale.log().sum(-1)
 
     @property
     def mean(self) -> Tensor:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Real
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
-from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
+
+from pyro_vje.distributions.backend import TorchDistribution, broadcast_shape, constraints
+from pyro_vje.distributions.fitting import FittedDistribution
 
 Scalar = float | Tensor
 
 
-class VectorDistribution(TorchDistribution):
-    """Base of distributions over vectors, whose parameters have shape ``batch_shape`` or ``(..., D)``."""
+class VectorDistribution(FittedDistribution):
+    """Base of distributions over vectors, of parameters ``batch_shape`` or ``(..., D)`` (ours)."""
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]]
+    _parameter_names: tuple[str, ...]
 
     def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
         """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
@@ -88,7 +89,12 @@ class VectorDistribution(TorchDistribution):
     def _checked(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return at_least_float32(value)
+        return self._upcast(value)
+
+    def _upcast(self, value: Tensor) -> Tensor:
+        """Value in the wider of its precision, that of ``loc``, and float32."""
+        loc = getattr(self, "loc", value)
+        return at_least_float32(value.to(torch.promote_types(value.dtype, loc.dtype)))
 
     def _standard_normal(self, sample_shape: Sequence[int], like: Tensor) -> Tensor:
         shape = self._extended_shape(Size(sample_shape))
@@ -96,7 +102,7 @@ class VectorDistribution(TorchDistribution):
 
 
 class StudentTDistribution(VectorDistribution):
-    """Base of those made from a Student-t vector: degrees of freedom, location, scale of each feature."""
+    """Base (ours) of those made from a Student-t vector: df (...), and loc and scale (..., D)."""
 
     arg_constraints = {  # noqa: RUF012
         "df": constraints.positive,
@@ -113,8 +119,25 @@ class StudentTDistribution(VectorDistribution):
         self._set_parameters(validate_args, loc=loc, scale=scale, df=df)
 
 
+class DirectionalStudentT(StudentTDistribution):
+    """Base (ours) of those whose ``loc`` and ``scale`` are not the values': Pyro's ``LocScaleReparam`` is stopped."""
+
+    arg_constraints = {  # noqa: RUF012
+        **StudentTDistribution.arg_constraints,
+        "location_scale_form": constraints.dependent,
+    }
+
+    @property
+    def location_scale_form(self) -> Any:
+        """Raise an AttributeError: there is none. LocScaleReparam asks for all of ``arg_constraints``."""
+        raise AttributeError(
+            f"{type(self).__name__} is no location-scale family, and LocScaleReparam would change its law: use "
+            "pyro_vje.distributions.SphereReparam for a latent on the sphere, and nothing elsewhere"
+        )
+
+
 def as_column(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Shape values (M, D) as (M, 1, ..., 1, D), to broadcast against the whole batch shape."""
+    """Shape values (M, D) as (M, 1, ..., 1, D), to broadcast against the batch shape, or raise a ValueError."""
     if not isinstance(value, Tensor) or value.shape[1:] != distribution.event_shape or value.dim() != 2:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         dim = tuple(distribution.event_shape)
@@ -144,7 +167,7 @@ def squared_distance(value: Tensor, loc: Tensor, scale: Tensor, matrix: bool = F
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """Upcast half precision to float32."""
+    """Upcast half precision, of any shape, to float32."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
@@ -163,17 +186,41 @@ def unit(value: Tensor) -> Tensor:
     return unit_and_norm(value)[0]
 
 
-def capped(df: Scalar, largest: float) -> Scalar:
-    """Replace df = inf by a number large enough for the Gaussian, so that no formula meets inf * 0."""
-    return df.clamp(max=largest) if isinstance(df, Tensor) else min(float(df), largest)
+def first_accepted(propose: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+    """For each element the first proposal (..., k) that is accepted (...); all are proposed anew each time."""
+    value, accepted = propose()
+    while not accepted.all():
+        other, also = propose()
+        value = torch.where((also & ~accepted).unsqueeze(-1), other, value)
+        accepted = accepted | also
+    return value
+
+
+def highest(function: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The y (...) in (-42, 42) at which a unimodal function is largest, by six grids, each 20 times finer."""
+    y, step = torch.zeros_like(like), 40.0
+    for _ in range(6):
+        offsets = torch.linspace(-step, step, 41, dtype=y.dtype, device=y.device)
+        ys = y + offsets.view(-1, *(1 for _ in y.shape))
+        best = torch.stack([function(each) for each in ys]).argmax(0, keepdim=True)
+        y, step = ys.gather(0, best).squeeze(0), step / 20
+    return y
 
 
 def log_gamma_ratio(x: Tensor, a: float) -> Tensor:
-    """lgamma(x + a) - lgamma(x) in float64, without the cancellation at large x."""
+    """lgamma(x + a) - lgamma(x) (...) in float64, without the cancellation at large x."""
     x = x.double()
     big = x.clamp_min(16.0)  # Stirling's series: its next term is below 1e-14
     series = a * big.log() + (big + a - 0.5) * torch.log1p(a / big) - a + _stirling(big + a) - _stirling(big)
     return torch.where(x < 16.0, torch.lgamma(x + a) - torch.lgamma(x), series)
+
+
+def digamma_difference(x: Tensor, a: float) -> Tensor:
+    """digamma(x + a) - digamma(x) (...), the derivative of :func:`log_gamma_ratio`."""
+    big = x.clamp_min(100.0)  # the next term is below 1e-14
+    series = torch.log1p(a / big) + a / (2 * big * (big + a))
+    series = series + ((big + a).pow(-2) - big.pow(-2)) * (-1 / 12)
+    return torch.where(x < 100.0, torch.digamma(x + a) - torch.digamma(x), series)
 
 
 def _stirling(x: Tensor) -> Tensor:
@@ -195,8 +242,9 @@ def _cached_log_normalizer(df: float, dim: int) -> float:
 
 
 def student_t_log_density(df: Scalar, dim: int, squared: Tensor) -> Tensor:
-    """Log density of the standard ``dim``-variate Student-t where the squared norm is ``squared``."""
-    df = capped(df, 1e20)  # the Gaussian to rounding, and df * log1p(squared / df) is still exact in float32
+    """Log density of the standard ``dim``-variate Student-t where the squared norm is squared (...)."""
+    # The Gaussian to rounding; df * log1p(squared / df) is still exact in float32, and inf * 0 is met nowhere.
+    df = df.clamp(max=1e20) if isinstance(df, Tensor) else min(float(df), 1e20)
     normalizer = student_t_log_normalizer(df, dim)
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(squared.dtype)
@@ -204,7 +252,7 @@ def student_t_log_density(df: Scalar, dim: int, squared: Tensor) -> Tensor:
 
 
 def inverse_mixing_scale(df: Tensor, sample_shape: Sequence[int]) -> Tensor:
-    """Draw sqrt(chi2_df / df), by which a standard normal is divided to make it Student-t; reparameterised."""
+    """Draw sqrt(chi2_df / df) (...), by which a standard normal is divided to make it Student-t; reparameterised."""
     df = df.clamp(max=1e20)
     half = (0.5 * df).expand(Size(sample_shape) + df.shape)
     return (torch._standard_gamma(half) / half).sqrt()

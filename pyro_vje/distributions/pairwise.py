@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyro_vje.distributions.backend import TorchDistribution
 from pyro_vje.distributions.diagonal import DiagonalStudentT
 from pyro_vje.distributions.numerics import as_column
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pyro.distributions import constraints
 from torch import Size, Tensor
 
+from pyro_vje.distributions.backend import constraints
 from pyro_vje.distributions.numerics import (
+    DirectionalStudentT,
     Scalar,
-    StudentTDistribution,
-    at_least_float32,
+    first_accepted,
     inverse_mixing_scale,
     student_t_log_density,
     unit,
@@ -27,7 +27,7 @@ Direction = Literal["restricted", "projected"]
 Radius = Literal["student-t", "log-student-t"]
 
 
-class PolarStudentT(PolarDensity, StudentTDistribution):
+class PolarStudentT(PolarDensity, DirectionalStudentT):
     """Heavy-tailed density over R^D, factorised into direction u = t/‖t‖ and radius r = ‖t‖.
 
     ::
@@ -65,7 +65,7 @@ class PolarStudentT(PolarDensity, StudentTDistribution):
     """
 
     arg_constraints = {  # noqa: RUF012
-        **StudentTDistribution.arg_constraints,
+        **DirectionalStudentT.arg_constraints,
         "radius_scale": constraints.positive,
     }
 
@@ -92,6 +92,8 @@ class PolarStudentT(PolarDensity, StudentTDistribution):
         self.unit_radius = float(unit_radius)
         self.direction = direction
         self.radius = radius
+        if direction == "projected":
+            self.arg_constraints = self.arg_constraints | {"df": ProjectedStudentT.arg_constraints["df"]}
         optional = {} if radius_scale is None else {"_radius_scale": radius_scale}
         self._set_parameters(validate_args, loc=loc, scale=scale, df=df, **optional)
 
@@ -115,32 +117,29 @@ class PolarStudentT(PolarDensity, StudentTDistribution):
         return self.is_normalized
 
     @property
-    def _direction(self) -> ProjectedStudentT | RestrictedStudentT:
+    def direction_factor(self) -> ProjectedStudentT | RestrictedStudentT:
+        """The directional factor, a distribution on the unit sphere."""
         family = ProjectedStudentT if self.direction == "projected" else RestrictedStudentT
-        return family(self._df, unit(self.loc), self.scale / self.unit_radius, validate_args=False)
+        factor = family(self._df, unit(self.loc), self.scale / self.unit_radius, validate_args=False)
+        return factor.expand(self.batch_shape)
 
     @property
     def log_direction_mass(self) -> Tensor:
         """Log of the directional factor's integral over the sphere, shape ``batch_shape``, in float64.
 
-        Zero for the projected factor. For the restricted factor it shows how far that is from a density.
-
-        Raises
-        ------
-        ValueError
-            If the direction is restricted and ``scale`` differs between features.
+        Zero for the projected factor; of the restricted one a ValueError says if ``scale`` differs between features.
         """
-        factor = self._direction
+        factor = self.direction_factor
         if isinstance(factor, RestrictedStudentT):
-            return factor.log_mass.expand(self.batch_shape)
+            return factor.log_mass
         return torch.zeros_like(self.df, dtype=torch.float64)
 
     def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
-        return self._direction._log_prob(u, matrix)
+        return self.direction_factor._log_prob(u, matrix)
 
     def log_prob_radius(self, radius: Tensor) -> Tensor:
         """Log of the radial factor at radius (...) > 0; zero where the factor is dropped."""
-        r = at_least_float32(radius)
+        r = self._upcast(radius)
         if self.radius is None:
             return torch.zeros_like(r).expand(torch.broadcast_shapes(r.shape, self.batch_shape))
         loc, scale = unit_and_norm(self.loc)[1].squeeze(-1), self.radius_scale
@@ -153,41 +152,38 @@ class PolarStudentT(PolarDensity, StudentTDistribution):
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised; log radii are clamped to what the dtype can hold.
 
-        Raises
-        ------
-        NotImplementedError
-            Unless ``direction="projected"`` and ``radius="log-student-t"``. A radius in ``student-t`` has
-            :meth:`sample`, which has no gradient.
+        A NotImplementedError unless ``direction="projected"``, ``radius="log-student-t"``: others have :meth:`sample`.
         """
         if not self.has_rsample:
             raise NotImplementedError(
-                f"no such draws of PolarStudentT with direction={self.direction!r}, radius={self.radius!r}: "
-                "direction='projected' with radius='log-student-t' has sample() and rsample(), with "
-                "radius='student-t' it has sample()"
+                f"PolarStudentT with direction={self.direction!r}, radius={self.radius!r} has sample() alone: "
+                "direction='projected' with radius='log-student-t' has rsample()"
             )
-        loc = unit_and_norm(self.loc)[1].squeeze(-1)
-        z = self._radial_noise(sample_shape) * self.radius_scale / loc
-        limit = 0.49 * math.log(torch.finfo(z.dtype).max)  # leaves room for the square of the norm
-        r = (loc.log() + z).clamp(-limit, limit).exp()
-        return r.unsqueeze(-1) * self._direction.expand(self.batch_shape).rsample(Size(sample_shape))
+        return self._sample_radius(sample_shape) * self.direction_factor.rsample(Size(sample_shape))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
-        """Draw exactly; ``student-t`` radii are drawn again until positive, which renormalises the factor.
+        """Draw exactly from the law that is proportional to the density.
 
-        Raises
-        ------
-        NotImplementedError
-            If ``direction="restricted"`` or ``radius=None``.
+        ``student-t`` radii are drawn again until positive, restricted directions by rejection from an angular central
+        Gaussian. A NotImplementedError if ``radius=None``, which is improper.
         """
-        if self.direction != "projected" or self.radius != "student-t":
-            return self.rsample(Size(sample_shape))
-        loc, scale = unit_and_norm(self.loc)[1].squeeze(-1), self.radius_scale
-        r = loc + scale * self._radial_noise(sample_shape)
-        while (r <= 0).any():  # at most half of the draws are redone
-            r = torch.where(r <= 0, loc + scale * self._radial_noise(sample_shape), r)
-        return r.unsqueeze(-1) * self._direction.expand(self.batch_shape).rsample(Size(sample_shape))
+        if self.radius is None:
+            raise NotImplementedError("PolarStudentT with radius=None is improper: name a radius to draw it")
+        return self._sample_radius(sample_shape) * self.direction_factor.sample(Size(sample_shape))
 
-    def _radial_noise(self, sample_shape: Sequence[int]) -> Tensor:
-        mixing = inverse_mixing_scale(self.df, sample_shape)
-        return torch.randn_like(mixing) / mixing.clamp_min(torch.finfo(mixing.dtype).tiny)
+    def _sample_radius(self, sample_shape: Sequence[int]) -> Tensor:
+        loc, scale = unit_and_norm(self.loc)[1].squeeze(-1), self.radius_scale
+
+        def noise() -> Tensor:
+            mixing = inverse_mixing_scale(self.df, sample_shape)
+            return torch.randn_like(mixing) / mixing.clamp_min(torch.finfo(mixing.dtype).tiny)
+
+        def propose() -> tuple[Tensor, Tensor]:  # at most half of the draws are redone
+            r = loc + scale * noise()
+            return r.unsqueeze(-1), r > 0
+
+        if self.radius == "student-t":
+            return first_accepted(propose)
+        limit = 0.49 * math.log(torch.finfo(loc.dtype).max)  # leaves room for the square of the norm
+        return (loc.log() + noise() * scale / loc).clamp(-limit, limit).exp().unsqueeze(-1)

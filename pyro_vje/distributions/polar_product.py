@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution, constraints
-from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
 
+from pyro_vje.distributions.backend import TorchDistribution, broadcast_shape, polar_vector
 from pyro_vje.distributions.numerics import VectorDistribution, at_least_float32, unit, unit_and_norm
 from pyro_vje.distributions.pairwise import pairwise_log_prob
 
@@ -17,7 +16,7 @@ from pyro_vje.distributions.pairwise import pairwise_log_prob
 class PolarDensity(VectorDistribution):
     """Base of densities over R^D made of a directional and a radial factor (ours)."""
 
-    support = constraints.real_vector
+    support = polar_vector
 
     def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
         u, r = unit_and_norm(value)
@@ -30,7 +29,7 @@ class PolarDensity(VectorDistribution):
 
     def log_prob_direction(self, value: Tensor) -> Tensor:
         """Log of the directional factor at value/‖value‖; value (..., D) need not be a unit vector."""
-        return self._log_prob_direction(unit(at_least_float32(value)))
+        return self._log_prob_direction(unit(self._upcast(value)))
 
     def log_prob_radius(self, radius: Tensor) -> Tensor:
         """Log of the radial factor at radius (...) > 0."""
@@ -79,6 +78,29 @@ class PolarProduct(PolarDensity):
         """Whether both factors have ``rsample``."""
         return bool(self.direction.has_rsample and self.radius.has_rsample)
 
+    @property
+    def direction_factor(self) -> TorchDistribution:
+        """The law of the direction, on the sphere."""
+        return self.direction
+
+    @classmethod
+    def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[Size, Size]:
+        """Infer ``(batch_shape, event_shape)`` from the shapes of a draw of ``direction`` and one of ``radius``."""
+        direction, radius = Size(arg_shapes["direction"]), Size(arg_shapes["radius"])
+        return broadcast_shape(direction[:-1], radius), direction[-1:]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, where both factors have one."""
+        return self.radius.mean.unsqueeze(-1) * self.direction.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each feature, where both factors have one."""
+        r, u = self.radius, self.direction
+        square = (r.variance + r.mean.square()).unsqueeze(-1) * (u.variance + u.mean.square())
+        return square - self.mean.square()
+
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
         """Expand the batch shape of both factors."""
         new = self._get_checked_instance(PolarProduct, _instance)
@@ -92,6 +114,10 @@ class PolarProduct(PolarDensity):
         if matrix:
             return pairwise_log_prob(self.direction, u.flatten(0, -2)).movedim(-1, 0)
         return self.direction.log_prob(u)
+
+    def _upcast(self, value: Tensor) -> Tensor:
+        dtype = getattr(self.direction, "loc", value).dtype
+        return at_least_float32(value.to(torch.promote_types(value.dtype, dtype)))
 
     def log_prob_radius(self, radius: Tensor) -> Tensor:
         """Log of the radial factor at radius (...) > 0."""

@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vje.distributions.numerics import Scalar, student_t_log_density
+from pyro_vje.distributions.numerics import Scalar
 
-# Error of log J over D in 2..2048, df in 0.5..1000, kappa in -0.999..0.99999: 4e-10 (80 nodes to 5.0: 2e-9).
-_NUM_NODES = 100
-_LAST_NODE = 5.5
+# Error of log J over D in 2..2048, df in 0.1..1000, kappa in -0.999..0.99999: 5e-9 (df = 0.1),
+# 7e-12 (df of 0.5 and more). Nodes end at sinh(_LAST_NODE) times the width of the peak.
+_NUM_NODES = 150
+_LAST_NODE = 6.8
 _CHUNK = {"cpu": 1 << 11}  # elements at once: what a CPU's cache holds, and below 1 GB on a GPU
 _CHUNK_ELSEWHERE = 1 << 16
 _TABLE_SIZE = 1 << 12
@@ -35,14 +37,20 @@ def logit_nodes(mode: Tensor, width: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns log z, log(1-z) and log weight, each of shape ``(..., num_nodes)``.
     """
-    step = 2 * _LAST_NODE / (_NUM_NODES - 1)
-    # linspace, which torch 2.8 exports to an ONNX graph with mixed types
-    nodes = torch.arange(_NUM_NODES, dtype=mode.dtype, device=mode.device)
-    tau = (nodes - 0.5 * (_NUM_NODES - 1)) * step
-    logit = torch.addcmul(mode.unsqueeze(-1), width.unsqueeze(-1), tau.sinh())
-    log_weight = tau.cosh().log() + (width.log() + math.log(step)).unsqueeze(-1)
+    shift, log_weight = _sinh_nodes(width)
+    logit = mode.unsqueeze(-1) + shift
     log_z = torch.nn.functional.logsigmoid(logit)
     return log_z, log_z - logit, log_weight
+
+
+def _sinh_nodes(width: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes width * sinh(tau) and their log weights, (..., num_nodes)."""
+    step = 2 * _LAST_NODE / (_NUM_NODES - 1)
+    # linspace, which torch 2.8 exports to an ONNX graph with mixed types
+    nodes = torch.arange(_NUM_NODES, dtype=width.dtype, device=width.device)
+    tau = (nodes - 0.5 * (_NUM_NODES - 1)) * step
+    log_weight = tau.cosh().log() + (width.log() + math.log(step)).unsqueeze(-1)
+    return width.unsqueeze(-1) * tau.sinh(), log_weight
 
 
 def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
@@ -67,60 +75,95 @@ def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
         integrate = partial(_directional, dim=dim)
     else:
         arguments, integrate = (angle,), partial(_directional, df=df, dim=dim)
-    if torch.compiler.is_exporting():  # a graph for any number of elements: no chunks, no table
+    needs_grad = torch.is_grad_enabled() and angle.requires_grad
+    many = angle.numel() > _TABULATE_ABOVE and not needs_grad and not torch.compiler.is_exporting()
+    if many and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
+        return _interpolate(angle, float(df), dim)
+    return _log_integral(integrate, *arguments)
+
+
+class PolarLaw(NamedTuple):
+    """Density on the unit sphere that is symmetric around an axis, as a function of z = sin²(θ/2), in float64.
+
+    Its mass is area(S^(dim-2)) 2^(dim-2) ∫ (z (1-z))^((dim-3)/2) exp(log_density) dz (ours). ``mode`` and
+    ``curvature`` (...) are those of the logarithm of the integrand times z (1-z), in the logit of z; ``log_density``
+    is a function of z and log(1-z) (..., num_nodes), up to a constant.
+    """
+
+    dim: int
+    mode: Tensor
+    curvature: Tensor
+    log_density: Callable[[Tensor, Tensor], Tensor]
+
+    def nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes z, log densities and log masses there (..., num_nodes); masses sum to the normaliser."""
+        log_z, log_1mz, log_weight = logit_nodes(self.mode.logit().detach(), self.curvature.rsqrt().detach())
+        return self._masses(log_z, log_1mz, log_weight)
+
+    def _masses(self, log_z: Tensor, log_1mz: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, half = log_z.exp(), 0.5 * (self.dim - 1)
+        log_density = self.log_density(z, log_1mz)
+        prefactor = (self.dim - 1) * math.log(2) + half * math.log(math.pi) - math.lgamma(half)
+        return z, log_density, log_density + log_weight + half * (log_z + log_1mz) + prefactor
+
+    def log_mass(self) -> Tensor:
+        """Log of the integral over the sphere, shape ``(...)``; finite for any concentration."""
+        return self.nodes()[2].logsumexp(-1)
+
+    def cdf(self, z: Tensor) -> Tensor:
+        """Share of the mass nearer to the axis than z (...), by Gauss-Legendre in the variable of `logit_nodes`."""
+        x, weight = (torch.from_numpy(a).to(z.device) for a in np.polynomial.legendre.leggauss(_NUM_NODES))
+        mode, width = self.mode.logit().unsqueeze(-1), self.curvature.rsqrt().unsqueeze(-1)
+        last = ((z.unsqueeze(-1).logit() - mode) / width).asinh().clamp(-_LAST_NODE, _LAST_NODE)
+        half = 0.5 * (last + _LAST_NODE)
+        tau = half * (x + 1) - _LAST_NODE
+        logit = mode + width * tau.sinh()
+        log_z = torch.nn.functional.logsigmoid(logit)
+        log_weight = (weight * half * width * tau.cosh()).log()
+        mass = self._masses(log_z, log_z - logit, log_weight)[2].logsumexp(-1)
+        return (mass - self.log_mass()).exp().clamp(0, 1)
+
+
+def exponential_law(concentration: Tensor, dim: int) -> PolarLaw:
+    """exp(concentration (cos θ - 1)), shape (...); the mode solves a (1-2z) = 2 concentration z (1-z)."""
+    k, a = concentration.double(), 0.5 * (dim - 1)
+    z = a / (a + k + torch.hypot(k, k.new_full((), a)))
+    curvature = 2 * z * (1 - z) * (a + k * (1 - 2 * z))
+    return PolarLaw(dim, z, curvature, lambda z, _: -2 * k.unsqueeze(-1) * z)
+
+
+def cosine_power_law(power: Tensor, dim: int) -> PolarLaw:
+    """(1-z)^power = ((1 + cos θ) / 2)^power, shape (...)."""
+    k, a = power.double(), 0.5 * (dim - 1)
+    z = a / (2 * a + k)
+    return PolarLaw(dim, z, (2 * a + k) * z * (1 - z), lambda _, log_1mz: k.unsqueeze(-1) * log_1mz)
+
+
+def rational_law(slope: Tensor, power: Tensor | float, dim: int) -> PolarLaw:
+    """(1 + slope z)^-power, shape (...), power > (dim-1)/2; the mode solves a (1-2z) (1+cz) = n c z (1-z)."""
+    c, a = slope.double(), 0.5 * (dim - 1)
+    n = torch.as_tensor(power, dtype=torch.float64, device=slope.device)
+    linear = 2 * a + c * (n - a)
+    z = 2 * a / (linear + (linear.square() - 4 * a * c * (n - 2 * a)).clamp_min(0).sqrt())
+    curvature = 2 * a * z * (1 - z) + a * (1 - 2 * z).square() * (1 - a / n)
+    return PolarLaw(dim, z, curvature, lambda z, _: -n.unsqueeze(-1) * (c.unsqueeze(-1) * z).log1p())
+
+
+def log_radial_integral(location: Tensor, spread: Tensor, df: Tensor, dim: int) -> Tensor:
+    """Log of ∫_0^∞ x^(dim-1) (1 + (x - location)² / spread)^(-(df+dim)/2) dx for df of 1e6 or more, in float64.
+
+    The shapes broadcast. It loses nothing as df and spread grow together to the Gaussian, exp(-(x - location)²/2).
+    """
+    arguments = torch.broadcast_tensors(location, spread, df)
+    return _log_integral(partial(_radial, dim=dim), *arguments)
+
+
+def _log_integral(integrate: Integrand, *arguments: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():  # a graph for any number of elements: no chunks
         return integrate(*arguments, derivatives=False)[0]
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
         return _LogIntegral.apply(integrate, *arguments)[0]
-    if angle.numel() > _TABULATE_ABOVE and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
-        return _interpolate(angle, float(df), dim)
     return _in_chunks(integrate, arguments, False)[0]
-
-
-def log_restricted_mass(df: Tensor, scale: Tensor, dim: int) -> Tensor:
-    """Log of the integral over the unit sphere of a Student-t density centred on it, in float64.
-
-    The ambient ``dim``-variate Student-t has location of norm one and the same ``scale`` for every feature.
-    With z = sin²(θ/2) for the angle θ to the location, the squared distance is 4z (derived here):
-
-        mass = area(S^(dim-2)) 2^(dim-2) ∫ (z (1-z))^((dim-3)/2) t_df(2 sqrt(z) / scale) / scale^dim dz.
-
-    It has a closed form in 2F1, which overflows at large dim. Shapes of df and scale broadcast.
-    """
-    df, scale = torch.broadcast_tensors(df.double(), scale.double())
-    df = df.clamp(max=1e12)
-    a, n, c = 0.5 * (dim - 1), 0.5 * (df + dim), 4 / (df * scale.square())
-    # The mode solves a (1-2z) (1+cz) = n c z (1-z); 1 - a/n > 0 makes the curvature positive.
-    with torch.no_grad():
-        linear = 2 * a + c * (n - a)
-        z = 2 * a / (linear + (linear.square() - 4 * a * c * (n - 2 * a)).clamp_min(0).sqrt())
-        curvature = 2 * a * z * (1 - z) + a * (1 - 2 * z).square() * (1 - a / n)
-        log_z, log_1mz, log_weight = logit_nodes(z.logit(), curvature.rsqrt())
-    log_f = log_weight + a * (log_z + log_1mz)
-    squared = 4 * log_z.exp() / scale.square().unsqueeze(-1)
-    log_f = log_f + student_t_log_density(df.unsqueeze(-1), dim, squared) - dim * scale.log().unsqueeze(-1)
-    return log_polar_prefactor(dim) + log_f.logsumexp(-1)
-
-
-def exponential_polar_nodes(concentration: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Nodes z = sin²(θ/2) and log masses of exp(concentration (cos θ - 1)) on the sphere, in float64.
-
-    The log-sum-exp of the masses (..., num_nodes) is the log normaliser; it stays finite for any concentration.
-    """
-    concentration, a = concentration.double(), 0.5 * (dim - 1)
-    with torch.no_grad():
-        # In the logit of z the mode solves a (1-2z) = 2 concentration z (1-z).
-        z = a / (a + concentration + torch.hypot(concentration, concentration.new_full((), a)))
-        curvature = 2 * z * (1 - z) * (a + concentration * (1 - 2 * z))
-        log_z, log_1mz, log_weight = logit_nodes(z.logit(), curvature.rsqrt())
-    z = log_z.exp()
-    log_mass = log_weight + a * (log_z + log_1mz) - 2 * concentration.unsqueeze(-1) * z
-    return z, log_mass + log_polar_prefactor(dim)
-
-
-def log_polar_prefactor(dim: int) -> float:
-    """Log of area(S^(dim-2)) 2^(dim-2): surface measure in z = sin²(θ/2) over (z (1-z))^((dim-3)/2)."""
-    half = 0.5 * (dim - 1)
-    return math.log(2) + half * math.log(math.pi) - math.lgamma(half) + (dim - 2) * math.log(2)
 
 
 class _LogIntegral(torch.autograd.Function):
@@ -174,7 +217,8 @@ def _directional(angle: Tensor, df: Scalar, dim: int, derivatives: bool) -> tupl
     angle = angle.unsqueeze(-1)
     df = df.unsqueeze(-1) if isinstance(df, Tensor) else df
     log_a, log_b = log_z + angle.log(), log_1mz + angle.log()
-    a, b = log_a.exp(), log_b.exp()
+    tiny = torch.finfo(angle.dtype).tiny  # where x cot(x) is one, not 0/0
+    a, b = log_a.exp().clamp_min(tiny), log_b.exp().clamp_min(tiny)
     log_sin_b = _log_sin(b, log_b)
     log_f = log_weight + (dim - 1) * _log_sin(a, log_a) + log_a + (df - 1) * log_sin_b + log_1mz
     log_integral = log_f.logsumexp(-1)
@@ -185,6 +229,33 @@ def _directional(angle: Tensor, df: Scalar, dim: int, derivatives: bool) -> tupl
     slope = 1 + (dim - 1) * a / a.tan() + (df - 1) * b / b.tan()
     by_angle = (density * slope / angle).sum(-1)
     return (log_integral, by_angle, (density * log_sin_b).sum(-1))[: 3 if isinstance(df, Tensor) else 2]
+
+
+def _radial(t: Tensor, spread: Tensor, df: Tensor, dim: int, derivatives: bool) -> tuple[Tensor, ...]:
+    """As `_directional`, in the logarithm of x: derivatives in t, spread and df."""
+    fixed, s, nu = t.detach(), spread.detach(), df.detach()
+    # The mode of x^dim (1 + (x-t)²/s)^-n solves df x² - (df - dim) t x = dim (s + t²).
+    half, c = 0.5 * (1 - dim / nu) * fixed, dim * ((s + fixed.square()) / nu)
+    root = torch.hypot(half, c.sqrt())
+    mode = torch.where(half > 0, half + root, c / (root - half))
+    gap = mode - fixed
+    ratio = (nu + dim) / (s + gap.square())
+    curvature = ratio * (mode.square() + mode * gap - 2 * (mode * gap).square() / (s + gap.square()))
+    shift, log_weight = _sinh_nodes(curvature.rsqrt())
+    shift = shift.clamp_max(100.0)  # where the integrand is zero long since
+    mode, gap, fixed = (x.unsqueeze(-1) for x in (mode, gap, fixed))
+    t, spread, n = t.unsqueeze(-1), spread.unsqueeze(-1), 0.5 * (df + dim).unsqueeze(-1)
+    gap = gap + mode * shift.expm1() + (fixed - t)  # x - t, at nodes x that are constants
+    squared = gap.square()
+    log_tail = (squared / spread).log1p()
+    log_f = log_weight + dim * (mode.log() + shift) - n * log_tail
+    log_integral = log_f.logsumexp(-1)
+    if not derivatives:
+        return (log_integral,)
+    density = (log_f - log_integral.unsqueeze(-1)).exp()
+    slope = density * n / (spread + squared)
+    by_spread = slope * squared / spread
+    return log_integral, (2 * slope * gap).sum(-1), by_spread.sum(-1), (-0.5 * density * log_tail).sum(-1)
 
 
 def _interpolate(angle: Tensor, df: float, dim: int) -> Tensor:

@@ -6,17 +6,91 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pyro.distributions import constraints
 from torch import Size, Tensor
+from torch.distributions import transform_to
 
-from pyro_vje.distributions.numerics import Scalar, VectorDistribution, log_gamma_ratio, row_products, unit
-from pyro_vje.distributions.quadrature import exponential_polar_nodes
+from pyro_vje.distributions.backend import TorchDistribution, constraints
+from pyro_vje.distributions.fitting import match
+from pyro_vje.distributions.numerics import (
+    Scalar,
+    VectorDistribution,
+    first_accepted,
+    log_gamma_ratio,
+    row_products,
+    unit,
+)
+from pyro_vje.distributions.quadrature import PolarLaw, cosine_power_law, exponential_law, rational_law
 
 
-class _Symmetric(VectorDistribution):
-    """Base: unit vectors ``loc`` (..., D) and a ``concentration`` (...) around them."""
+class DirectionalDistribution(VectorDistribution):
+    """Base of distributions on the unit sphere (ours), with what directional statistics asks of them."""
 
     support = constraints.sphere
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of the ambient space."""
+        return self.event_shape[0]
+
+    @property
+    def resultant_length(self) -> Tensor:
+        """Length of the mean vector, shape ``batch_shape``: 0 for the uniform law, 1 for a point."""
+        return torch.linalg.vector_norm(self.mean, dim=-1)
+
+    @property
+    def dispersion(self) -> Tensor:
+        """Spherical variance, 1 - :attr:`resultant_length`."""
+        return 1 - self.resultant_length
+
+
+class HypersphericalUniform(DirectionalDistribution):
+    """Uniform distribution on the unit sphere in R^dim, as Pyro's ``ProjectedNormal`` at location zero.
+
+    ``dtype`` and ``device`` are those of the draws. It raises a ValueError if ``dim`` is below 2.
+    """
+
+    arg_constraints = {}  # noqa: RUF012
+    has_rsample = True
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if dim < 2:
+            raise ValueError(f"dim must be 2 or more, not {dim}")
+        self._parameter_names = ()
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        TorchDistribution.__init__(self, Size(), Size([dim]), validate_args=validate_args)
+
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return value.new_full(shape, -log_area(self.dim))
+
+    def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
+        """Draw exactly."""
+        return unit(self._standard_normal(sample_shape, self._like))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean vector, zero."""
+        return self._like.new_zeros(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate, 1/D."""
+        return torch.full_like(self.mean, 1 / self.dim)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy, shape ``batch_shape``: the log area of the sphere."""
+        return self._like.new_full(self.batch_shape, log_area(self.dim))
+
+
+class SymmetricDistribution(DirectionalDistribution):
+    """Base (ours): unit vectors ``loc`` (..., D) and a ``concentration`` (...) around them; moments are to 1e-9."""
 
     loc: Tensor
     concentration: Tensor
@@ -24,12 +98,21 @@ class _Symmetric(VectorDistribution):
     def __init__(self, loc: Tensor, concentration: Scalar, *, validate_args: bool | None = None) -> None:
         self._set_parameters(validate_args, loc=loc, concentration=concentration)
 
-    @property
-    def dim(self) -> int:
-        """Dimension D of the ambient space."""
-        return self.event_shape[0]
+    def polar_law(self) -> PolarLaw:
+        """The density as a function of the angle to ``loc``, up to a constant."""
+        raise NotImplementedError
 
-    def _half_gap(self, value: Tensor, matrix: bool) -> Tensor:
+    @classmethod
+    def _start(cls, samples: Tensor, df: float | None) -> dict[str, Tensor]:
+        mean = samples.mean(0)
+        loc, constrain = unit(mean), transform_to(cls.arg_constraints["concentration"])
+
+        def resultant(y: Tensor) -> Tensor:
+            return cls(loc, constrain(y), validate_args=False).resultant_length
+
+        return {"loc": loc, "concentration": constrain(match(resultant, torch.linalg.vector_norm(mean)))}
+
+    def _half_gap(self, value: Tensor, matrix: bool = False) -> Tensor:
         """sin²(θ/2) = (1 - <loc, value>)/2, exact where it is small; with ``matrix``, to 1e-16."""
         if not matrix:
             return 0.25 * (value - self.loc).square().sum(-1)
@@ -45,13 +128,53 @@ class _Symmetric(VectorDistribution):
         across = unit(noise - (noise * self.loc).sum(-1, keepdim=True) * self.loc)
         return unit(cos.unsqueeze(-1) * self.loc + sin.unsqueeze(-1) * across)
 
+    def _gap_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of z = (1 - cos θ)/2 and of sin² θ, and the variance of cos θ, shape ``(..., 1)``."""
+        z, _, log_mass = self.polar_law().nodes()
+        share = log_mass.softmax(-1)
+        mean = (share * z).sum(-1, keepdim=True)
+        sine = (share * 4 * z * (1 - z)).sum(-1, keepdim=True)
+        return mean, sine, 4 * (share * (z - mean).square()).sum(-1, keepdim=True)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean vector, :attr:`resultant_length` times ``loc``."""
+        return self.loc * (1 - self.dispersion).unsqueeze(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        """Most likely direction, ``loc``."""
+        return self.loc
+
+    @property
+    def dispersion(self) -> Tensor:
+        """Spherical variance, 1 - :attr:`resultant_length`, without cancellation."""
+        return 2 * self._gap_moments()[0].squeeze(-1).to(self.loc.dtype)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each coordinate."""
+        _, sine, along = self._gap_moments()
+        across, square = sine / (self.dim - 1), self.loc.double().square()
+        return (square * along + (1 - square) * across).to(self.loc.dtype)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy with respect to surface measure, shape ``batch_shape``."""
+        _, log_density, log_mass = self.polar_law().nodes()
+        entropy = log_mass.logsumexp(-1) - (log_mass.softmax(-1) * log_density).sum(-1)
+        return entropy.to(self.loc.dtype)
+
+    def angle_cdf(self, value: Tensor) -> Tensor:
+        """Probability (...) that a draw lies nearer to ``loc`` than value (..., D) does, to 1e-9."""
+        return self.polar_law().cdf(self._half_gap(self._checked(value)).double()).to(self.loc.dtype)
+
 
 def log_area(dim: int) -> float:
     """Log of the surface area of the unit sphere in R^dim."""
     return math.log(2) + 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim)
 
 
-class PowerSpherical(_Symmetric):
+class PowerSpherical(SymmetricDistribution):
     """Density proportional to (1 + <loc, x>)^concentration on the unit sphere.
 
     Source: De Cao & Aziz, "The Power Spherical distribution" (arXiv 2006.04437), equations 6 to 9.
@@ -60,6 +183,9 @@ class PowerSpherical(_Symmetric):
 
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
     has_rsample = True
+
+    def polar_law(self) -> PolarLaw:  # noqa: D102
+        return cosine_power_law(self.concentration, self.dim)
 
     def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
         gap, other = self._half_gap(value, matrix), self._half_gap(-value, matrix)
@@ -80,13 +206,8 @@ class PowerSpherical(_Symmetric):
         far = torch._standard_gamma(torch.full_like(near, beta))
         return self._at_angle((near - far) / (near + far), 2 * (near * far).sqrt() / (near + far))
 
-    @property
-    def mean(self) -> Tensor:
-        """Mean vector, of length concentration / (D - 1 + concentration)."""
-        return self.loc * (self.concentration / (self.dim - 1 + self.concentration)).unsqueeze(-1)
 
-
-class SphericalCauchy(_Symmetric):
+class SphericalCauchy(SymmetricDistribution):
     """Density proportional to ((1 - ρ²) / (1 + ρ² - 2ρ <loc, x>))^(D-1) on the unit sphere.
 
     The image of the uniform law under a Möbius map of the ball. The restricted Student-t with df = D - 2 and
@@ -100,6 +221,10 @@ class SphericalCauchy(_Symmetric):
         "concentration": constraints.half_open_interval(0.0, 1.0),
     }
     has_rsample = True
+
+    def polar_law(self) -> PolarLaw:  # noqa: D102
+        rho = self.concentration.double()
+        return rational_law(4 * rho / (1 - rho).square(), self.dim - 1.0, self.dim)
 
     def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
         rho, gap = self.concentration, self._half_gap(value, matrix)
@@ -115,7 +240,7 @@ class SphericalCauchy(_Symmetric):
         return unit(ratio * shifted + center)
 
 
-class VonMisesFisher(_Symmetric):
+class VonMisesFisher(SymmetricDistribution):
     """Density proportional to exp(concentration <loc, x>) on the unit sphere.
 
     The normaliser is a quadrature in float64 (no Bessel function overflows, at any dimension or
@@ -125,17 +250,14 @@ class VonMisesFisher(_Symmetric):
 
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
     has_rsample = False
+    _moments_are_mle = True
+
+    def polar_law(self) -> PolarLaw:  # noqa: D102
+        return exponential_law(self.concentration, self.dim)
 
     def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        log_mass = exponential_polar_nodes(self.concentration, self.dim)[1].logsumexp(-1)
+        log_mass = self.polar_law().log_mass()
         return -2 * self.concentration * self._half_gap(value, matrix) - log_mass.to(value.dtype)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean vector, of length I_(D/2)(concentration) / I_(D/2-1)(concentration)."""
-        z, log_mass = exponential_polar_nodes(self.concentration, self.dim)
-        length = 1 - 2 * (log_mass.softmax(-1) * z).sum(-1, keepdim=True)
-        return self.loc * length.to(self.loc.dtype)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
@@ -143,18 +265,17 @@ class VonMisesFisher(_Symmetric):
         shape = Size(sample_shape) + self.batch_shape
         kappa, m = self.concentration.double().expand(shape), float(self.dim - 1)
         b = m / (2 * kappa + (4 * kappa.square() + m**2).sqrt())
-        x0 = (1 - b) / (1 + b)
-        beta = torch.distributions.Beta(torch.full_like(kappa, 0.5 * m), torch.full_like(kappa, 0.5 * m))
-        # Wood's W = 1 - gap, of which log(1 - x0 W) and κ (W - x0) are formed without cancelling.
-        gap = torch.full_like(kappa, torch.nan)
-        pending = torch.ones_like(kappa, dtype=torch.bool)
-        while pending.any():
-            z = beta.sample()
-            proposal = 2 * b * z / (1 - (1 - b) * z)
-            gap_0 = 2 * b / (1 + b)  # 1 - x0
-            log_ratio = torch.log((gap_0 + x0 * proposal) / (gap_0 * (1 + x0)))
-            accept = kappa * (gap_0 - proposal) + m * log_ratio >= torch.rand_like(kappa).log()
-            gap = torch.where(pending & accept, proposal, gap)
-            pending &= ~accept
+        x0, gap_0 = (1 - b) / (1 + b), 2 * b / (1 + b)  # gap_0 is 1 - x0
+        half = torch.full_like(kappa, 0.5 * m)
+
+        def propose() -> tuple[Tensor, Tensor]:
+            # Wood's W = 1 - gap, of which log(1 - x0 W) and κ (W - x0) are formed without cancelling.
+            near, far = torch._standard_gamma(half), torch._standard_gamma(half)
+            z = near / (near + far)
+            gap = 2 * b * z / (1 - (1 - b) * z)
+            log_ratio = kappa * (gap_0 - gap) + m * torch.log((gap_0 + x0 * gap) / (gap_0 * (1 + x0)))
+            return gap.unsqueeze(-1), log_ratio >= torch.rand_like(kappa).log()
+
+        gap = first_accepted(propose).squeeze(-1)
         cos, sin = 1 - gap, (gap * (2 - gap)).sqrt()
         return self._at_angle(cos.to(self.loc.dtype), sin.to(self.loc.dtype))

@@ -8,11 +8,11 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
-from oracles import integrate, log_area, neighbor_p_value, uniform_directions
+from oracles import angle_p_value, integrate, log_area, neighbor_p_value, uniform_directions
 from scipy import integrate as scipy_integrate
 from scipy import stats
 
-from pyro_vje.distributions import PolarStudentT, ProjectedStudentT, SphericalCauchy
+from pyro_vje.distributions import PolarStudentT, ProjectedStudentT, SphericalCauchy, restricted
 
 FACTORS = [(d, r) for d in ("restricted", "projected") for r in ("student-t", "log-student-t", None)]
 GOF_FAILURE_RATE = 1e-3
@@ -83,8 +83,7 @@ def test_projected_direction_is_the_projected_student_t_in_units_of_the_radius()
     torch.testing.assert_close(polar.log_prob_direction(4 * value), want)
 
 
-@pytest.mark.parametrize("df", [0.5, 5.0, math.inf])
-@pytest.mark.parametrize("radius_scale", [None, 0.7])
+@pytest.mark.parametrize(("df", "radius_scale"), [(0.5, None), (5.0, 0.7), (math.inf, None)])
 def test_projected_with_log_radius_integrates_to_one_over_the_plane(df, radius_scale):
     loc, scale = torch.tensor([0.9, -0.4]).double(), torch.tensor([0.6, 1.2]).double()
     polar = PolarStudentT(
@@ -131,8 +130,8 @@ def test_restricted_mass_of_the_papers_setting(dim, masses):
         assert polar.log_direction_mass.item() == pytest.approx(mass, abs=0.006)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 8, 64, 512, 2048])
-@pytest.mark.parametrize("df", [0.5, 3.0, 1000.0])
+@pytest.mark.parametrize("dim", [2, 3, 64, 2048])
+@pytest.mark.parametrize("df", [0.5, 1000.0])
 @pytest.mark.parametrize("scale", [0.03, 0.3, 3.0])
 def test_restricted_mass_agrees_with_2f1(dim, df, scale):
     with mp.workdps(40):
@@ -148,7 +147,7 @@ def test_restricted_mass_agrees_with_2f1(dim, df, scale):
     rounding = 1e-6 * dim  # of the float32 scale, log Σ
     assert polar.log_direction_mass.item() == pytest.approx(float(want), rel=1e-6, abs=rounding)
     exact = PolarStudentT(df, torch.ones(dim).double(), torch.full((dim,), scale, dtype=torch.float64))
-    assert exact.log_direction_mass.item() == pytest.approx(float(want), rel=1e-10, abs=1e-7)
+    assert exact.log_direction_mass.item() == pytest.approx(float(want), rel=1e-10, abs=1e-8)
 
 
 @pytest.mark.parametrize(("dim", "count"), [(2, 20000), (3, 200)])
@@ -216,16 +215,86 @@ def test_heaviest_log_radius_stays_finite():
     assert polar.log_prob(samples).isfinite().all()
 
 
-@pytest.mark.parametrize(("direction", "radius"), FACTORS[:3] + FACTORS[3:4] + FACTORS[5:])
+@pytest.mark.parametrize(("direction", "radius"), [factors for factors in FACTORS if factors != FACTORS[4]])
 def test_rsample_that_does_not_exist_names_the_way_out(direction, radius):
     polar = PolarStudentT(3.0, torch.ones(3), torch.ones(3), direction=direction, radius=radius)
     assert not polar.is_normalized
     assert not polar.has_rsample
     with pytest.raises(NotImplementedError, match="direction='projected' with radius='log-student-t'"):
         polar.rsample()
-    if (direction, radius) != ("projected", "student-t"):
-        with pytest.raises(NotImplementedError, match="radius='student-t' it has sample"):
+    if radius is None:
+        with pytest.raises(NotImplementedError, match="radius=None is improper"):
             polar.sample()
+
+
+class Normalised:
+    """The restricted factor over its mass, as an oracle takes a law."""
+
+    def __init__(self, polar):
+        self.polar = polar
+
+    def log_prob(self, value):
+        return self.polar.log_prob_direction(value) - self.polar.log_direction_mass
+
+    def sample(self, shape):
+        return torch.nn.functional.normalize(self.polar.sample(shape), dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("dim", "df", "scale"),
+    [(dim, df, scale) for dim in (2, 17) for df in (0.5, 15.0, math.inf) for scale in (0.05, 0.5, 5.0)]
+    + [(128, 126.0, 0.09), (128, 0.5, 0.5), (512, 510.0, 0.2)],
+)
+def test_restricted_directions_are_drawn_from_their_density(dim, df, scale):
+    loc = uniform_directions(1, dim)[0]
+    law = Normalised(PolarStudentT(df, loc, torch.full((dim,), scale, dtype=torch.float64)))
+    assert angle_p_value(law, loc, law.sample((1000,))) > GOF_FAILURE_RATE
+
+
+@pytest.mark.parametrize("df", [1.0, math.inf])
+def test_restricted_directions_with_unequal_scales_are_drawn_from_their_density(df):
+    polar = PolarStudentT(df, torch.tensor([1.0, -0.5, 2.0]).double(), torch.tensor([0.3, 1.5, 0.4]).double())
+    mass = integrate(polar.log_prob_direction, 3, 100)
+    law = Normalised(polar)
+    law.log_prob = lambda value: polar.log_prob_direction(value) - math.log(mass)
+    assert neighbor_p_value(law, 2) > GOF_FAILURE_RATE
+
+
+@pytest.mark.parametrize(("dim", "least"), [(2, 0.2), (16, 0.05), (128, 0.01), (1024, 0.002)])
+def test_acceptance_of_restricted_draws_is_as_stated(dim, least, monkeypatch):
+    rates = []
+
+    def once(propose):
+        value, accepted = propose()
+        rates.append(accepted.double().mean().item())
+        return value
+
+    monkeypatch.setattr(restricted, "first_accepted", once)
+    for scale in (1e-3, dim**-0.5, 3.0):
+        for df in (0.5, max(1.0, dim - 2.0), math.inf):
+            scales = scale * (0.5 * torch.randn(dim, dtype=torch.float64)).exp()
+            restricted.RestrictedStudentT(df, uniform_directions(1, dim)[0], scales).sample(
+                (2000 if dim < 1000 else 500,)
+            )
+    assert len(rates) == 9
+    assert min(rates) > least
+
+
+def test_restricted_draws_keep_batch_and_radius_and_take_a_zero_location():
+    loc = torch.stack([torch.zeros(4), torch.ones(4)])
+    polar = PolarStudentT(3.0, loc, torch.rand(4) + 0.2, radius="log-student-t")
+    samples = polar.sample((500, 3)[:1])
+    assert samples.shape == (500, 2, 4)
+    assert samples.isfinite().all()
+    r = polar.expand((500, 2)).sample()[:, 1].norm(dim=-1).double()
+    z = (r.log() - math.log(2)) / (polar.radius_scale[1].item() / 2)
+    assert stats.kstest(z.numpy(), stats.t(3.0).cdf).pvalue > GOF_FAILURE_RATE
+
+
+def test_projected_factor_refuses_df_that_its_integral_cannot_take():
+    with pytest.raises(ValueError, match="df"):
+        PolarStudentT(0.05, torch.ones(3), torch.ones(3), direction="projected")
+    PolarStudentT(0.05, torch.ones(3), torch.ones(3))
 
 
 @pytest.mark.parametrize(("direction", "radius"), FACTORS)

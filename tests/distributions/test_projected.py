@@ -25,8 +25,8 @@ from pyro_vje.distributions import ProjectedStudentT
 from pyro_vje.distributions.projected import directional_log_density
 from pyro_vje.distributions.quadrature import log_directional_integral
 
-DIMS = (2, 3, 8, 64, 512, 2048)
-DFS = (0.5, 1.0, 3.0, 30.0, 1000.0)
+DIMS = (2, 3, 64, 2048)
+DFS = (0.5, 3.0, 1000.0)
 KAPPAS = (-0.999, -0.7, 0.0, 0.3, 0.9, 0.99, 0.999, 0.99999, 1 - 1e-10)
 GOF_FAILURE_RATE = 1e-3  # p-values are of seeded draws: a failure means a change, not bad luck
 
@@ -84,17 +84,14 @@ def test_integrates_to_one_in_low_dimension(df, dim, count):
     assert integrate(ProjectedStudentT(df, loc, scale).log_prob, dim, count) == pytest.approx(1, abs=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("dim", "df", "scale"), [(512, 3.0, 0.1), (512, 0.5, 0.02), (2048, 30.0, 0.05), (2048, 2e3, 1)]
-)
+@pytest.mark.parametrize(("dim", "df", "scale"), [(512, 0.5, 0.02), (2048, 30.0, 0.05)])
 def test_integrates_to_one_in_high_dimension_with_equal_scales(dim, df, scale):
     distribution = ProjectedStudentT(df, axis(dim), torch.full((dim,), scale, dtype=torch.float64))
     angle, density = cosine_density(distribution.log_prob, axis(dim), count=8001)
     assert torch.trapezoid(density, angle).item() == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("dim", [512, 2048])
-@pytest.mark.parametrize("df", [1.0, 30.0])
+@pytest.mark.parametrize(("dim", "df"), [(512, 1.0), (2048, 30.0)])
 def test_integrates_to_one_in_high_dimension_with_unequal_scales(dim, df):
     # Importance sampling from the angular central Gaussian (Tyler, 1987), whose density has a closed form.
     scale = torch.rand(dim, dtype=torch.float64) + 0.2
@@ -132,6 +129,58 @@ def test_tends_to_pyros_projected_normal(dim):
     assert gaps[-1] < 1e-8
 
 
+def log_projected_normal(loc, scale, value):
+    """40-digit log density for one scale, by Weber's parabolic cylinder function."""
+    with mp.workdps(50):
+        dim, s = len(loc), mp.mpf(scale)
+        dot, square = (
+            mp.fsum(mp.mpf(a) * mp.mpf(b) for a, b in zip(loc, x, strict=True)) for x in (value, loc)
+        )
+        t = dot / s
+        log_integral = mp.log(mp.pcfu(mp.mpf(dim) - mp.mpf(1) / 2, -t) * mp.gamma(dim)) - t**2 / 4
+        return -mp.mpf(dim) / 2 * mp.log(2 * mp.pi) - (square - dot**2) / s**2 / 2 + log_integral
+
+
+@pytest.mark.parametrize("dim", [2, 128])
+@pytest.mark.parametrize("scale", [0.001, 0.1, 2.0])
+@pytest.mark.parametrize("df", [math.inf, 1e25])
+def test_infinite_df_is_the_projected_normal_also_far_from_loc(dim, scale, df):
+    across = torch.nn.functional.normalize(torch.tensor([0.01, 1.0]).double(), dim=0)
+    value = torch.nn.functional.pad(across, (0, dim - 2))
+    loc = axis(dim) * (1.0 if dim == 2 else math.sqrt(dim))
+    scales = torch.full((dim,), scale, dtype=torch.float64)
+    want = float(log_projected_normal(loc.tolist(), scale, value.tolist()))
+    for each in (df, torch.tensor(df, dtype=torch.float64)):
+        got = ProjectedStudentT(each, loc, scales).log_prob(value)
+        assert got.item() == pytest.approx(want, rel=1e-14, abs=1e-8)
+
+
+@pytest.mark.parametrize("df", [9e5, 1.1e6])
+def test_both_integrals_agree_where_they_meet(df):
+    loc, scale, value = torch.randn(9).double(), torch.rand(9).double() + 0.1, uniform_directions(5, 9)
+    got = ProjectedStudentT(df, loc, scale).log_prob(value)
+    want = [float(log_projected_student_t(df, loc, scale, u)) for u in value]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-10, atol=1e-9)
+    leaves = [x.requires_grad_() for x in (torch.tensor(df).double(), loc, scale)]
+    assert torch.autograd.gradcheck(lambda *x: ProjectedStudentT(*x).log_prob(value[:2]), leaves)
+
+
+@pytest.mark.parametrize("df", [0.1, 0.2])
+@pytest.mark.parametrize("dim", [2, 64])
+def test_least_df_has_right_values_and_gradients_and_smaller_ones_are_refused(dim, df):
+    loc, scale, value = torch.randn(dim).double(), torch.rand(dim).double() + 0.1, uniform_directions(3, dim)
+    got = ProjectedStudentT(df, loc, scale).log_prob(value)
+    want = [float(log_projected_student_t(df, loc, scale, u)) for u in value]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-7)
+    for sign in (-1, 1):
+        leaves = [torch.tensor(df), sign * 1e4 * value[0].float(), scale.float()]
+        leaves = [x.requires_grad_() for x in leaves]
+        grads = torch.autograd.grad(ProjectedStudentT(*leaves).log_prob(value[0]), leaves)
+        assert all(grad.isfinite().all() for grad in grads)
+    with pytest.raises(ValueError, match="df"):
+        ProjectedStudentT(df - 0.11 if df > 0.15 else 0.05, loc, scale)
+
+
 def test_is_the_projected_cauchy_at_one_degree_of_freedom():
     # In D = 2, J(κ) = 1 / (1 - κ): the density is 1 / (2π |V|^½ A √(C+1) (1-κ)).
     loc, scale = torch.tensor([0.3, -2.0]).double(), torch.tensor([0.4, 1.5]).double()
@@ -148,8 +197,8 @@ def test_depends_on_the_ratio_of_loc_to_scale_only():
         torch.testing.assert_close(ProjectedStudentT(4.0, factor * loc, factor * scale).log_prob(value), want)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 4])
-@pytest.mark.parametrize("df", [0.5, 1.0, 5.0, math.inf])
+@pytest.mark.parametrize("dim", [2, 4])
+@pytest.mark.parametrize("df", [0.5, 5.0, math.inf])
 def test_samples_fit_log_prob(dim, df):
     loc = torch.tensor([1.0, 0.5, -0.5, 0.2, 0.7])[:dim].double()
     scale = torch.tensor([0.5, 1.0, 0.7, 0.9, 0.6])[:dim].double()
@@ -158,7 +207,7 @@ def test_samples_fit_log_prob(dim, df):
     assert neighbor_p_value(distribution, dim - 1) > GOF_FAILURE_RATE
 
 
-@pytest.mark.parametrize(("dim", "df"), [(512, 0.5), (512, 5.0), (2048, 1000.0)])
+@pytest.mark.parametrize(("dim", "df"), [(512, 0.5), (2048, 1000.0)])
 def test_samples_fit_log_prob_in_high_dimension(dim, df):
     distribution = ProjectedStudentT(df, axis(dim), torch.full((dim,), 0.04, dtype=torch.float64))
     assert angle_p_value(distribution, axis(dim), distribution.sample((4000,))) > GOF_FAILURE_RATE
@@ -194,8 +243,8 @@ def test_finite_at_the_edges(dtype, dim, width, sign):
 
 
 @pytest.mark.parametrize("dim", [2, 64, 2048])
-@pytest.mark.parametrize("df", [0.5, 5.0, 1000.0])
-@pytest.mark.parametrize("width", [1e-3, 0.05, 1.0, 30.0])
+@pytest.mark.parametrize("df", [0.5, 1000.0])
+@pytest.mark.parametrize("width", [1e-3, 1.0, 30.0])
 def test_float32_loses_only_the_rounding_of_the_reductions(dim, df, width):
     # First-order error bound: |∂ log p / ∂x| |x| eps for each reduction x, and for the rounded result itself.
     loc = uniform_directions(20, dim, torch.float32)
@@ -236,7 +285,7 @@ def test_rsample_gradients_are_those_of_the_expectation():
 
 
 def test_heaviest_tails_sample_without_overflow():
-    samples = ProjectedStudentT(0.02, torch.ones(8), torch.ones(8)).rsample((2000,))
+    samples = ProjectedStudentT(0.1, torch.ones(8), torch.ones(8)).rsample((2000,))
     assert samples.isfinite().all()
 
 
@@ -250,8 +299,7 @@ def test_integral_is_the_same_in_chunks_and_takes_df_of_any_shape():
     assert [g.shape for g in grads] == [angle.shape, df.shape]
 
 
-@pytest.mark.parametrize("dim", [4, 128, 2048])
-@pytest.mark.parametrize("df", [0.5, 5.0, 1000.0])
+@pytest.mark.parametrize(("dim", "df"), [(4, 0.5), (128, 5.0), (2048, 1000.0)])
 def test_many_elements_are_interpolated_to_the_same_accuracy(dim, df):
     edge = torch.logspace(-9, -1, 500, dtype=torch.float64)
     angle = torch.cat([edge, torch.linspace(0.1, math.pi - 0.1, 1500, dtype=torch.float64), math.pi - edge])

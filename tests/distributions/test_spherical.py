@@ -71,7 +71,7 @@ def test_integrates_to_one_in_low_dimension(family, concentration, dim, count):
         *((VonMisesFisher, k) for k in (50.0, 1e5)),
     ],
 )
-@pytest.mark.parametrize("dim", [512, 2048])
+@pytest.mark.parametrize("dim", [512])
 def test_integrates_to_one_and_samples_fit_in_high_dimension(family, concentration, dim):
     axis = torch.eye(dim, dtype=torch.float64)[0]
     distribution = family(axis, torch.tensor(concentration, dtype=torch.float64))
@@ -81,7 +81,7 @@ def test_integrates_to_one_and_samples_fit_in_high_dimension(family, concentrati
 
 
 @pytest.mark.parametrize(("family", "concentration"), CASES)
-@pytest.mark.parametrize("dim", [2, 3, 4])
+@pytest.mark.parametrize("dim", [2, 4])
 def test_samples_fit_log_prob(family, concentration, dim):
     distribution = family(uniform_directions(1, dim)[0], torch.tensor(concentration).double())
     assert distribution.support.check(distribution.sample((100,))).all()
