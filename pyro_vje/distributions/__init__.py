@@ -1,6 +1,6 @@
 """Distributions for directions and probabilistic embeddings, in any Pyro program or without Pyro."""
 
-from pyro_vje.distributions import divergence  # noqa: F401 (registers kl_divergence)
+from pyro_vje.distributions import divergence  # registers with kl_divergence
 from pyro_vje.distributions.backend import HAS_PYRO
 from pyro_vje.distributions.diagonal import DiagonalStudentT
 from pyro_vje.distributions.fitting import directional_pit
