@@ -1,6 +1,5 @@
 """The ``pyro-vje`` command: parse, call, print. Commands import what they call when they run."""
 
-import functools
 import io
 import logging
 import os
@@ -17,8 +16,11 @@ import click
 from pyro_vje import __version__
 from pyro_vje.launch import is_first_process
 
-COMMANDS = ("inspect", "train", "eval", "ablate", "benchmark", "score", "calibrate", "embed", "export")
-"""A file each, with the command as ``command``."""
+COMMANDS = {
+    "inspect": "score", "train": "train", "eval": "outputs", "ablate": "experiments", "benchmark": "experiments",
+    "score": "score", "calibrate": "score", "embed": "outputs", "export": "outputs",
+}  # fmt: skip
+"""The file of each, which names the command as it is called."""
 EXIT_CODES = {FloatingPointError: 3, ValueError: 2, OSError: 2, MemoryError: 4}
 EXIT_MEMORY, EXIT_BUG, EXIT_SIGNAL = 4, 70, 128
 CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError)
@@ -26,33 +28,27 @@ LEVELS = click.Choice(["debug", "info", "warning", "error"])
 log = logging.getLogger("pyro_vje")
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, outside of training, which finishes its step first."""
-
-    signum = signal.SIGTERM
-
-
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise Terminated("stopped")
+    """Outside of training, which finishes its step first."""
+    stop = KeyboardInterrupt("stopped")
+    stop.signum = signum  # type: ignore[attr-defined]
+    raise stop
 
 
 class Commands(click.Group):
     """Turns errors into one line on stderr: what, where, what to do; ``--debug`` lets the traceback through."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program: what a stream's encoding has no character for is written as its number."""
+    def main(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
+            if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is written as a number
                 stream.reconfigure(errors="backslashreplace")
         return super().main(*args, **kwargs)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the chosen command."""
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: D102
+        before = signal.getsignal(signal.SIGTERM)
         try:
             if threading.current_thread() is threading.main_thread():
-                ctx.call_on_close(
-                    functools.partial(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-                )
+                ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
                 signal.signal(signal.SIGTERM, _terminate)
             return super().invoke(ctx)
         except CLICKS_OWN:
@@ -67,10 +63,10 @@ class Commands(click.Group):
             said = str(error)
             if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for its name
                 code, said = EXIT_MEMORY, f"{said}: lower --batch-size"
-            elif isinstance(error, OSError) and error.filename is not None:
-                said = f"{os.fsdecode(error.filename)}: {error.strerror}"
             elif code == EXIT_MEMORY:
                 said = said or "out of memory: lower --batch-size"
+            elif isinstance(error, OSError) and error.filename is not None:
+                said = f"{os.fsdecode(error.filename)}: {error.strerror}"
             elif code == EXIT_BUG:
                 said = f"a bug in pyro-vje, please report it: {type(error).__name__}: {said} "
                 said += "(pyro-vje --debug before the command shows the traceback)"
@@ -87,9 +83,7 @@ def _log_warning(message: Warning | str, category: type[Warning], filename: str,
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="pyro-vje")
 @click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
-@click.option(
-    "--log-level", type=LEVELS, default="info", show_default=True, help="How much to say on stderr."
-)
+@click.option("--log-level", type=LEVELS, default="info", show_default=True, help="How much goes to stderr.")
 def main(debug: bool, log_level: str) -> None:
     """Variational Joint Embedding: probabilistic image representations without labels.
 
@@ -100,12 +94,11 @@ def main(debug: bool, log_level: str) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers = [handler]
-    log.propagate = False
+    log.handlers, log.propagate = [handler], False
     # The other processes of a training run would repeat what the first says.
     log.setLevel(log_level.upper() if is_first_process() else "WARNING")
     warnings.showwarning = _log_warning
 
 
-for name in COMMANDS:
-    main.add_command(import_module(f"pyro_vje.cli.{name}").command)
+for name, file in COMMANDS.items():
+    main.add_command(getattr(import_module(f"pyro_vje.cli.{file}"), name))

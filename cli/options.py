@@ -45,13 +45,8 @@ command = functools.partial(click.command, cls=OneValue)
 EXISTING, ANY = click.Path(exists=True, path_type=Path), click.Path(path_type=Path)
 KINDS: dict[Any, Any] = {bool: bool, int: int, float: float, config.Place: ANY}
 SPECIAL: dict[str, Any] = {"dataset": DataSet(list(config.DATASET_DEFAULTS)), "data": EXISTING}
-ckpt = click.option(
-    "--ckpt",
-    required=True,
-    type=EXISTING,
-    metavar="RUN",
-    help="A run folder, or a weights file (.safetensors).",
-)
+CKPT = "A run folder, or a weights file (.safetensors)."
+ckpt = click.option("--ckpt", required=True, type=EXISTING, metavar="RUN", help=CKPT)
 folder = click.option("--out", required=True, type=ANY, metavar="DIR", help="Folder of the results.")
 
 
@@ -75,13 +70,13 @@ def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) 
     parts = (*get_args(field.annotation), field.annotation)
     kind = next((KINDS[part] for part in parts if part in KINDS), str)
     flag = "--" + name.replace("_", "-")
-    if repeated and default is not None:
-        default = (default,)
-    repeated = repeated or get_origin(field.annotation) is tuple
     values = default if isinstance(default, tuple) else () if default is None else (default,)
-    shown = ", ".join(map(str, values))
-    if kind is bool:
-        shown = "" if not off else flag[2:] if field.default else off
+    shown = (
+        ", ".join(map(str, values)) if kind is not bool else "" if not off else flag[2:] if default else off
+    )
+    if repeated:
+        default = values or None
+    repeated = repeated or get_origin(field.annotation) is tuple
     help, _, told = (field.description or "").partition(" [default: ")
     told = told.removesuffix("]") or shown
     notes = "; ".join(filter(None, [f"default: {told}" if told else "", config.range_of(field)]))
@@ -95,9 +90,8 @@ def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) 
     return click.option(f"{flag}/--{off}" if off else flag, **{**arguments, **changes})
 
 
-training, scoring, evaluation = (
-    functools.partial(of, kind) for kind in (config.TrainConfig, config.ScoreConfig, config.EvalConfig)
-)
+SETTINGS = (config.TrainConfig, config.ScoreConfig, config.EvalConfig)
+training, scoring, evaluation = (functools.partial(of, settings) for settings in SETTINGS)
 
 
 def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | None) -> None:
@@ -105,19 +99,16 @@ def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | Non
         return
     several = {option.name: getattr(option, "multiple", False) for option in ctx.command.params}
     values = {key: "none" if value is None else value for key, value in config.load_recipe(name).items()}
-    absent = ", ".join(key for key in values if key not in several)
-    if absent:
+    if absent := ", ".join(key for key in values if key not in several):
         raise click.UsageError(f"the recipe {name} sets {absent}, for which {ctx.info_name} has no option")
     ctx.default_map = {key: (value,) if several[key] else value for key, value in values.items()}
 
 
-recipe = click.option(
-    "--recipe",
-    metavar="NAME",
-    is_eager=True,  # before the options whose defaults it sets
-    expose_value=False,
-    callback=_take_recipe,
-    help=f"A published result's settings, below the options: {', '.join(config.RECIPES)}, or a TOML file's path.",
+HELP = (
+    f"A published result's settings, below the options: {', '.join(config.RECIPES)}, or a TOML file's path."
+)
+recipe = click.option(  # eager: before the options whose defaults it sets
+    "--recipe", metavar="NAME", is_eager=True, expose_value=False, callback=_take_recipe, help=HELP
 )
 
 

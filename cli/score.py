@@ -1,3 +1,5 @@
+"""Commands that tell strange images from normal ones."""
+
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,59 @@ NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.value
 @options.ckpt
 @options.scoring("score", help=f"{NAMES}; or your own as module:function. [default: {ScoreConfig().score}]")
 @options.scoring(without=["score"])
-@click.pass_context
-def command(ctx: click.Context, ckpt: Path, **settings: Any) -> None:
+def score(ckpt: Path, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
     config = ScoreConfig(**settings)
 
     from pyro_vje import score
 
-    say(ctx, score(ckpt, config))
+    _say(score(ckpt, config))
 
 
-def say(ctx: click.Context, result: Any) -> None:
+@options.command("inspect")
+@click.argument("good", type=options.EXISTING)
+@click.argument("new", type=options.EXISTING)
+@options.scoring("out", default=Path("inspection"), show_default=True, help="Folder of the results.")
+@options.training("encoder", "weights", "image_size")
+@options.scoring("score", default="aggregate")
+@options.scoring("alpha", "fdr", "batch_size", "trust_plugins")
+@click.option("--report/--no-report", default=True, show_default=True, help="Write a page beside the CSV.")
+def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
+    """Say which images in NEW look strange to one who has seen those in GOOD.
+
+    Learns from GOOD what is normal, with a pretrained network if its weights are installed, and leaves scores.csv and
+    a page to look at. Without --alpha or --fdr an image is called strange at a p-value of 0.05.
+    """
+    how = {name: settings.pop(name) for name in ("encoder", "weights", "image_size")}
+    config = ScoreConfig(**settings)
+
+    from pyro_vje import inspect
+
+    _say(inspect(good, new, out, settings=config, **how))
+
+
+@options.command("calibrate")
+@options.ckpt
+@options.scoring("data", required=True, help="A folder of normal images that the run has not seen.")
+@click.option("--name", default="new", show_default=True, help="What score --calibration calls it.")
+@options.scoring("batch_size", "trust_plugins")
+def calibrate(ckpt: Path, data: Path, name: str, **settings: Any) -> None:
+    """Calibrate a finished run anew with other normal images: another camera, another season."""
+    from pyro_vje import calibrate
+    from pyro_vje.data import counted
+
+    path, images = calibrate(ckpt, data, name, **settings)
+    click.echo(f"calibrated with {counted(images)}: {path}")
+
+
+def _say(result: Any) -> None:
     """Print what a `pyro_vje.anomaly.ScoreResult` tells; exit code 1 if images could not be read."""
-    from pyro_vje.data.imageset import counted
+    from pyro_vje.data import counted
 
     config = result.settings
     passes = f"{result.passes} forward pass{'es' if result.passes > 1 else ''} an image"
-    click.echo(
-        f"{counted(result.scored)} scored by {config.score} "
-        f"({passes}, {config.num_particles} particles, seed {config.seed}): {result.csv}"
-    )
+    how = f"{config.score} ({passes}, {config.num_particles} particles, seed {config.seed})"
+    click.echo(f"{counted(result.scored)} scored by {how}: {result.csv}")
     if result.auroc is not None:
         counts = f"anomalies positive: {result.anomalies}, normal: {result.normal}"
         counts += f"; left out, without a label: {result.unlabelled}" if result.unlabelled else ""
@@ -46,4 +81,4 @@ def say(ctx: click.Context, result: Any) -> None:
         click.echo(f"report: {result.report}")
     if result.failed:
         click.echo(f"{counted(result.failed)} could not be read: see the column error", err=True)
-        ctx.exit(1)
+        raise SystemExit(1)

@@ -16,7 +16,7 @@ from pyro_vje.launch import is_first_process
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, to more --epochs if so said.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in --out.")
 @click.pass_context
-def command(ctx: click.Context, out: Path | None, resume: bool, overwrite: bool, **settings: Any) -> None:
+def train(ctx: click.Context, out: Path | None, resume: bool, overwrite: bool, **settings: Any) -> None:
     """Pretrain a model on images, without their labels.
 
     Leaves a run folder with the weights, metrics.csv, pictures and what resuming needs. Stopped or killed at any

@@ -90,13 +90,13 @@ copybutton_exclude = ".linenos, .gp"
 COMMAND = """# {0}
 
 ```{{eval-rst}}
-.. click:: pyro_vje.cli.{0}:command
+.. click:: pyro_vje.cli.{1}:{0}
    :prog: pyro-vje {0}
    :nested: full
 ```
 """
-for command in COMMANDS:
-    (HERE / "commands" / f"{command}.md").write_text(COMMAND.format(command))
+for command, file in COMMANDS.items():
+    (HERE / "commands" / f"{command}.md").write_text(COMMAND.format(command, file))
 
 
 def _mathml(latex: str, display: str) -> str:

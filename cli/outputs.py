@@ -1,0 +1,71 @@
+"""Commands that make something of a finished run: its features, an evaluation, a file for deployment."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pyro_vje.cli import options
+
+FORMATS = (
+    "onnx, for ONNX Runtime (writing it needs pip install 'pyro-vje[export]'); torch, for torch.export.load."
+)
+
+
+@options.command("embed")
+@options.ckpt
+@options.scoring("data", required=True, help="A folder of images.")
+@options.scoring("out", required=True, metavar="FILE.npz", help="The file to write.")
+@options.scoring("batch_size", "trust_plugins")
+def embed(ckpt: Path, data: Path, out: Path, **settings: Any) -> None:
+    """Features, embeddings and posterior loc and scale of each image, as a NumPy .npz."""
+    from pyro_vje import embed
+    from pyro_vje.data import counted
+
+    path, written, failed = embed(ckpt, data, out, **settings)
+    click.echo(f"{counted(written)} embedded: {path}")
+    if failed:
+        click.echo(f"{counted(failed)} could not be read and left out", err=True)
+        raise SystemExit(1)
+
+
+@options.command("eval")
+@options.ckpt
+@options.scoring("dataset", help="Another data set than the run's own.")
+@options.scoring("data_dir", "download")
+@options.evaluation()
+@options.scoring("batch_size")
+@options.scoring("out", help="The JSON. [default: eval.json in the run folder]")
+@options.scoring("trust_plugins")
+def eval(ckpt: Path, **settings: Any) -> None:
+    """Probes of the representation: the trained encoder, the same untrained, and raw pixels.
+
+    Weighted k-NN and linear probe: logistic regression on clean features, or SGD on augmented images with steps of
+    --batch-size. Of the encoders also effective rank, alignment, uniformity, and whether the posterior's variance says
+    where retrieval fails (R-AUROC, accuracy against rejected share, a picture of it).
+    """
+    from pyro_vje import evaluate
+    from pyro_vje.representation import format_table
+
+    click.echo(format_table(evaluate(ckpt, **settings)))
+
+
+@options.command("export")
+@options.ckpt
+@click.option(
+    "--format", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True, help=FORMATS
+)
+@options.scoring("out", help="The file. [default: model.onnx or model.pt2 in the run folder]")
+@options.scoring("score", "score_likelihood", "num_particles", "seed", "trust_plugins")
+def export(ckpt: Path, **settings: Any) -> None:
+    """Write a model as one file that runs without this package, with a model card beside it.
+
+    It maps uint8 RGB images (N, 3, S, S) to embedding, posterior loc and scale, the score that `score` writes, and
+    its p-value.
+    """
+    from pyro_vje import export
+
+    result = export(ckpt, **settings)
+    differences = ", ".join(f"{name} {value:.1e}" for name, value in result.differences.items())
+    click.echo(f"{result.path}\nlargest differences from the model, on random images: {differences}")
+    click.echo(f"model card: {result.card}")
