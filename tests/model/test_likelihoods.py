@@ -9,9 +9,10 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from torch.nn import functional
 
 from pyro_vje import VJE, SymmetricELBO
-from pyro_vje.distributions import PolarProduct, PowerSpherical
+from pyro_vje.distributions import PolarProduct, PowerSpherical, ProjectedStudentT
 from pyro_vje.model.likelihoods import (
     FAMILIES,
     LikelihoodSettings,
@@ -151,6 +152,23 @@ def test_normalised_direction_learns_nothing_at_kl_weight_one():
         density = family.log_prob_direction(u).exp()
         error = density.std() / math.sqrt(len(z))
         assert abs(density.mean() - math.exp(uniform)) < 5 * error
+
+
+def test_marginal_direction_under_scales_of_features_is_not_uniform():
+    """It is the angular central Gaussian of 1 + v, which lies far above the uniform where v is large along u."""
+    torch.manual_seed(0)
+
+    def above_uniform(u, v):
+        return -0.5 * (1 + v).log().sum() - 0.5 * len(u) * (u.square() / (1 + v)).sum().log()
+
+    u = functional.normalize(torch.randn(4, dtype=torch.float64), dim=0)
+    v = 10 * 4 * u.square()
+    z = torch.randn(200_000, 4, dtype=torch.float64)
+    density = ProjectedStudentT(math.inf, z, v.sqrt().expand_as(z)).log_prob(u).exp()
+    expected = above_uniform(u, v).exp() / (2 * math.pi**2)  # the area of the sphere in four dimensions
+    assert abs(density.mean() - expected) < 5 * density.std() / math.sqrt(len(z))
+    u = functional.normalize(torch.randn(128, dtype=torch.float64), dim=0)
+    assert 20 < above_uniform(u, 128 * u.square()) < above_uniform(u, 1280 * u.square()) < 80
 
 
 def test_look_up_errors_name_what_is_known(tmp_path, monkeypatch):
