@@ -91,7 +91,15 @@ def rows(count=60, calibration=49, level=0.1, failed=(), **columns):
 
 
 def render(
-    table, held_out, *, level=0.1, rule="p-value at most the level", asked=None, metrics=None, folder=Path()
+    table,
+    held_out,
+    *,
+    level=0.1,
+    rule="p-value at most the level",
+    asked=None,
+    metrics=None,
+    folds=1,
+    folder=Path(),
 ):
     """The page of a table; ``asked`` collects the rows whose images it shows."""
 
@@ -110,6 +118,7 @@ def render(
         },
         "decision": {"rule": rule, "level": level} if level and held_out is not None else None,
         "metrics": metrics,
+        "calibration": {"folds": folds},
         "date": "2026-11-25",
         "versions": {"torch": "2.8"},
     }
@@ -164,6 +173,10 @@ def test_a_plain_summary_then_the_numbers():
     by_rate = Page(render(table, held_out, rule=FDR)).text
     assert "(limit: false-discovery rate at most 0.1)" in by_rate
     assert "on average at most 10 % are normal ones, marked by mistake" in by_rate
+    folds = Page(render(table, held_out, folds=5)).text
+    assert "in about 10 % of cases (certainly at most 35 %)" in folds  # 2 · 0.1 + 2 · 0.8 / (49 / 5 + 1)
+    assert "near α, and of at most 2α + 0.15 whatever the model" in folds
+    assert "on average about 10 %" in Page(render(table, held_out, rule=FDR, folds=5)).text
 
 
 def test_charts_and_grids():
