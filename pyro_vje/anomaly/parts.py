@@ -23,15 +23,16 @@ from pyro_vje.model.vje import VJE
 
 _PAIRS = 1 << 22
 """Pairs of images in a chunk: more are no faster. A dozen matrices of so many numbers are held, 400 MB."""
-_CPU_NUMBERS, _CUDA_NUMBERS = 1 << 17, 1 << 24
+_CPU_NUMBERS = 1 << 17
 """Numbers in a chunk of latents, images × particles × D: as many as a CPU's cache holds are twice as fast."""
+_AT_ONCE = 4096
+"""Images that are judged at once, where there are more: what a GPU's memory holds of latents and kernels."""
 
 
 def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
     """Standard normal noise ``(num_particles, D)``, antithetic in pairs, the same for every image.
 
-    Common noise makes the score of an image independent of the batch it is in and lowers the variance of
-    differences between images.
+    So the score of an image does not depend on its batch, and differences between images vary less.
     """
     generator = torch.Generator().manual_seed(seed)
     half = torch.randn((num_particles + 1) // 2, dim, generator=generator)
@@ -41,28 +42,13 @@ def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
 class Scorer:
     """A model, a likelihood family and reference images, by which encoded images are judged.
 
-    Parameters
-    ----------
-    vje : VJE
-        The model.
-    reference : Posteriors, optional
-        Images that were trained on, for the scores that compare with them.
-    num_particles, seed : int
-        Samples of the latent for each expectation, which cost no pass of the encoder, and their seed; 0 takes the
-        noise-free approximation of `expected_log_prob`.
-    likelihood : str, optional
-        A family to score with, instead of the one that was trained. Which factor trains best and which scores best
-        are two questions: a normalised one gives densities that compare across scales.
-    kl_weight : float
-        Weight of the KL divergence in the score `elbo`: the one that was trained with.
-
-    Raises
-    ------
-    ValueError
-        If the family is unknown or ``num_particles`` negative.
+    Scores that compare with images that were trained on need these as ``reference``. ``num_particles`` samples of the
+    latent, drawn by ``seed``, make each expectation and cost no pass of the encoder; 0 takes the noise-free
+    approximation of `expected_log_prob`. ``likelihood`` is a family to score with instead of the trained one: which
+    factor trains best and which scores best are two questions, and normalised densities compare across scales.
+    ``kl_weight`` is that of the score `elbo`: the one that was trained with. An unknown family, or a negative number of
+    particles, is a ``ValueError``.
     """
-
-    kl_weight: float
 
     def __init__(
         self,
@@ -83,19 +69,16 @@ class Scorer:
         self._reference = None if reference is None else reference.to(self.device)
         self.noise = latent_noise(num_particles, vje.embedding_dim, seed).to(self.device)
         self._fitted: dict[str, detectors.Fitted] = {}
-        self._settings: dict[str, Any] = {
-            "num_particles": num_particles,
-            "seed": seed,
-            "likelihood": likelihood,
-        }
+        how = {"num_particles": num_particles, "seed": seed, "likelihood": likelihood, "kl_weight": kl_weight}
+        self._how: dict[str, Any] = how
 
     def of(self, vje: VJE, reference: Posteriors) -> Scorer:
         """The same settings for another model and other reference images."""
-        return Scorer(vje, reference=reference, kl_weight=self.kl_weight, **self._settings)
+        return Scorer(vje, reference=reference, **self._how)
 
     def scores(self, name: str, encoded: Posteriors) -> Tensor:
         """Score ``name`` of N encoded images, float64 ``(N,)``."""
-        return get_score(name)(self.parts(encoded))
+        return torch.cat([get_score(name)(self.parts(part)) for part in encoded.split(_AT_ONCE)])
 
     def parts(self, encoded: Posteriors) -> LikelihoodParts:
         """What is known of N images; ``ValueError`` if a number is not finite or a scale not positive."""
@@ -121,7 +104,7 @@ class Scorer:
     @cached_property
     def typical(self) -> float:
         """Median log-likelihood of the reference images."""
-        parts = [self.parts(part).log_likelihood for part in self.reference.split(4096)]
+        parts = [self.parts(part).log_likelihood for part in self.reference.split(_AT_ONCE)]
         return float(torch.cat(parts).median())
 
     def fitted(self, detector: str) -> detectors.Fitted:
@@ -150,8 +133,7 @@ class Scorer:
     def log_aggregate(self, embeddings: Tensor, *, chunk: int | None = None) -> Tensor:
         """Log-mean over the reference images i of p(t | e_i, v_i) for embeddings t ``(N, D)``, float64 ``(N,)``.
 
-        Matrix products over ``chunk`` reference images at a time: no tensor is larger than chunk × N. By default as
-        many as are fast.
+        Matrix products over ``chunk`` reference images at a time, by default as many as are fast.
         """
         chunk = chunk or max(1, _PAIRS // max(1, len(embeddings)))
         kernels = (self.vje.likelihood(e, scale, self.family) for e, _, scale in self.reference.split(chunk))
@@ -163,13 +145,9 @@ class LikelihoodParts:
     """What scores are made of, each float64 ``(N,)`` and in nats an image unless said; computed when first asked for.
 
     A target t is an image's embedding, z the latent given its context: the image itself, or the other view of a pair.
-
-    Attributes
-    ----------
-    encoded : Posteriors
-        Embeddings t, and loc and scale of q(z | context), ``(N, D)`` each.
-    scorer : Scorer
-        By whom the images are judged; it holds ``reference``, ``typical`` and ``kl_weight``.
+    ``encoded`` holds the embeddings t, and loc and scale of q(z | context), ``(N, D)`` each; ``scorer``, by whom the
+    images are judged, ``reference``, ``typical`` and ``kl_weight``. In an exported graph, which has no loops, all
+    images are computed ``at_once``.
     """
 
     scorer: Scorer
@@ -180,21 +158,15 @@ class LikelihoodParts:
 
     @torch.no_grad()
     def _evaluate(self, function: Callable[..., Tensor], *tensors: Tensor, rows: int) -> Tensor:
-        """A function of some images at a time; of all ``at_once`` in an exported graph, which has no loops."""
+        """A function of images, on a CPU of ``rows`` at a time."""
         with pyro.validation_enabled(False):  # it takes two thirds as long as the density of a particle
             if self._at_once:
                 return function(*tensors)
-            if tensors[0].device.type == "cpu":
-                return in_equal_parts(lambda *part: [function(*part)], *tensors, rows=rows)[0]
-            return torch.cat(
-                [function(*part) for part in zip(*(x.split(rows) for x in tensors), strict=True)]
-            )
+            return in_equal_parts(lambda *part: [function(*part)], *tensors, rows=rows)[0]
 
     @cached_property
     def _factors(self) -> Tensor:
-        numbers = max(1, self.scorer.noise.numel())
-        on_cpu = self.encoded.loc.device.type == "cpu"
-        rows = min(_CPU_NUMBERS // numbers, self._rows) if on_cpu else _CUDA_NUMBERS // numbers
+        rows = min(self._rows, _CPU_NUMBERS // max(1, self.scorer.noise.numel()))
         return self._evaluate(self.scorer.log_likelihood, *self.encoded, rows=max(1, rows))
 
     @property
@@ -251,13 +223,10 @@ def expected_log_prob(
 
     The squared residual of a Student-t gives way to its expectation, exact but for ‖z‖, which is taken for its root
     mean square R (ours). So it lies below the expectation, by little where the residual varies little from sample to
-    sample, as in hundreds of dimensions.
-
-    ``likelihood`` is the one at the latent (loc² + scale²)^½, whose norm is R: a `DiagonalStudentT`, or a
-    `PolarStudentT` of restricted direction and Student-t radius.
+    sample, as in hundreds of dimensions. ``likelihood`` is the one at the latent (loc² + scale²)^½, whose norm is R.
     """
     polar = isinstance(likelihood, PolarStudentT)
-    closed = likelihood.direction == "restricted" and likelihood.radius != "log-student-t" if polar else None
+    closed = likelihood.direction == "restricted" and likelihood.radius != "log-student-t" if polar else False
     if not (closed or isinstance(likelihood, DiagonalStudentT)):
         raise ValueError(
             "num_particles 0 has a closed form for the families polar-student-t, polar-normal and student-t alone, "
@@ -267,20 +236,16 @@ def expected_log_prob(
     dim, df, noise, log_det = t.shape[-1], likelihood.df.double(), (v / w).sum(-1), 0.5 * w.log().sum(-1)
     if not polar:
         joint = student_t_log_density(df, dim, ((t - mean).square() / w).sum(-1) + noise) - log_det
-        return torch.stack([joint, torch.full_like(joint, torch.nan), torch.full_like(joint, torch.nan)], -1)
-    r, rms, unit = (
-        torch.linalg.vector_norm(t, dim=-1),
-        (mean.square() + v).sum(-1).sqrt(),
-        likelihood.unit_radius,
-    )
-    residual = ((t / r[:, None] - mean / rms[:, None]).square() / w).sum(-1) + noise / rms.square()
-    direction = student_t_log_density(df, dim, unit**2 * residual) - log_det + dim * math.log(unit)
-    radial = torch.zeros_like(direction)
+        return torch.stack([joint, *2 * [torch.full_like(joint, torch.nan)]], -1)
+    r, squared, rho = t.norm(dim=-1), (mean.square() + v).sum(-1), likelihood.unit_radius
+    residual = (t / r[:, None] - mean / squared.sqrt()[:, None]).square() / w
+    direction = student_t_log_density(df, dim, rho**2 * (residual.sum(-1) + noise / squared)) - log_det
+    direction, radial = direction + dim * math.log(rho), torch.zeros_like(direction)
     if likelihood.radius is not None:
-        spread = (mean.square() * v + 0.5 * v.square()).sum(-1) / rms.square()  # the variance of ‖z‖, about
-        squared = (r - (rms.square() - spread).clamp_min(0).sqrt()).square() + spread
+        spread = (mean.square() * v + 0.5 * v.square()).sum(-1) / squared  # the variance of ‖z‖, about
+        gap = r - (squared - spread).clamp_min(0).sqrt()
         width = likelihood.radius_scale.double()
-        radial = student_t_log_density(df, 1, squared / width.square()) - width.log()
+        radial = student_t_log_density(df, 1, (gap.square() + spread) / width.square()) - width.log()
     return torch.stack([direction + radial - (dim - 1) * r.log(), direction, radial], -1)
 
 
@@ -290,9 +255,8 @@ def augmented_pairs(
 ) -> list[Posteriors]:
     """Targets and contexts of K augmented pairs of each image, both directions: 2 K passes of the encoder.
 
-    The K augmentations are drawn once and are the same for every image, for the reasons given at `latent_noise`.
-    ``images`` are uint8 ``(N, 3, H, W)``; of the 2 K results each has the embeddings of one view and the posterior
-    given the other.
+    The K augmentations are drawn once and are the same for every image, as `latent_noise` is. ``images`` are uint8
+    ``(N, 3, H, W)``; of the 2 K results each has the embeddings of one view and the posterior given the other.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
     found = []

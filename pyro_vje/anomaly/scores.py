@@ -33,71 +33,35 @@ class Score:
         return self.function(parts)
 
 
+# fmt: off
 _SCORES = [
-    Score(
-        "conditional",
-        "negative expected log-likelihood of the embedding under the image's own posterior",
-        lambda parts: -parts.log_likelihood,
-    ),
-    Score(
-        "aggregate",
-        "negative log-density of the embedding, by kernels at the reference images' embeddings",
-        lambda parts: -parts.log_aggregate,
-        needs_reference=True,
-    ),
-    Score(
-        "elbo",
-        "negative ELBO as it was trained: conditional plus the weighted KL divergence from the prior",
-        lambda parts: parts.scorer.kl_weight * parts.kl - parts.log_likelihood,
-    ),
-    Score(
-        "pivot",
-        "squared distance of the embedding's direction from the posterior's, in units of the variances",
-        lambda parts: parts.pivot,
-        of="posterior",
-    ),
+    Score("conditional", "negative expected log-likelihood of the embedding under the image's own posterior",
+          lambda parts: -parts.log_likelihood),
+    Score("aggregate", "negative log-density of the embedding, by kernels at the reference images' embeddings",
+          lambda parts: -parts.log_aggregate, True),
+    Score("elbo", "negative ELBO as it was trained: conditional plus the weighted KL divergence from the prior",
+          lambda parts: parts.scorer.kl_weight * parts.kl - parts.log_likelihood),
+    Score("pivot", "squared distance of the embedding's direction from the posterior's, in units of the variances",
+          lambda parts: parts.pivot, of="posterior"),
     Score("direction", "negative log of the directional factor alone", lambda parts: -parts.log_direction),
     Score("radius", "negative log of the radial factor alone", lambda parts: -parts.log_radius),
-    Score(  # Nalisnick et al., "Detecting out-of-distribution inputs ... using typicality" (arXiv 1906.02994)
-        "typicality",
-        "distance of the log-likelihood from its median over the reference images",
-        lambda parts: (parts.log_likelihood - parts.scorer.typical).abs(),
-        needs_reference=True,
-    ),
+    # Nalisnick et al., "Detecting out-of-distribution inputs ... using typicality" (arXiv 1906.02994)
+    Score("typicality", "distance of the log-likelihood from its median over the reference images",
+          lambda parts: (parts.log_likelihood - parts.scorer.typical).abs(), True),
     Score("variance", "mean posterior variance", lambda parts: parts.variance, of="posterior"),
-    Score(
-        "mahalanobis",
-        "squared Mahalanobis distance of the embedding from the reference images' (Ledoit-Wolf covariance)",
-        lambda parts: parts.by_detector("mahalanobis"),
-        needs_reference=True,
-        of="embeddings",
-    ),
-    Score(
-        "knn",
-        "cosine distance of the embedding to the fifth nearest of the reference images'",
-        lambda parts: parts.by_detector("nearest_neighbour"),
-        needs_reference=True,
-        of="embeddings",
-    ),
-    Score(
-        "kde",
-        "negative log-density of the embedding's direction, by equal Gaussian kernels at the reference images'",
-        lambda parts: parts.by_detector("kernel_density"),
-        needs_reference=True,
-        of="embeddings",
-    ),
+    Score("mahalanobis", "squared Mahalanobis distance from the reference images' embeddings (Ledoit-Wolf covariance)",
+          lambda parts: parts.by_detector("mahalanobis"), True, "embeddings"),
+    Score("knn", "cosine distance of the embedding to the fifth nearest of the reference images'",
+          lambda parts: parts.by_detector("nearest_neighbour"), True, "embeddings"),
+    Score("kde", "negative log-density of the embedding's direction, by equal Gaussian kernels at the references",
+          lambda parts: parts.by_detector("kernel_density"), True, "embeddings"),
 ]
+# fmt: on
 SCORES = {score.name: score for score in _SCORES}
 
 
 def get_score(name: str) -> Score:
-    """Look a score up by name, ``module:function``, or entry point in ``pyro_vje.scores``.
-
-    Raises
-    ------
-    ValueError
-        If there is none; the message lists the known ones.
-    """
+    """A score by name, ``module:function``, or entry point in ``pyro_vje.scores``; ``ValueError`` lists those known."""
     found = look_up(name, SCORES, what="score", group="pyro_vje.scores")
     if isinstance(found, Score):
         return found

@@ -24,7 +24,7 @@ from PIL import Image
 
 from pyro_vje import metrics
 from pyro_vje.anomaly.calibration import Calibration
-from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibrate, make_scorer, score_images
+from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibrate, make_scorer, score_batches, score_images
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
@@ -32,24 +32,15 @@ from pyro_vje.metrics.conformal import benjamini_hochberg
 from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
 from pyro_vje.pages.report import render_report
+from pyro_vje.runs import folder as runs
 from pyro_vje.runs.files import check_writable, write_atomic, write_json
-from pyro_vje.runs.folder import (
-    PICTURES,
-    WEIGHTS,
-    LoadedRun,
-    default_device,
-    deterministic_kernels,
-    load_run,
-    load_split,
-    versions,
-)
 
 log = logging.getLogger("pyro_vje")
 
 NORMAL_FOLDER = "normal"
 """A class folder of this name holds the normal images; every other class is an anomaly."""
 COLUMNS = ("path", "anomaly_score", "p_value", "decision", *PARTS, "label", "error")
-TEXT = ("path", "decision", "label", "error")
+TEXT = ["path", "decision", "label", "error"]
 THRESHOLDS = (0.05, 0.01)
 SHOWN = 12
 """Images at each end of the pictures."""
@@ -59,20 +50,10 @@ SHOWN = 12
 class ScoreResult:
     """What `score` found and where it wrote it.
 
-    Attributes
-    ----------
-    csv, summary, report : Path
-        The table, one row an image; ``*_summary.json``; and ``*_report.html`` if it was asked for.
-    scored, failed : int
-        Images scored, and images that could not be decoded (rows with an ``error``).
-    normal, anomalies, unlabelled : int or None
-        Of those scored, images of the normal class, of other classes, and without a label, which no metric counts.
-    auroc : float or None
-        Area under the ROC curve of the anomaly score, anomalies as the positive class.
-    flagged : int or None
-        Images decided to be anomalies, where ``alpha`` or ``fdr`` was given.
-    passes, settings : int, ScoreConfig
-        Passes of the encoder an image, and how it was done.
+    ``csv`` is the table, one row an image; ``failed`` images could not be decoded (rows with an ``error``). Of those
+    ``scored``, images of the normal class, of other classes (``anomalies``), and ``unlabelled`` ones, which no metric
+    counts; ``auroc`` is the area under the ROC curve, anomalies as the positive class. ``flagged`` images were called
+    anomalies, where ``alpha`` or ``fdr`` was given. ``passes`` of the encoder an image, and the ``settings``.
     """
 
     csv: Path
@@ -92,52 +73,44 @@ class ScoreResult:
 def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: Any) -> ScoreResult:
     """Score images: a CSV with a row for each and a summary, pictures and a report beside it.
 
-    Parameters
-    ----------
-    ckpt : path
-        Run folder or weights file.
-    settings : ScoreConfig, optional
-        What to score and how.
-    **overrides
-        Fields of `ScoreConfig` that take the place of those in ``settings``.
+    ``ckpt`` is a run folder or weights file; ``overrides`` are fields of `ScoreConfig` that take the place of those in
+    ``settings``.
 
     Raises
     ------
     ValueError
-        If a setting is out of its range or a name unknown, a decision is asked for and there are no p-values, or no
-        image can be decoded.
-    FileNotFoundError
-        If the run or the images are missing.
-    PermissionError, IsADirectoryError
-        If the CSV cannot be written where it is wanted.
+        If a setting is out of its range or a name unknown, a decision is asked for that no image can meet, or no image
+        can be decoded.
+    FileNotFoundError, PermissionError, IsADirectoryError
+        If the run or the images are missing, or the CSV cannot be written where it is wanted.
     """
     settings = dataclasses.replace(settings or ScoreConfig(), **overrides)
-    with deterministic_kernels(settings.deterministic):
-        return _score(ckpt, settings)
+    with runs.deterministic_kernels(settings.deterministic):
+        return _score(Path(ckpt), settings)
 
 
-def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
+def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     chosen = get_score(settings.score)
     if settings.num_pairs and chosen.needs_reference:
         raise ValueError(
             f"the score {chosen.name!r} compares clean images with the clean reference images: leave pairs out"
         )
-    target = _target(settings.out or (Path(ckpt) if Path(ckpt).is_dir() else Path()) / "scores.csv")
-    run = load_run(ckpt, trust_plugins=settings.trust_plugins, device=default_device())
+    target = _target(settings.out or (ckpt if ckpt.is_dir() else Path()) / "scores.csv")
+    run = runs.load_run(ckpt, trust_plugins=settings.trust_plugins, device=runs.default_device())
     images, normal = _images_and_normal_class(run, settings)
     scorer = make_scorer(run, settings)
-    calibration = calibrate(run, scorer, settings)
-    say_level(
-        0 if calibration is None else len(calibration.scores), len(images), settings.alpha, settings.fdr
-    )
+    known = calibrate(run, scorer, settings)
+    say_level(0 if known is None else len(known.scores), len(images), settings.alpha, settings.fdr)
 
-    weights = run.folder / WEIGHTS if run.folder else Path(ckpt)
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights = run.folder / runs.WEIGHTS if run.folder else ckpt
     how = {name: getattr(settings, name) for name in HOW}
-    made = {**how, "weights": sha256, "images": images.fingerprint()}
-    part = target.with_name(target.name + ".part")
-    rows = Rows(part, made, (len(images), 2 + len(PARTS)), resume=settings.resume)
-    failed = score_images(run, scorer, settings, images, rows, calibration)
+    made = {
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "images": images.fingerprint(),
+    }
+    part, shape = target.with_name(target.name + ".part"), (len(images), 2 + len(PARTS))
+    rows = Rows(part, how | made, shape, resume=settings.resume)
+    failed = score_images(images, rows, partial(score_batches, run, scorer, settings, known))
     table = _table(images, rows, failed, normal)
     scored = table[table.error.isna()]
     if not len(scored):
@@ -146,41 +119,33 @@ def _score(ckpt: str | Path, settings: ScoreConfig) -> ScoreResult:
         raise ValueError(
             f"the score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}"
         )
-    decision = None if calibration is None else _decide(table, len(calibration.scores), settings)
-
+    decision = None if known is None else _decide(table, len(known.scores), settings)
     counts, found = _against_labels(table)
     dataset, passes = settings.dataset or run.info.config.dataset, 2 * settings.num_pairs or 1
     place = (settings.data_dir or run.info.config.data_dir) if dataset == "folder" else dataset
-    how |= {
-        "meaning": chosen.description,
-        "likelihood": scorer.family.name,
-        "forward_passes_an_image": passes,
-    }
+    how |= {"meaning": chosen.description, "likelihood": scorer.family.name}
     summary = {
         "run": str(ckpt),
         "data": str(settings.data or f"{place}, split test"),
-        "score": how,
+        "score": {**how, "forward_passes_an_image": passes},
         "normal_class": normal,
         "counts": {"scored": len(scored), "failed": len(failed), **counts},
-        "calibration": describe_calibration(calibration),
+        "calibration": describe_calibration(known),
         "decision": decision,
         "metrics": found,
-        "weights_sha256": sha256,
-        "versions": versions(),
+        "weights_sha256": made["weights_sha256"],
+        "versions": runs.versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write_csv(target, table)
-    if settings.parquet:
-        _write_parquet(target.with_suffix(".parquet"), table)
+    _write(target, table, parquet=settings.parquet)
     summary_path = write_json(target.with_name(f"{target.stem}_summary.json"), summary)
     if settings.draw:
-        _draw(target, scored, images)
+        _draw(target, table[table.error.isna()], images)
     report = target.with_name(f"{target.stem}_report.html") if settings.report else None
     if report:
+        held_out = None if known is None else known.scores
         thumbnails = partial(_thumbnails, images, table)
-        known = None if calibration is None else calibration.scores
-        page = render_report(table, summary, known, thumbnails, target.parent)
-        write_atomic(report, page)
+        write_atomic(report, render_report(table, summary, held_out, thumbnails, target.parent))
     rows.remove()  # only now is everything written
     auroc, flagged = (found or {}).get("auroc"), (decision or {}).get("anomalies")
     about: dict[str, Any] = {"auroc": auroc, "flagged": flagged, "passes": passes, "settings": settings}
@@ -192,12 +157,13 @@ def _target(path: str | Path) -> Path:
     return check_writable(Path(path))
 
 
-def _images_and_normal_class(run: LoadedRun, settings: ScoreConfig) -> tuple[ImageSet, str | None]:
+def _images_and_normal_class(run: runs.LoadedRun, settings: ScoreConfig) -> tuple[ImageSet, str | None]:
     """The images to score, and the name of the class that is normal among them, if anything says so."""
     if settings.data is not None:
-        images = load_split(run, "all", "folder", settings.data, residency="stream")
+        images = runs.load_split(run, "all", "folder", settings.data, residency="stream")
     else:
-        images = load_split(run, "test", settings.dataset, settings.data_dir, download=settings.download)
+        place = settings.dataset, settings.data_dir
+        images = runs.load_split(run, "test", *place, download=settings.download)
     classes = images.classes or ()
     if settings.normal_class is not None:
         return images, classes[images.class_index(settings.normal_class)]
@@ -221,41 +187,40 @@ def _table(
 
     Beside `COLUMNS`, ``is_anomaly`` is 1, 0, or missing where nothing is known; ``position`` that in the set, or -1.
     """
-    table = pd.DataFrame.from_dict(
-        rows.numbers, "index", columns=["anomaly_score", *PARTS, "as_strange"], dtype=float
-    )
-    table = table.sort_index()
-    positions = torch.tensor(table.index.to_numpy())
+    index, names = (
+        sorted(rows.numbers),
+        [*(images.classes or ()), None],
+    )  # the label -1 is the last of them: none
+    labels = [None if images.labels is None else names[images.labels[i]] for i in index]
+    good, bad = [None] * len(index), [None] * len(failed)
+    text = {
+        "path": [*(images.paths[i] for i in index), *(path for path, _ in failed)],
+        "error": [*good, *(reason for _, reason in failed)],
+        "label": [*labels, *bad],
+        "decision": [*good, *bad],
+    }
     # Objects, as pandas' own text holds no path whose bytes are not UTF-8.
-    table["path"] = pd.Series([images.paths[i] for i in table.index], table.index, dtype=object)
-    labels = torch.full((len(table),), -1) if images.labels is None else images.labels[positions]
-    names = np.array([*(images.classes or ()), None], dtype=object)  # the label -1 is the last of them: none
-    table["label"] = pd.Series(names[labels.numpy()], table.index, dtype=object)
-    table["is_anomaly"] = np.nan
+    table = pd.DataFrame(text, dtype=object).assign(p_value=np.nan, is_anomaly=np.nan)
+    table["position"] = [*index, *[-1] * len(failed)]
     if normal is not None:
-        table["is_anomaly"] = (table.label != normal).where(table.label.notna()).astype(float)
-    table = table.assign(error=None, position=table.index)
-    if failed:
-        unread = pd.DataFrame(failed, columns=["path", "error"], dtype=object)
-        table = pd.concat([table, unread.assign(position=-1)])
-    text = {"decision": None, "label": table.label.astype(object), "error": table.error.astype(object)}
-    table = table.assign(p_value=np.nan, **text).reset_index(drop=True)
-    return table[[*COLUMNS, "is_anomaly", "position", "as_strange"]]
+        table["is_anomaly"] = (table.label != normal).astype(float).where(table.label.notna())
+    numbers = [rows.numbers[i] for i in index]
+    columns = ["anomaly_score", *PARTS, "as_strange"]
+    return table.join(pd.DataFrame(numbers, columns=columns, dtype=float))
 
 
 def _decide(table: pd.DataFrame, count: int, settings: ScoreConfig) -> dict[str, Any] | None:
     """Fill in p-values and decisions; returns how it was decided and how many are called anomalies."""
-    scored = table.index[table.error.isna()]
-    p_values = (1 + table.as_strange[scored].to_numpy()) / (count + 1)
-    table.loc[scored, "p_value"] = p_values
-    level = settings.fdr if settings.alpha is None else settings.alpha
-    if level is None:
+    table["p_value"] = (1 + table.as_strange) / (count + 1)
+    p_values = table.p_value[table.error.isna()]
+    if settings.alpha is not None:
+        rule, level, called = "p-value at most the level", settings.alpha, p_values <= settings.alpha
+    elif settings.fdr is not None:
+        rule, level = "Benjamini-Hochberg: false-discovery rate at most the level", settings.fdr
+        called = pd.Series(benjamini_hochberg(p_values.to_numpy(), level), p_values.index)
+    else:
         return None
-    rule, called = "p-value at most the level", p_values <= level
-    if settings.alpha is None:
-        rule = "Benjamini-Hochberg: false-discovery rate at most the level"
-        called = benjamini_hochberg(p_values, level)
-    table.loc[scored, "decision"] = np.where(called, "anomaly", "normal").astype(object)
+    table.loc[p_values.index, "decision"] = called.map({True: "anomaly", False: "normal"}).astype(object)
     return {"rule": rule, "level": level, "anomalies": int(called.sum())}
 
 
@@ -270,31 +235,23 @@ def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]
     return {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}, found
 
 
-def describe_calibration(calibration: Calibration | None) -> dict[str, Any] | None:
+def describe_calibration(known: Calibration | None) -> dict[str, Any] | None:
     """Number of calibration images, and above which score an image's p-value is at most some levels."""
-    if calibration is None:
+    if known is None:
         return None
-    count = len(calibration.scores)
-    about: dict[str, Any] = {"images": count, "smallest_p_value": 1 / (count + 1), "folds": calibration.folds}
-    if calibration.folds > 1:  # each fold has a score of its own
+    count, ordered = len(known.scores), np.sort(known.scores)[::-1]
+    about: dict[str, Any] = {"images": count, "smallest_p_value": 1 / (count + 1), "folds": known.folds}
+    if known.folds > 1:  # each fold has a score of its own
         return about
-    ordered = np.sort(calibration.scores)[::-1]
     ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
-    return about | {
-        "thresholds": {f"{a:g}": float(ordered[rank - 1]) if rank else None for a, rank in ranks.items()},
-        "threshold": "an image whose score is above it has a p-value of at most the level",
-    }
+    thresholds = {f"{level:g}": float(ordered[rank - 1]) if rank else None for level, rank in ranks.items()}
+    meaning = "an image whose score is above it has a p-value of at most the level"
+    return about | {"thresholds": thresholds, "threshold": meaning}
 
 
 def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -> None:
-    """Say beforehand which decisions so many calibration images can carry.
-
-    Raises
-    ------
-    ValueError
-        If a decision is asked for that no image could meet.
-    """
-    level = fdr if alpha is None else alpha
+    """Say beforehand which decisions so many calibration images carry; ``ValueError`` if no image could meet one."""
+    level, name = (fdr, "fdr") if alpha is None else (alpha, "alpha")
     if not count:
         no = "this run has no held-out images to calibrate scores (train --holdout, or pyro-vje calibrate)"
         if level is not None:
@@ -306,8 +263,7 @@ def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -
     if level is not None and level < least:
         raise ValueError(
             f"with {count} calibration images no p-value is below {least:.3g}, so nothing could be called an anomaly "
-            f"at {'alpha' if alpha is not None else 'fdr'} {level:g}: calibrate with {math.ceil(1 / level) - 1} or "
-            "more, or raise the level"
+            f"at {name} {level:g}: calibrate with {math.ceil(1 / level) - 1} or more, or raise the level"
         )
     if fdr is not None and (least_called := math.ceil(images * least / fdr)) > 1:
         log.warning(
@@ -319,23 +275,22 @@ def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -
 # What is written ------------------------------------------------------------------------------------------------------
 
 
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write the table with six digits; a text that a spreadsheet would execute gets an apostrophe (OWASP)."""
+def _write(path: Path, table: pd.DataFrame, *, parquet: bool) -> None:
+    """Write the table with six digits, a text that a spreadsheet would execute with an apostrophe (OWASP); Parquet."""
     shown = table[[*COLUMNS]].copy()
     for name in TEXT:
-        executed = [str(text).startswith(("=", "+", "-", "@", "\t", "\r")) for text in shown[name]]
-        shown.loc[executed, name] = "'" + shown.loc[executed, name]
+        cells = [f"'{x}" if str(x).startswith(tuple("=+-@\t\r")) else x for x in shown[name]]
+        shown[name] = pd.Series(cells, dtype=object)
     write_atomic(path, shown.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
-
-
-def _write_parquet(path: Path, table: pd.DataFrame) -> None:
+    if not parquet:
+        return
     content = io.BytesIO()
     paths = [name.encode(errors="surrogateescape").decode(errors="replace") for name in table.path]
     try:
         table[[*COLUMNS]].assign(path=paths).to_parquet(content, engine="pyarrow", compression="zstd")
     except ImportError:
         raise ValueError("Parquet needs pyarrow: pip install 'pyro-vje[parquet]'") from None
-    write_atomic(path, content.getbuffer())
+    write_atomic(path.with_suffix(".parquet"), content.getbuffer())
 
 
 def _image(images: ImageSet, i: int) -> torch.Tensor:
@@ -353,20 +308,18 @@ def _thumbnails(images: ImageSet, table: pd.DataFrame, rows: Sequence[int]) -> l
 
 def _draw(csv_path: Path, scored: pd.DataFrame, images: ImageSet) -> None:
     """Draw the histogram, the two factors, and the strangest images into a folder beside the CSV."""
-    folder, name = csv_path.parent / PICTURES, csv_path.stem
-    folder.mkdir(exist_ok=True)
+    name = csv_path.parent / runs.PICTURES / csv_path.stem
+    name.parent.mkdir(exist_ok=True)
     known = scored.is_anomaly.notna().any()
     is_anomaly = scored.is_anomaly.fillna(-1).to_numpy(int) if known else None
-    pictures.plot_score_histogram(
-        scored.anomaly_score.to_numpy(), is_anomaly, folder / f"{name}_histogram.png"
-    )
+    pictures.plot_score_histogram(scored.anomaly_score.to_numpy(), is_anomaly, f"{name}_histogram.png")
     if scored.log_direction.notna().any():
         factors = scored.log_direction.to_numpy(), scored.log_radius.to_numpy()
-        pictures.plot_direction_radius(*factors, is_anomaly, folder / f"{name}_direction_radius.png")
+        pictures.plot_direction_radius(*factors, is_anomaly, f"{name}_direction_radius.png")
     ordered = scored.sort_values("anomaly_score", kind="stable")
     ends = pd.concat([ordered.head(SHOWN), ordered.tail(SHOWN)]).drop_duplicates("position")
     shown = torch.stack([_image(images, i) for i in ends.position])
-    pictures.plot_strangest(shown, ends.anomaly_score.to_numpy(), folder / f"{name}_strangest.png", k=SHOWN)
+    pictures.plot_strangest(shown, ends.anomaly_score.to_numpy(), f"{name}_strangest.png", k=SHOWN)
 
 
 def embed(
@@ -383,9 +336,9 @@ def embed(
     ``labels`` (N,), -1 for none, with ``classes`` where the folder has class folders. Returns the file, the number of
     images in it, and the number that could not be decoded. Raises as `score` does.
     """
-    target, device = _target(out), default_device()
-    run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
-    images = load_split(run, "all", "folder", data, residency="stream")
+    target, device = _target(out), runs.default_device()
+    run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=device)
+    images = runs.load_split(run, "all", "folder", data, residency="stream")
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
     arrays = {name: getattr(encoded, name).numpy() for name in ("features", "embeddings", "loc", "scale")}
     arrays["paths"] = np.array([images.paths[i] for i in encoded.indices.tolist()])

@@ -25,7 +25,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyro_vje.anomaly.calibration import Split
+from pyro_vje.anomaly.calibration import Calibration
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
 from pyro_vje.anomaly.rows import HOW, calibrate, make_scorer
 from pyro_vje.anomaly.scores import get_score
@@ -123,7 +123,9 @@ def export(
     run.vje.encoder.to(memory_format=torch.contiguous_format)
     scorer = make_scorer(run, settings)
     known = calibrate(run, scorer, settings)
-    calibration = known.scores if isinstance(known, Split) else None  # folds would need all their heads
+    calibration = (
+        known.scores if known is not None and known.folds == 1 else None
+    )  # folds would need all their heads
     description = {**run.info.to_dict(), "score": {name: getattr(settings, name) for name in HOW}}
     del description["config"]["data_dir"]  # where the data lay concerns nobody else
     side = run.info.image_size
@@ -268,7 +270,7 @@ def model_card(
         family=get_family(settings.score_likelihood or run.info.config.likelihood),
         score=settings,
         meaning=get_score(settings.score).description,
-        calibration=describe_calibration(None if calibration is None else Split(calibration)),
+        calibration=describe_calibration(None if calibration is None else Calibration([calibration])),
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,
         file=file,
