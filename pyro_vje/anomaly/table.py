@@ -74,15 +74,9 @@ def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: An
     """Score images: a CSV with a row for each and a summary, pictures and a report beside it.
 
     ``ckpt`` is a run folder or weights file; ``overrides`` are fields of `ScoreConfig` that take the place of those in
-    ``settings``.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of its range or a name unknown, a decision is asked for that no image can meet, or no image
-        can be decoded.
-    FileNotFoundError, PermissionError, IsADirectoryError
-        If the run or the images are missing, or the CSV cannot be written where it is wanted.
+    ``settings``. It is a ``ValueError`` if a setting is out of its range or a name unknown, a decision is asked for that
+    no image can meet, or no image can be decoded; a ``FileNotFoundError``, ``PermissionError`` or ``IsADirectoryError``
+    if run or images are missing, or the CSV cannot be written where it is wanted.
     """
     settings = dataclasses.replace(settings or ScoreConfig(), **overrides)
     with runs.deterministic_kernels(settings.deterministic):
@@ -159,11 +153,11 @@ def _target(path: str | Path) -> Path:
 
 def _images_and_normal_class(run: runs.LoadedRun, settings: ScoreConfig) -> tuple[ImageSet, str | None]:
     """The images to score, and the name of the class that is normal among them, if anything says so."""
+    what: tuple[Any, ...] = ("test", settings.dataset, settings.data_dir)
+    how: dict[str, Any] = {"download": settings.download}
     if settings.data is not None:
-        images = runs.load_split(run, "all", "folder", settings.data, residency="stream")
-    else:
-        place = settings.dataset, settings.data_dir
-        images = runs.load_split(run, "test", *place, download=settings.download)
+        what, how = ("all", "folder", settings.data), {"residency": "stream"}
+    images = runs.load_split(run, *what, **how)
     classes = images.classes or ()
     if settings.normal_class is not None:
         return images, classes[images.class_index(settings.normal_class)]
@@ -308,27 +302,20 @@ def _thumbnails(images: ImageSet, table: pd.DataFrame, rows: Sequence[int]) -> l
 
 def _draw(csv_path: Path, scored: pd.DataFrame, images: ImageSet) -> None:
     """Draw the histogram, the two factors, and the strangest images into a folder beside the CSV."""
-    name = csv_path.parent / runs.PICTURES / csv_path.stem
-    name.parent.mkdir(exist_ok=True)
-    known = scored.is_anomaly.notna().any()
-    is_anomaly = scored.is_anomaly.fillna(-1).to_numpy(int) if known else None
-    pictures.plot_score_histogram(scored.anomaly_score.to_numpy(), is_anomaly, f"{name}_histogram.png")
+    kinds = ("histogram", "direction_radius", "strangest")
+    shares, factors, strangest = (csv_path.parent / runs.PICTURES / f"{csv_path.stem}_{x}.png" for x in kinds)
+    is_anomaly = scored.is_anomaly.fillna(-1).to_numpy(int) if scored.is_anomaly.notna().any() else None
+    pictures.plot_score_histogram(scored.anomaly_score.to_numpy(), is_anomaly, shares)
     if scored.log_direction.notna().any():
-        factors = scored.log_direction.to_numpy(), scored.log_radius.to_numpy()
-        pictures.plot_direction_radius(*factors, is_anomaly, f"{name}_direction_radius.png")
+        pictures.plot_direction_radius(scored.log_direction, scored.log_radius, is_anomaly, factors)
     ordered = scored.sort_values("anomaly_score", kind="stable")
     ends = pd.concat([ordered.head(SHOWN), ordered.tail(SHOWN)]).drop_duplicates("position")
     shown = torch.stack([_image(images, i) for i in ends.position])
-    pictures.plot_strangest(shown, ends.anomaly_score.to_numpy(), f"{name}_strangest.png", k=SHOWN)
+    pictures.plot_strangest(shown, ends.anomaly_score.to_numpy(), strangest, k=SHOWN)
 
 
 def embed(
-    ckpt: str | Path,
-    data: str | Path,
-    out: str | Path,
-    *,
-    batch_size: int = 256,
-    trust_plugins: bool = False,
+    ckpt: str | Path, data: str | Path, out: str | Path, *, batch_size: int = 256, trust_plugins: bool = False
 ) -> tuple[Path, int, int]:
     """Write features, embeddings and posteriors of a folder of images to an ``.npz`` file.
 
@@ -340,7 +327,7 @@ def embed(
     run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=device)
     images = runs.load_split(run, "all", "folder", data, residency="stream")
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
-    arrays = {name: getattr(encoded, name).numpy() for name in ("features", "embeddings", "loc", "scale")}
+    arrays = {name: x.numpy() for name, x in encoded._asdict().items() if name != "indices"}
     arrays["paths"] = np.array([images.paths[i] for i in encoded.indices.tolist()])
     if images.labels is not None:
         arrays["labels"] = images.labels[encoded.indices].numpy()
