@@ -74,9 +74,9 @@ def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: An
     """Score images: a CSV with a row for each and a summary, pictures and a report beside it.
 
     ``ckpt`` is a run folder or weights file; ``overrides`` are fields of `ScoreConfig` that take the place of those in
-    ``settings``. It is a ``ValueError`` if a setting is out of its range or a name unknown, no image can meet the
-    decision asked for, or no image can be decoded; a ``FileNotFoundError``, ``PermissionError`` or ``IsADirectoryError``
-    if run or images are missing, or the CSV cannot be written where it is wanted.
+    ``settings``. ``ValueError``: a setting is out of its range or a name unknown, no image can meet the decision asked
+    for, or none can be decoded. ``FileNotFoundError``, ``PermissionError``, ``IsADirectoryError``: run or images are
+    missing, or the CSV cannot be written where it is wanted.
     """
     settings = dataclasses.replace(settings or ScoreConfig(), **overrides)
     with runs.deterministic_kernels(settings.deterministic):

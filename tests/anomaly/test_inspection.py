@@ -1,0 +1,108 @@
+"""`inspect`: two folders in, the strange images out; with an encoder that is trained on them, and with a frozen one."""
+
+import csv
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_image
+from safetensors.torch import save_file
+
+from pyro_vje import TrainConfig, inspect
+from pyro_vje.anomaly import inspection
+
+TINY = {"encoder": "tiny", "weights": "none", "image_size": 16, "draw": False}
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+    """40 ``good`` images in subfolders, and ``new`` ones; what is trained on them is trained for seconds."""
+    rng = np.random.default_rng(1)
+    for name, kind, count in (
+        ("good/a", "normal", 20),
+        ("good/b", "normal", 20),
+        ("new", "normal", 3),
+        ("new", "spots", 3),
+    ):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            draw_image(kind, rng).save(tmp_path / name / f"{kind}{i:02d}.png")
+    few = partial(TrainConfig, epochs=2, folds=2, feature_views=2)
+    monkeypatch.setattr(inspection, "TrainConfig", few)
+    return tmp_path / "good", tmp_path / "new", tmp_path / "out"
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_few_images_give_p_values_and_no_decision_and_the_model_is_learned_once(photographs, caplog):
+    good, new, out = photographs
+    with caplog.at_level("INFO", "pyro_vje"):
+        result = inspect(*photographs, **TINY)
+    assert "40 good images are too few to decide at 0.05: p-values only" in caplog.text  # 12 are held out
+    assert (result.csv, result.scored, result.flagged) == (out / "scores.csv", 6, None)
+    assert result.report.is_file()
+    rows = read(result.csv)
+    assert {row["decision"] for row in rows} == {""}
+    assert all(float(row["p_value"]) >= 1 / 13 - 1e-6 for row in rows)
+    weights, before = out / "model" / "weights.safetensors", result.csv.read_bytes()
+    written = weights.stat().st_mtime_ns
+    with caplog.at_level("INFO", "pyro_vje"):
+        again = inspect(*photographs, **TINY, alpha=0.2)
+    assert weights.stat().st_mtime_ns == written
+    assert "is there already; remove it to learn anew" in caplog.text
+    assert again.flagged is not None
+    assert [row["anomaly_score"] for row in read(again.csv)] == [row["anomaly_score"] for row in rows]
+    assert again.csv.read_bytes() != before
+    with pytest.raises(ValueError, match=r"at alpha 0\.05: calibrate with 19 or more"):
+        inspect(*photographs, **TINY, alpha=0.05)
+
+
+def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs, caplog):
+    timm = pytest.importorskip("timm")
+    good, new, out = photographs
+    torch.manual_seed(3)
+    weights = good.parent / "network.safetensors"
+    save_file(timm.create_model("test_resnet.r160_in1k").state_dict(), weights)
+    with caplog.at_level("INFO", "pyro_vje"):
+        result = inspect(
+            *photographs,
+            encoder="timm:test_resnet.r160_in1k",
+            weights=str(weights),
+            image_size=32,
+            draw=False,
+        )
+    assert "this will take about" in caplog.text
+    about = json.loads(result.summary.read_text())
+    assert (about["calibration"]["images"], about["calibration"]["folds"]) == (40, 2)
+    assert about["decision"]["level"] == 0.05
+    assert about["score"]["score"] == "aggregate"
+    flags = [row["decision"] == "anomaly" for row in read(result.csv)]
+    assert flags == [float(row["p_value"]) <= 0.05 for row in read(result.csv)]
+    assert result.flagged == sum(flags)
+
+
+def test_a_folder_within_the_other_is_an_error(photographs):
+    good, new, out = photographs
+    for arguments, message in (
+        ((good, good / "a", out), r"NEW \(.*\) lies within GOOD"),
+        ((good / "a", good, out), r"GOOD \(.*\) lies within NEW"),
+        ((good, good, out), "lies within"),
+        ((good, new, new / "out"), r"--out \(.*\) lies within NEW"),
+    ):
+        with pytest.raises(ValueError, match=f"{message}.*count twice, name another"):
+            inspect(*arguments, **TINY)
+        assert not out.exists()
+
+
+def test_the_network_is_chosen_by_what_is_installed(monkeypatch):
+    for found, name in (("weights.pth", inspection.PRETRAINED), (None, "resnet-small")):
+        monkeypatch.setattr(inspection, "packaged_weights", lambda name, found=found: found)
+        monkeypatch.setattr(inspection, "find_spec", lambda name: object())
+        encoder, weights, why = inspection.choose_encoder()
+        assert (encoder, weights) == (name, "default" if found else "none")
+        assert "installed" in why
