@@ -90,24 +90,12 @@ def export(
 ) -> ExportResult:
     """Write a run as one file, checked against the model on random images, and `MODEL_CARD.md` beside it.
 
-    Parameters
-    ----------
-    ckpt : path
-        Run folder or weights file; p-values and scores that compare with reference images need the folder.
-    format : str
-        ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`.
-    out : path, optional
-        The file; by default ``model.onnx`` or ``model.pt2`` in the run folder.
-    score, score_likelihood, num_particles, seed :
-        As in `pyro_vje.score`, whose numbers the file's are.
-    trust_plugins : bool
-        See `pyro_vje.load_run`.
-
-    Raises
-    ------
-    ValueError
-        If a name is unknown, the extra is missing, the model uses what cannot be exported, or the file would not
-        compute what the model does.
+    ``ckpt`` is a run folder or weights file; p-values and scores that compare with reference images need the folder.
+    ``format`` is ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`. ``out`` is
+    the file, by default ``model.onnx`` or ``model.pt2`` in the run folder; ``score``, ``score_likelihood``,
+    ``num_particles`` and ``seed`` are as in `pyro_vje.score`, whose numbers the file's are; ``trust_plugins`` as in
+    `pyro_vje.load_run`. A ``ValueError`` says which name is unknown or extra is missing, that the model uses what cannot
+    be exported, or that the file would not compute what the model does.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
@@ -162,7 +150,7 @@ def export(
                 raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
     write_atomic(target, content)
     card = target.with_name(CARD)
-    write_atomic(card, model_card(run, settings, calibration, target.name, format, differences))
+    write_atomic(card, model_card(run, settings, known, differences, file=target.name, format=format))
     return ExportResult(target, card, differences)
 
 
@@ -243,12 +231,11 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 def model_card(
     run: LoadedRun,
     settings: ScoreConfig,
-    calibration: NDArray[np.float64] | None,
-    file: str,
-    format: str,
+    known: Calibration | None,
     differences: dict[str, float],
+    **file: str,
 ) -> str:
-    """A run's card in Markdown: its settings, and what its folder holds of measured numbers, with their protocols."""
+    """A run's card in Markdown: its settings, what its folder holds of measured numbers, and its ``file, format``."""
 
     def read(name: str) -> Any:
         path = None if run.folder is None else run.folder / name
@@ -259,22 +246,23 @@ def model_card(
         weights = hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
         scored = scored if scored["weights_sha256"] == weights and scored["metrics"] else None
     private = ("data_dir", "download", "workers")
-    card = files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8")
+    card = (
+        files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8") + "\n"
+    )  # Jinja drops the last
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(card + "\n")  # of which Jinja drops the last
-    return template.render(
+    config = run.info.config
+    return environment.from_string(card).render(
         info=run.info,
-        config=run.info.config,
-        settings={name: value for name, value in run.info.config.to_dict().items() if name not in private},
+        config=config,
+        settings={name: value for name, value in config.to_dict().items() if name not in private},
         parameters=sum(parameter.numel() for parameter in run.vje.parameters()),
-        family=get_family(settings.score_likelihood or run.info.config.likelihood),
+        family=get_family(settings.score_likelihood or config.likelihood),
         score=settings,
         meaning=get_score(settings.score).description,
-        calibration=describe_calibration(None if calibration is None else Calibration([calibration])),
+        calibration=describe_calibration(known),
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,
-        file=file,
-        format=format,
+        **file,
         differences={name: f"{value:.1e}" for name, value in differences.items()},
         trained=(read(CONFIG) or {}).get("versions"),
         exported=versions(),
