@@ -94,8 +94,8 @@ def export(
     ``format`` is ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`. ``out`` is
     the file, by default ``model.onnx`` or ``model.pt2`` in the run folder; ``score``, ``score_likelihood``,
     ``num_particles`` and ``seed`` are as in `pyro_vje.score`, whose numbers the file's are; ``trust_plugins`` as in
-    `pyro_vje.load_run`. A ``ValueError`` says which name is unknown or extra is missing, that the model uses what cannot
-    be exported, or that the file would not compute what the model does.
+    `pyro_vje.load_run`. A ``ValueError`` says which name is unknown, which extra missing, that the model uses
+    what cannot be exported, or that the file would not compute what the model does.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
