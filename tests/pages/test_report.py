@@ -294,12 +294,12 @@ def test_unlabelled_images_are_left_out_of_what_labels_say():
     assert "label: unlabelled" in html
 
 
-@pytest.mark.parametrize("value", [-1234.5, 1e20, float("nan"), float("inf")])
-def test_equal_scores(value):
-    table, held_out = rows(30, anomaly_score=value)
-    page = Page(render(table, held_out))
-    assert ("All scores are equal" in page.text) == np.isfinite(value)
-    assert ("30 images have no score" in page.text) == np.isnan(value)
+def test_equal_scores():
+    for value in (-1234.5, 1e20, float("nan"), float("inf")):
+        table, held_out = rows(30, anomaly_score=value)
+        page = Page(render(table, held_out))
+        assert ("All scores are equal" in page.text) == np.isfinite(value)
+        assert ("30 images have no score" in page.text) == np.isnan(value)
 
 
 def test_scores_and_parts_that_are_not_finite():
