@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -87,6 +88,11 @@ def images_at_once(images: Images, batch_size: int, device: str | torch.device) 
     return -(-batch_size // rows) * rows
 
 
+def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
+    embeddings = vje.project(features)
+    return embeddings, *vje.posterior(embeddings)
+
+
 def encode_batches(
     vje: VJE, images: Images, view: View, *, batch_size: int = 256, device: str | torch.device = "cpu"
 ) -> Iterator[Encoded]:
@@ -97,8 +103,7 @@ def encode_batches(
 
     def forward(batch: Tensor) -> tuple[Tensor, ...]:
         features = vje.features(view(batch))
-        embeddings = vje.project(features)
-        return features, embeddings, *vje.posterior(embeddings)
+        return features, *_head(vje, features)
 
     @torch.no_grad()
     def run(batch: Tensor) -> list[Tensor]:
@@ -127,13 +132,8 @@ def encode(
 @torch.no_grad()
 def encode_features(vje: VJE, features: Tensor) -> Encoded:
     """What a model says of images whose encoder's features ``(N, F)`` are at hand, on their device."""
-
-    def head(part: Tensor) -> tuple[Tensor, ...]:
-        embeddings = vje.project(part)
-        return embeddings, *vje.posterior(embeddings)
-
     was_training = vje.training
     vje.eval()
-    parts = in_equal_parts(head, features, rows=128)
+    parts = in_equal_parts(partial(_head, vje), features, rows=128)
     vje.train(was_training)
     return Encoded(torch.arange(len(features)), features, *parts)

@@ -61,11 +61,9 @@ class PosteriorNetwork(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Linear(dim, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)
-        )
-        self.loc = nn.Linear(hidden_dim, dim)
-        self.raw_scale = nn.Linear(hidden_dim, dim)
+        hidden = nn.Linear(dim, hidden_dim, bias=False)
+        self.trunk = nn.Sequential(hidden, nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True))
+        self.loc, self.raw_scale = nn.Linear(hidden_dim, dim), nn.Linear(hidden_dim, dim)
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Map embeddings to the posterior's loc and scale, both outside any lower precision of autocast."""
@@ -196,10 +194,7 @@ class VJE(nn.Module):
     def likelihood(
         self, z: Tensor, scale: Tensor, family: LikelihoodFamily | None = None
     ) -> dist.TorchDistribution:
-        """p(target | z, scale), a distribution over R^D for latents ``(..., D)`` and posterior scales.
-
-        ``family`` takes the place of the model's own, with the same settings.
-        """
+        """p(target | z, scale) over R^D for latents and posterior scales ``(..., D)``; another ``family`` if given."""
         if self.likelihood_raw_scale is not None:
             scale = (functional.softplus(self.likelihood_raw_scale) + MIN_SCALE).expand_as(scale)
         settings = self.settings

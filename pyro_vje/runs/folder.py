@@ -197,20 +197,13 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
 
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     """Collect what a new run will be described by."""
-    wanted, dataset, size = _preprocessing(config), find_dataset(config.dataset), train_set.image_size
+    wanted, own, size = _preprocessing(config), find_dataset(config.dataset), train_set.image_size
     view_size = round(size * wanted.crop) if wanted else size
-    return RunInfo(
-        config,
-        size,
-        tuple(wanted.mean if wanted else dataset.mean),
-        tuple(wanted.std if wanted else dataset.std),
-        train_set.classes,
-        len(train_set),
-        describe_stem(config.encoder or "", view_size),
-        view_size,
-        wanted.interpolation if wanted else "bilinear",
-        train_set.fingerprint(),
-    )
+    mean, std = (wanted.mean, wanted.std) if wanted else (own.mean, own.std)
+    interpolation = wanted.interpolation if wanted else "bilinear"
+    stem = describe_stem(config.encoder or "", view_size)
+    images = (train_set.classes, len(train_set), stem, view_size, interpolation, train_set.fingerprint())
+    return RunInfo(config, size, tuple(mean), tuple(std), *images)
 
 
 def decoded_as(config: TrainConfig) -> tuple[int | None, str]:
@@ -265,10 +258,7 @@ def _read(path: Path, read: Callable[[Any], T]) -> tuple[T, dict[str, Tensor]]:
 
 
 def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
-    """Read what `save_posteriors` wrote as ``name`` (`CALIBRATION` or `REFERENCE`); ``None`` where there is none.
-
-    A file that is damaged, of an unknown version or does not fit the model is a ``ValueError``.
-    """
+    """Read what `save_posteriors` wrote as ``name``; ``None`` where there is none, ``ValueError`` if it is damaged."""
     path = None if run.folder is None else run.folder / name
     if path is None or not path.is_file():
         return None
@@ -282,10 +272,7 @@ def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
 
 
 def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
-    """What `save_folds` wrote, if the run has it: folds ``(N,)``, features ``(N, F)``, heads of features.
-
-    A file that is damaged or does not fit the model is a ``ValueError``.
-    """
+    """What `save_folds` wrote, if the run has it: folds ``(N,)``, features ``(N, F)``, heads of features."""
     path = None if run.folder is None else run.folder / FOLDS
     if path is None or not path.is_file():
         return None

@@ -24,9 +24,8 @@ from pyro_vje.distributions.numerics import at_least_float32
 class GlobalNoise(Messenger):
     """Pyro handler in which a normal latent of plate ``image`` gets this process's part of the global batch's noise.
 
-    ``generator``, on the latents' device and in the same state in every process, draws for ``world_size`` times the
-    share, of which the ``rank``-th is kept. A latent that is not normal is drawn as it would be without the handler:
-    correct, but dependent on how many processes there are.
+    ``generator`` is in the same state in every process. Latents that are not normal are drawn as without the handler:
+    correctly, but dependent on how many processes there are.
     """
 
     def __init__(self, generator: torch.Generator, rank: int, world_size: int) -> None:
@@ -44,14 +43,13 @@ class GlobalNoise(Messenger):
         share, shape = loc.shape[axis], list(loc.shape)
         shape[axis] = share * self.world_size
         noise = torch.empty(shape, dtype=loc.dtype, device=loc.device).normal_(generator=self.generator)
-        msg["value"] = loc + noise.narrow(axis, self.rank * share, share) * normal.scale
-        msg["done"] = True
+        msg["value"], msg["done"] = loc + noise.narrow(axis, self.rank * share, share) * normal.scale, True
 
 
 class CPUSyncBatchNorm(LayerSync):
     """Batch norm over the global batch on CPUs, for which `torch.nn.SyncBatchNorm` is not made.
 
-    Only the modules' ``forward`` is another while the plugin is applied: parameters and buffers do not change.
+    Only the modules' ``forward`` is another: parameters and buffers do not change.
     """
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -87,10 +85,7 @@ def _global_batch_norm(module: _BatchNorm, images: Tensor) -> Tensor:
             factor = 1 / float(state.num_batches_tracked) if module.momentum is None else module.momentum
             state.running_mean.lerp_(mean, factor)
             state.running_var.lerp_(variance * (count / (count - 1)), factor)
-    scale = (variance + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight
-    out = centred * scale.view(shape)
-    if module.bias is not None:
-        out = out + module.bias.view(shape)
+    out = centred * (variance + module.eps).rsqrt().view(shape)
+    if module.affine:
+        out = out * module.weight.view(shape) + module.bias.view(shape)
     return out.to(images.dtype)

@@ -32,9 +32,8 @@ def cache_features(
 ) -> tuple[Tensor, ImageSet]:
     """Features ``(N, 1 + feature_views, feature_dim)`` of the clean image and augmented views, and whose they are.
 
-    They are written to ``folder/features.npy`` as they are made, `ROWS` images at a time, and mapped into memory, so
-    that no more than that is held; an interrupted cache goes on where it was. Images that cannot be decoded are left
-    out of both.
+    They are written to ``folder/features.npy`` as they are made, `ROWS` images at a time, and mapped into memory; an
+    interrupted cache goes on where it was. Images that cannot be decoded are left out of both.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, state, seed = folder / "features.npy", folder / "features.json", info.config.seed

@@ -15,9 +15,9 @@ import numpy as np
 import pyro
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from pyro.distributions import Independent
 from pyro.poutine import Trace
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, TwoViews, derive_seed, make_loader
@@ -141,11 +141,10 @@ class Pretraining(lightning.LightningModule):
         return torch.Generator(device).manual_seed(derive_seed("views", *step))
 
     def _record_parts(self, model_trace: Trace, guide_trace: Trace) -> None:
-        posterior = cast(Independent, guide_trace.nodes["z"]["fn"]).base_dist
         target: Any = model_trace.nodes["target"]["value"]
-        likelihood = cast(Any, model_trace.nodes["target"]["fn"])
-        kl = 0.5 * (posterior.variance + posterior.mean**2 - 1 - posterior.variance.log()).sum(-1)
-        self._add("kl", kl.mean())
+        likelihood: Any = model_trace.nodes["target"]["fn"]
+        latents: list[Any] = [trace.nodes["z"]["fn"] for trace in (guide_trace, model_trace)]
+        self._add("kl", kl_divergence(*latents).mean())
         self._add("log_likelihood", likelihood.log_prob(target).mean())
         if hasattr(likelihood, "log_prob_direction"):
             self._add("log_direction", likelihood.log_prob_direction(target).mean())

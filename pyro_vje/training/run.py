@@ -98,9 +98,8 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     vje.family.check(vje.embedding_dim, vje.settings)
     precision = choose_precision(config.precision)
     log.info(
-        "%s, %s; likelihood %s; %s; %d images of %d×%d pixels, batches of %d",
-        *(config.encoder, info.stem, config.likelihood, precision, len(train_set)),
-        *(info.view_size, info.view_size, config.batch_size),
+        f"{config.encoder}, {info.stem}; likelihood {config.likelihood}; {precision}; {len(train_set)} images of "
+        f"{info.view_size}×{info.view_size} pixels, batches of {config.batch_size}"
     )
     checkpoint = folder / CHECKPOINTS / checkpoints.LAST
     knn_sets = splits.monitor_sets(config, info.image_size, train_set, info.interpolation)
