@@ -1,14 +1,6 @@
 """Data sets, views and loaders; knows no model."""
 
-from pyro_vje.data.datasets import (
-    DATASETS,
-    Dataset,
-    Request,
-    find_dataset,
-    load_dataset,
-    recipe_for,
-    views_for,
-)
+from pyro_vje.data.datasets import DATASETS, Dataset, Request, find_dataset, load_dataset, views_for
 from pyro_vje.data.decode import ImageError, decode_image, list_images
 from pyro_vje.data.imageset import ImageSet, LazyImages, counted, free_memory
 from pyro_vje.data.loaders import ResidentLoader, StreamingLoader, derive_seed, make_loader
@@ -18,6 +10,6 @@ from pyro_vje.data.views import RECIPES, CleanView, Recipe, TwoViews
 __all__ = [
     "DATASETS", "RECIPES", "CleanView", "Dataset", "ImageError", "ImageSet", "LazyImages", "Recipe", "Request",
     "ResidentLoader", "StreamingLoader", "TwoViews", "counted", "decode_image", "derive_seed", "find_dataset",
-    "free_memory", "list_images", "load_dataset", "load_train_set", "make_loader", "recipe_for", "views_for",
+    "free_memory", "list_images", "load_dataset", "load_train_set", "make_loader", "views_for",
     "warn_if_shared",
 ]  # fmt: skip

@@ -73,7 +73,7 @@ def recipe_for(name: str, image_size: int) -> str:
 
 
 def views_for(name: str, image_size: int) -> tuple[TwoViews, CleanView]:
-    """Return the training and the evaluation views for a data set's name (`find_dataset`), as it is seen."""
+    """Return the training and the evaluation views for a data set's name (`find_dataset`)."""
     data = find_dataset(name)
     two_views = TwoViews(image_size, recipe_for(name, image_size), data.mean, data.std)
     return two_views, CleanView(image_size, data.mean, data.std)
@@ -153,22 +153,21 @@ def _stl10(request: Request, split: str) -> Arrays:
 
 def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: Any) -> Any:
     """Read a torchvision data set from ``request.root``, downloading it if absent and wanted."""
+    for download in (False, True)[: 1 + request.download]:
+        try:
+            return kind(str(request.root), download=download, **arguments)
+        except (
+            Exception
+        ) as error:  # absent, incomplete, other checksums; of a network or disk it is not one type
+            failure = error
     place = (request.root / folder).absolute()
-    try:
-        return kind(str(request.root), download=False, **arguments)
-    except (RuntimeError, OSError) as error:  # absent, incomplete, or files with other checksums
-        if not request.download:
-            raise FileNotFoundError(
-                f"{request.name}: not found, or incomplete, in {place}. Allow the download, or give the "
-                f"folder that holds {folder}/ as data_dir (--data-dir){_elsewhere(request.root)}"
-            ) from error
-    try:
-        return kind(str(request.root), download=True, **arguments)
-    except Exception as error:  # what a failing network or disk raises is not one type
-        raise FileNotFoundError(
-            f"{request.name}: not found in {place}, and the download failed ({type(error).__name__}: "
-            f"{error}). Fetch {kind.url} where there is a connection, and unpack it so that {place} exists"
-        ) from error
+    why = f"not found in {place}, and the download failed ({type(failure).__name__}: {failure})"
+    way = f"Fetch {kind.url} where there is a connection, and unpack it so that {place} exists"
+    if not request.download:
+        why = f"not found, or incomplete, in {place}"
+        way = f"Allow the download, or give the folder that holds {folder}/ as data_dir (--data-dir)"
+        way += _elsewhere(request.root)
+    raise FileNotFoundError(f"{request.name}: {why}. {way}") from failure
 
 
 def _in_memory(
@@ -198,12 +197,11 @@ def _in_memory(
 def _imagenet(request: Request) -> ImageSet:
     """ImageNet as extracted: ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``, without the devkit."""
     places = [request.root.absolute() / part for part in ("train", "val")]
-    missing = [str(place) for place in places if not place.is_dir()]
-    if missing:
+    if missing := " and no ".join(str(place) for place in places if not place.is_dir()):
         raise FileNotFoundError(
-            f"imagenet: no folder {' and no '.join(missing)}. ImageNet cannot be downloaded without an "
-            "account: get ILSVRC2012 from image-net.org, extract it to train/<class>/ and val/<class>/, "
-            f"and give the folder that holds both as data_dir{_elsewhere(request.root)}"
+            f"imagenet: no folder {missing}. ImageNet cannot be downloaded without an account: get ILSVRC2012 from "
+            "image-net.org, extract it to train/<class>/ and val/<class>/, and give the folder that holds both as "
+            f"data_dir{_elsewhere(request.root)}"
         )
     return _folder(request, ("val",))
 
@@ -217,15 +215,13 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     """Any tree of images.
 
     With subfolders ``train`` and ``test`` (or ``val``; see `PARTS`), these are the splits and the folders in them the
-    classes. Otherwise the first-level folders are the classes, and a tenth of the files, chosen by a hash
-    of each file's path in the tree, are the test split: a file never changes sides when others come or go.
-    Other images are unlabelled (-1). For the split ``all`` every image of the tree is taken.
+    classes. Otherwise the first-level folders are the classes, and a tenth of the files, by a hash of each path in the
+    tree, the test split: none changes sides when others come or go. Other images are unlabelled (-1).
     """
     root, split = request.root, request.split
     if not root.exists():
-        raise FileNotFoundError(
-            f"no such folder: {root.absolute()}: give the right one as data_dir (--data-dir){_elsewhere(root)}"
-        )
+        how = f"give the right one as data_dir (--data-dir){_elsewhere(root)}"
+        raise FileNotFoundError(f"no such folder: {root.absolute()}: {how}")
     known = [name for name in os.listdir(root) if name.lower() in PARTS] if root.is_dir() else []
     parts = {name: PARTS[name.lower()] for name in sorted(known) if (root / name).is_dir()}
     test = next((part for part in held_out if part in parts.values()), None)
@@ -252,10 +248,9 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
         how = "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test"
         logger.info("%s; %d of %s in the split %s", how, len(files), counted(len(every)), split)
     if not files:
-        raise ValueError(
-            f"{root} has no image in the split {split!r}: without train/ and test/ about a tenth are test "
-            "images, by a hash of the path. Add images, sort them into train/ and test/, or take the split 'all'"
-        )
+        how = "without train/ and test/ about a tenth are test images, by a hash of the path. Add images, "
+        how += "sort them into train/ and test/, or take the split 'all'"
+        raise ValueError(f"{root} has no image in the split {split!r}: {how}")
     sized = [path for path, place in every if not parts or in_split(place, "train")]
     paths = [path for path, _ in files]
     labels = torch.tensor([index.get(class_of(place), -1) for _, place in files])
@@ -270,8 +265,7 @@ def _images(request: Request) -> ImageSet:
     return replace(_folder(replace(request, split="all")), labels=None, classes=None)
 
 
-def _elsewhere(root: Path) -> str:
-    # A run keeps its data_dir as it was typed.
+def _elsewhere(root: Path) -> str:  # a run keeps its data_dir as it was typed
     return "" if root.is_absolute() else ", or work in the folder from which the run was trained"
 
 

@@ -30,10 +30,6 @@ class LazyImages:
     def __init__(self, paths: Sequence[str], size: int, interpolation: str = "bilinear") -> None:
         self.paths, self.size, self.interpolation = list(paths), size, interpolation
 
-    def at(self, paths: Sequence[str]) -> LazyImages:
-        """The same of other files."""
-        return LazyImages(paths, self.size, self.interpolation)
-
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -80,14 +76,13 @@ class ImageSet:
         if isinstance(self.images, Tensor):
             kind, shape = self.images.dtype, tuple(self.images.shape)
             if kind != torch.uint8 or len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3]:
-                raise ValueError(
-                    f"images must be uint8 (N, 3, S, S), got {kind} {shape}: floats in [0, 1] become it by "
-                    "(255 * images).round().to(torch.uint8), one grey channel by images.expand(-1, 3, -1, -1)"
-                )
+                how = "floats in [0, 1] become it by (255 * images).round().to(torch.uint8), one grey channel by "
+                how += "images.expand(-1, 3, -1, -1)"
+                raise ValueError(f"images must be uint8 (N, 3, S, S), got {kind} {shape}: {how}")
 
     @property
     def image_size(self) -> int:
-        """Side S of the images in pixels."""
+        """Side S in pixels."""
         return self.images.size if isinstance(self.images, LazyImages) else self.images.shape[-1]
 
     @property
@@ -114,18 +109,10 @@ class ImageSet:
         """Return the images at ``indices``: integers, or a boolean mask (N,)."""
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
-        paths, images = [self.paths[i] for i in index.tolist()], self.images
-        chosen = images[index] if isinstance(images, Tensor) else images.at(paths)
+        paths, old = [self.paths[i] for i in index.tolist()], self.images
+        chosen = old[index] if isinstance(old, Tensor) else LazyImages(paths, old.size, old.interpolation)
         labels = None if self.labels is None else self.labels[index]
         return replace(self, images=chosen, paths=paths, labels=labels, failed=list(self.failed))
-
-    def named(self, names: Sequence[str]) -> ImageSet:
-        """Return the images of these ``names`` in their order; raises ``ValueError`` for one that is not there."""
-        position = {name: i for i, name in enumerate(self.names)}
-        if missing := [name for name in names if name not in position]:
-            found = f"{len(missing)} of {counted(len(names))}"
-            raise ValueError(f"{found} are not there, for instance {missing[0]!r}")
-        return self.select([position[name] for name in names])
 
     def labels_at(self, indices: Tensor) -> Tensor:
         """Return the labels of the images at ``indices``; raises ``ValueError`` when there are no labels."""
@@ -142,14 +129,12 @@ class ImageSet:
     def class_index(self, which: str | int) -> int:
         """Return the label of a class given by name, or by index; raises ``ValueError`` if there is no such class."""
         classes = self.classes or ()
-        if isinstance(which, str) and which in classes:
-            return classes.index(which)
+        if which in classes:
+            return classes.index(str(which))
         if str(which).isdecimal() and int(which) < len(classes):
             return int(which)
-        known = ", ".join(f"{i}: {name}" for i, name in enumerate(classes[:100]))
-        raise ValueError(
-            f"no class {which!r} in these images; classes: {known or 'none, they are unlabelled'}"
-        )
+        known = [f"{i}: {name}" for i, name in enumerate(classes[:100])] or ["none, they are unlabelled"]
+        raise ValueError(f"no class {which!r} in these images; classes: {', '.join(known)}")
 
     def class_name(self, which: str | int) -> str:
         """Return the name of a class given by name or index: an index means another class in other data."""
@@ -171,8 +156,7 @@ class ImageSet:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         parts = torch.arange(len(self)).split(batch_size)
         if isinstance(self.images, Tensor):
-            for index in parts:
-                yield index, self.images[index[0] : index[-1] + 1]
+            yield from zip(parts, self.images.split(batch_size), strict=True)
             return
         decode = Decoded(self.images).__getitem__
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL

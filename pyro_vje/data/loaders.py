@@ -1,7 +1,6 @@
 """Batches of uint8 images: from the device's memory, or decoded by worker processes.
 
-The order of an epoch is a function of (seed, epoch) alone, so that a resumed run sees what an uninterrupted
-one would have seen.
+The order of an epoch is a function of (seed, epoch) alone: a resumed run sees what an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -107,15 +106,12 @@ class StreamingLoader(_EpochLoader):
         if not isinstance(image_set.images, LazyImages):
             raise ValueError("these images are in memory already: take ResidentLoader, or make_loader")
         self.image_set = image_set
+        workers = {"num_workers": num_workers, "persistent_workers": True, "prefetch_factor": 4}
+        how: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), **(workers if num_workers else {})}
+        # A circle would leave the workers to the garbage collector, which waits five seconds for each.
+        order_now = _EpochBatches(weakref.proxy(self))
         self._batches = DataLoader(
-            Decoded(image_set.images),
-            # A circle would leave the workers to the garbage collector, which waits five seconds for each.
-            batch_sampler=_EpochBatches(weakref.proxy(self)),
-            collate_fn=_collate,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            prefetch_factor=4 if num_workers else None,
-            pin_memory=torch.cuda.is_available(),
+            Decoded(image_set.images), batch_sampler=order_now, collate_fn=_collate, **how
         )
 
     def __iter__(self) -> Iterator[Tensor]:

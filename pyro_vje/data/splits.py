@@ -16,10 +16,8 @@ from pyro_vje.launch import machines
 
 log = logging.getLogger("pyro_vje")
 
-REFERENCE_IMAGES = 10_000
-"""At most: 15 MB at D = 128, and a density over them costs less than an encoder's pass."""
-MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000
-"""Most images that the k-NN monitor uses; `evaluate` uses all."""
+REFERENCE_IMAGES = 10_000  # at most: a density over them costs less than an encoder's pass
+MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # at most, for the k-NN monitor; `evaluate` uses all
 
 
 def _load(config: TrainConfig, split: str, image_size: int | None, interpolation: str) -> ImageSet:
@@ -34,9 +32,8 @@ def load_train_set(
 ) -> tuple[ImageSet, ImageSet | None]:
     """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
-    What identifies them is ``train_set.fingerprint()`` and ``held_out.names``. A normal class is named by
-    ``train_set.class_name(config.normal_class)``: its index would be another class in other data. Raises ``ValueError``
-    or ``FileNotFoundError`` if there is no such data set or class, or it has fewer images than a batch.
+    What identifies them is ``train_set.fingerprint()`` and ``held_out.names``. Raises ``ValueError`` or
+    ``FileNotFoundError`` if there is no such data set or class, or it has fewer images than a batch.
     """
     train_set = _load(config, "pretrain", image_size or config.image_size, interpolation)
     if config.normal_class is not None:

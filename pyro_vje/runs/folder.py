@@ -39,8 +39,8 @@ from pyro_vje.data import (
     find_dataset,
     load_dataset,
     load_train_set,
-    recipe_for,
 )
+from pyro_vje.data.datasets import recipe_for
 from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
 from pyro_vje.model.encoding import Posteriors
 from pyro_vje.model.pretrained import LIBRARIES, Preprocessing, preprocessing

@@ -161,6 +161,13 @@ def test_clean_view_normalises():
     torch.testing.assert_close(CleanView(16, MEAN, STD)(images), reference.normalize(expected, MEAN, STD))
 
 
+def test_a_clean_view_that_crops_is_torchvisions_center_crop():
+    for size in (32, 23, 16):
+        cut = CleanView(size, MEAN, STD, crop=True)(batch(4, 32))
+        expected = v2.CenterCrop(size)(batch(4, 32)).float() / 255
+        torch.testing.assert_close(cut, reference.normalize(expected, MEAN, STD))
+
+
 def test_views_for_a_data_set_standardise_it():
     images = load_dataset("digits")
     two, clean = views_for("digits", images.image_size)

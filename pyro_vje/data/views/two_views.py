@@ -65,21 +65,11 @@ pixels, factors, a shift of the hue in turns, sigma in pixels, and whether to fl
 
 
 class CleanView:
-    """Images for evaluation: uint8 to normalised float, without any randomness.
+    """Images for evaluation, uint8 to normalised float, without any randomness.
 
-    Parameters
-    ----------
-    image_size
-        Side S of the output; images of another size are resized (bilinear, antialiased).
-    mean, std
-        Of each channel, in [0, 1].
-    crop
-        Take the central square of larger images instead of resizing them.
-
-    Raises
-    ------
-    ValueError
-        If there is no image of this side, or the statistics are not those of three channels.
+    ``image_size`` is the side S of the output: images of another size are resized (bilinear, antialiased), or cut to
+    their central square with ``crop``. ``mean`` and ``std`` are of each channel, in [0, 1]. Raises ``ValueError`` if
+    there is no image of this side, or the statistics are not those of three channels.
     """
 
     def __init__(
@@ -113,25 +103,12 @@ class CleanView:
 
 
 class TwoViews(CleanView):
-    """Two augmented views of each image of a batch, or more.
+    """Two augmented views of each image, or more, by a :class:`Recipe` or the name of one in :data:`RECIPES`.
 
-    Parameters
-    ----------
-    image_size, mean, std
-        As for :class:`CleanView`.
-    recipe
-        A :class:`Recipe` or the name of one in :data:`RECIPES`.
-
-    Raises
-    ------
-    ValueError
-        If the recipe is unknown or blurs a single pixel, or as :class:`CleanView`.
-
-    Notes
-    -----
-    The order is fixed: crop and resize, flip, brightness, contrast, saturation, hue, greyscale, blur,
-    solarisation, normalisation. The pixels are those of ``torchvision.transforms.v2.functional`` on float
-    images; torchvision's ``ColorJitter`` shuffles the four colour operations, this does not.
+    The order is fixed: crop and resize, flip, brightness, contrast, saturation, hue, greyscale, blur, solarisation,
+    normalisation. The pixels are those of ``torchvision.transforms.v2.functional`` on float images; torchvision's
+    ``ColorJitter`` shuffles the four colour operations, this does not. Raises ``ValueError`` if the recipe is unknown
+    or blurs a single pixel, or as :class:`CleanView`.
     """
 
     def __init__(
@@ -156,24 +133,11 @@ class TwoViews(CleanView):
         same_for_all: bool = False,
         num_views: int = 2,
     ) -> Tensor:
-        """Draw V = ``num_views`` views of each image.
+        """Draw V = ``num_views`` views of each of the uint8 images (B, 3, H, W): float32 (V, B, 3, S, S), normalised.
 
-        Parameters
-        ----------
-        images
-            uint8 (B, 3, H, W).
-        generator
-            On the images' device; the views are a function of its state.
-        rank, world_size
-            Of several processes with equally seeded generators, each with its part of one global batch: the
-            views are those that one process would draw for the global batch.
-        same_for_all
-            Draw once, the same for every image, so that an image's views do not depend on the batch it is in.
-
-        Returns
-        -------
-        Tensor
-            float32 (V, B, 3, S, S), normalised.
+        The views are a function of the state of the ``generator``, on the images' device. Of several processes with
+        equally seeded generators, the ``rank``-th of ``world_size`` draws for its part of one global batch what one
+        process would draw. ``same_for_all`` draws once, so that an image's views do not depend on the batch it is in.
         """
         check_images(images)
         batch, _, *sides = images.shape
@@ -217,8 +181,7 @@ def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recip
     area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=-1)
     u = rest.unbind(-1)
     area = _between(area, *recipe.scale) * (full_height * full_width)
-    # Without exp, sqrt, round and floor: of few numbers already they wake torch's threads on a CPU, which then spin for
-    # milliseconds and hold up those that compute the views.
+    # Without exp, sqrt, round and floor: of few numbers already they wake torch's threads, which hold up the views'.
     root = math.sqrt(recipe.ratio[0]) * torch.pow(math.sqrt(recipe.ratio[1] / recipe.ratio[0]), ratio)
     side = torch.pow(area, torch.full_like(area, 0.5))
     widths, heights = _floor(side * root + 0.5), _floor(side / root + 0.5)
