@@ -17,8 +17,8 @@ from typing import Any
 
 import pandas as pd
 
+from pyro_vje.experiments.cells import NOT_USED, markdown, spread, text
 from pyro_vje.experiments.protocols import compare_scores
-from pyro_vje.experiments.tables import NOT_USED, markdown, spread, text
 
 FOLDER = Path(__file__).parent
 PAGES = (*sorted(FOLDER.glob("*.md")), FOLDER.parent / "README.md")

@@ -46,7 +46,7 @@ _HOMES = {
     "representation.evaluation": "evaluate", "runs.folder": "load_run",
 }  # fmt: skip
 _MOVED = {
-    "ablation": "experiments.ablation", "calibration": "metrics.conformal", "detectors": "experiments.baselines",
+    "ablation": "experiments.ablation", "calibration": "metrics.conformal", "detectors": "experiments.protocols",
     "encoders": "model.encoders", "evaluation": "representation.evaluation", "likelihoods": "model.likelihoods",
     "objective": "model.objective", "pictures": "pages.pictures", "protocols": "experiments.protocols",
     "report": "pages.report", "scores": "anomaly.scores", "scoring": "anomaly.table",

@@ -1,7 +1,4 @@
-"""The ablation: a grid of pretraining runs, resumable, and one table that compares them.
-
-Its folder is one of cells (`pyro_vje.experiments.cells`), with a picture ``ablation.png``.
-"""
+"""The ablation: a grid of pretraining runs in a folder of cells, with one table and one picture of them."""
 
 import dataclasses
 import itertools
@@ -17,28 +14,17 @@ from pyro_vje.anomaly.rows import HOW
 from pyro_vje.anomaly.table import score
 from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.experiments.cells import Cell, Cells, Comparison, protocols_of
-from pyro_vje.experiments.tables import NOT_USED, spread, text
+from pyro_vje.experiments.cells import NOT_USED, Cell, Cells, Comparison, Table, protocols_of, spread, text
 from pyro_vje.model.likelihoods import FAMILIES, SETTINGS
 from pyro_vje.pages import pictures
 from pyro_vje.representation.evaluation import probe
 from pyro_vje.runs.folder import METRICS, build_model, default_device, load_run, load_split
 from pyro_vje.training.monitor import HEALTH_IMAGES
 
-NOT_AXES = ("dataset", "data_dir", "download", "devices")
-"""Settings that cells have in common: numbers on different data do not compare."""
-UNSET = {"df": "D - 2", "embedding_dim": "by default"}
-"""What tables say of ``None`` where it does not mean none."""
-MEASURES = {
-    "knn": ("k-NN", ".3f"),
-    "linear": ("linear", ".3f"),
-    "auroc": ("AUROC", ".3f"),
-    "effective_rank": ("eff. rank", ".1f"),
-    "posterior_snr": ("post. SNR", ".2f"),
-    "loss": ("loss", ".2f"),
-    "seconds": ("seconds", ".0f"),
-}
-"""What is measured of a cell: heading and format in the table."""
+NOT_AXES = ("dataset", "data_dir", "download", "devices")  # numbers on different data do not compare
+MEASURES = {"knn": ("k-NN", ".3f"), "linear": ("linear", ".3f"), "auroc": ("AUROC", ".3f")}  # heading, format
+MEASURES |= {"effective_rank": ("eff. rank", ".1f"), "posterior_snr": ("post. SNR", ".2f")}
+MEASURES |= {"loss": ("loss", ".2f"), "seconds": ("seconds", ".0f")}
 
 
 def unused(config: TrainConfig) -> set[str]:
@@ -49,18 +35,13 @@ def unused(config: TrainConfig) -> set[str]:
 
 
 def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConfig]:
-    """Every combination of the axes' values, the first seed's before the second's.
-
-    A setting that does nothing in a cell keeps its default, and no cell is trained twice. ``ValueError`` if an axis is
-    no setting that may vary, has no values or one that the setting cannot have, or does nothing in any cell.
-    """
+    """Every combination of the axes' values, the first seed's first; what does nothing in a cell keeps its default."""
     allowed = [name for name in fields_of(TrainConfig) if name not in NOT_AXES]
     for name, values in axes.items():
         if name not in allowed:
             raise ValueError(f"{name} cannot be varied: choose axes among {', '.join(allowed)}")
         if isinstance(values, str) or not len(values):
             raise ValueError(f"axis {name} must be a sequence of values, not {values!r}")
-    # With the seed outermost, an ablation stopped early has compared all settings, if only on the first seed.
     names = sorted(axes, key=lambda name: name != "seed")
     found, default = [], TrainConfig()
     for values in itertools.product(*(axes[name] for name in names)):
@@ -75,19 +56,17 @@ def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConf
 def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path) -> Comparison:
     """Run every cell of a grid that has not been run yet, and write the tables that compare all of them.
 
-    ``axes`` are values of the settings that vary, by their names; ``base`` has the others. A cell gives what `train`
-    gives with the same settings and seed. One that was interrupted goes on from its last checkpoint; one that diverges,
-    or whose settings do not go together, becomes a row that says so. Values may be added from call to call, also by
-    several processes at once as long as their grids do not overlap. ``FileExistsError`` if the folder ``out`` holds
-    something else, or an ablation with another ``base``; ``ValueError`` or ``FileNotFoundError`` if an axis, a setting
-    in common or the data are unusable.
+    ``axes`` are values of the settings that vary, by name. A cell is what `train` gives; an interrupted one goes on, a
+    diverged one is a row that says so, and values may be added later, or side by side. ``FileExistsError`` if ``out``
+    holds anything else; ``ValueError``, ``FileNotFoundError`` if an axis, a setting in common or the data are unusable.
     """
     if base.devices != 1:
-        message = f"a cell trains on one device, not {base.devices}: run parts of the grid side by side"
-        raise ValueError(message)
+        raise ValueError(f"a cell trains on one device, not {base.devices}: run parts of it side by side")
     names = (*ABLATION_AXES[:-1], *sorted(set(axes) - set(ABLATION_AXES)), ABLATION_AXES[-1])
-    # Where these are not set they follow from the epochs, which may vary.
-    late = {"warmup_epochs": base.warmup_epochs, "knn_every": base.knn_every}
+    late = {
+        "warmup_epochs": base.warmup_epochs,
+        "knn_every": base.knn_every,
+    }  # if unset, by epochs, which may vary
     cells = Cells(Path(out), "ablation", {**base.resolved().to_dict(), **late}, names)
     named = {_name(config, names): config for config in grid(base, axes)}
     if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
@@ -96,7 +75,7 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
         common = dataclasses.replace(base, **single).resolved()
         build_model(common, load_train_set(common)[0].image_size)
 
-    def tabulate(found: list[Cell]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    def tabulate(found: list[Cell]) -> Table:
         rows = rows_of(found, names)
         table, constant = compare(rows, names)
         plot(rows, [name for name in names if name in table], cells.folder / "ablation.png")
@@ -118,13 +97,13 @@ def _said(settings: Mapping[str, Any]) -> str:
 
 
 def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    # The plug-ins in the run folder are those that the caller has just named.
-    run = load_run(folder, trust_plugins=True, device=default_device())
+    run = load_run(folder, trust_plugins=True, device=default_device())  # the caller has just named them
     measures = read_measures(folder / METRICS)
     health = {"images": min(HEALTH_IMAGES, run.info.train_images), "split": "train", "epoch": "last"}
     protocols: dict[str, Any] = {"loss": {"unit": "nats an image", "epoch": "last"}, "health": health}
-    train_set, test_set = (load_split(run, split, download=config.download) for split in ("train", "test"))
+    train_set = load_split(run, "train", download=config.download)
     if train_set.labels is not None and len(train_set.labels[train_set.labels >= 0].unique()) > 1:
+        test_set = load_split(run, "test", download=config.download)
         accuracy, found = probe(run.vje, run.info.view, train_set, test_set)
         measures |= {name: accuracy[name] for name in found}
         protocols |= found
@@ -132,39 +111,32 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
         scored = score(folder, download=config.download, draw=False, trust_plugins=True)
         if scored.auroc is not None:
             measures["auroc"] = scored.auroc
-            how = {name: getattr(scored.settings, name) for name in HOW}
-            protocols["auroc"] = {**how, "positive": "anomalies"}
+            protocols["auroc"] = {name: getattr(scored.settings, name) for name in HOW}
     return {"measures": measures, "protocols": protocols}
 
 
 def read_measures(path: Path) -> dict[str, float]:
     """What a run's ``metrics.csv`` says of its last epoch, and its seconds of training."""
     try:
-        history = pd.read_csv(path)
-        last = history[["loss", "effective_rank", "posterior_snr"]].astype(float).iloc[-1]
-        return {**last.to_dict(), "seconds": round(float(history["seconds"].astype(float).sum()), 3)}
+        history = pd.read_csv(path)[["loss", "effective_rank", "posterior_snr", "seconds"]].astype(float)
+        return {**history.iloc[-1].to_dict(), "seconds": round(float(history["seconds"].sum()), 3)}
     except (ValueError, TypeError, LookupError) as error:
-        message = f"{path} is damaged ({error}): remove {path.parent}, and the cell is trained anew"
-        raise ValueError(message) from None
+        raise ValueError(
+            f"{path} is damaged ({error}): remove {path.parent} to train the cell anew"
+        ) from None
 
 
 def shown(config: TrainConfig, name: str) -> str:
-    """A cell's setting as tables have it."""
+    """A cell's setting as tables have it, also where none is set and something else follows."""
+    unset = {"df": "D - 2", "embedding_dim": "by default"}.get(name, text(None))
     value = getattr(config, name)
-    if name in unused(config):
-        return NOT_USED
-    return UNSET[name] if value is None and name in UNSET else text(value)
+    return NOT_USED if name in unused(config) else unset if value is None else text(value)
 
 
 def rows_of(cells: Sequence[Cell], names: Sequence[str]) -> pd.DataFrame:
     """A row for each cell: its settings called ``names`` as text, its measures, its status."""
     rows = [
-        {
-            "cell": cell.name,
-            **vars(cell),
-            **cell.measures,
-            **{name: shown(cell.config, name) for name in names},
-        }
+        {"cell": cell.name, **vars(cell), **cell.measures} | {x: shown(cell.config, x) for x in names}
         for cell in cells
     ]
     frame = pd.DataFrame(rows, columns=["cell", *names, *MEASURES, "status", "error"])

@@ -1,28 +1,24 @@
 """Cells: the runs that a comparison trains, measures and writes down, each once, side by side in a folder.
 
-::
-
-    DIR/cells/NAME/               the run folder of a cell, as `train` leaves it
-    DIR/cells/NAME.json           what came of it; written last, so a cell that has it is done
-    DIR/SUMMARY.json              settings in common, what varies, every cell, versions, date
-    DIR/SUMMARY.csv, .md, .tex    the table
+``cells/NAME`` is a run folder as `train` leaves it; ``cells/NAME.json``, written last, says what came of it. Beside it
+are ``SUMMARY.json`` (settings in common, what varies, every cell, versions, date) and the table, .csv, .md and .tex.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.experiments import tables
-from pyro_vje.runs.files import check_form, is_begun, read_json, write_json
+from pyro_vje.runs.files import check_form, is_begun, read_json, write_atomic, write_json
 from pyro_vje.runs.folder import CONFIG, WEIGHTS, read_info, versions
 from pyro_vje.runs.stopping import GOES_ON, Interrupted
 from pyro_vje.training.run import train
@@ -30,8 +26,8 @@ from pyro_vje.training.run import train
 log = logging.getLogger("pyro_vje")
 
 CELLS = "cells"
-NO_NUMBER = ("download", "workers")
-"""How images are fetched and decoded changes no number, so a folder may be gone on with in another way."""
+NOT_USED = "-"  # in tables: a setting that does nothing in a cell, a number that is not there
+NO_NUMBER = ("download", "workers")  # how images are fetched and decoded may change in a folder
 FORM: dict[str, Any] = {"name": str, "config": dict, "status": str, "error": str | None}
 FORM |= {"measures": dict, "protocols": dict, "scores": list}
 SCORE_FORM = {"normal": str, "seed": int, "score": str, "on": str, "auroc": float, "auroc_95": list}
@@ -39,15 +35,11 @@ SCORE_FORM = {"normal": str, "seed": int, "score": str, "on": str, "auroc": floa
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell that has been run: its settings, measures (numbers by name), and how well each anomaly score does.
-
-    Its status is ``finished``; ``diverged``, the loss stopped being finite; or ``failed``, settings and data do not go
-    together; ``error`` says of what.
-    """
+    """A cell that has been run: its settings, measures (numbers by name), and how well each anomaly score does."""
 
     name: str
     config: TrainConfig
-    status: str
+    status: str  # finished, diverged, or failed: settings and data do not go together, as the error says
     error: str | None
     measures: dict[str, float] = field(default_factory=dict)
     protocols: dict[str, Any] = field(default_factory=dict)
@@ -66,19 +58,19 @@ class Cell:
         for row in values["scores"]:
             if [type(end) for end in check_form(row, SCORE_FORM)["auroc_95"]] != [float, float]:
                 raise ValueError(f"auroc_95 is {row['auroc_95']}, not two numbers")
-        kept = {name: values[name] for name in FORM}
-        return cls(**{**kept, "config": TrainConfig.from_dict(kept["config"])})
+        return cls(
+            **{name: values[name] for name in FORM} | {"config": TrainConfig.from_dict(values["config"])}
+        )
 
 
 Measure = Callable[[TrainConfig, Path], dict[str, Any]]
-Table = tuple[pd.DataFrame, pd.DataFrame, list[str]]
-"""A row for each number, a table of strings, and notes below it."""
+Table = tuple[pd.DataFrame, pd.DataFrame, list[str]]  # a row for each number, a table of strings, notes
 Tabulate = Callable[[list[Cell]], Table]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison came to: its folder, all cells run in it so far by their settings, and its table as text."""
+    """What a comparison came to: its folder, all cells run in it so far, and its table as text."""
 
     folder: Path
     cells: list[Cell]
@@ -92,35 +84,27 @@ class Comparison:
 
 @dataclass
 class Cells:
-    """The folder of a comparison, new or of the same one (else a ``FileExistsError``); making this writes nothing.
-
-    ``summary`` is its files' name; ``axes`` are the settings in which cells may differ, the others in ``settings``,
-    JSON-ready, may not.
-    """
+    """The folder of a comparison, new or of the same one (else a ``FileExistsError``); making this writes nothing."""
 
     folder: Path
-    summary: str
-    settings: Mapping[str, Any]
-    axes: Sequence[str]
+    summary: str  # name of its files
+    settings: Mapping[str, Any]  # that cells have in common, JSON-ready; those among the axes are left out
+    axes: Sequence[str]  # settings in which cells may differ
 
     def __post_init__(self) -> None:
-        free = (*self.axes, *NO_NUMBER)
-        self.settings = {name: value for name, value in self.settings.items() if name not in free}
+        free = {*self.axes, *NO_NUMBER}
+        self.settings = {name: self.settings[name] for name in self.settings if name not in free}
         path = self.folder / f"{self.summary}.json"
         if not path.is_file() and is_begun(self.folder):
-            raise FileExistsError(
-                f"{self.folder} exists and holds no {path.name}: name another folder (--out)"
-            )
+            raise FileExistsError(f"{self.folder} exists and holds no {path.name}: name another (--out)")
         new = self._fixed({"settings": self.settings})
         old = read_json(path, self._fixed) if path.is_file() else new
         default = TrainConfig().resolved().to_dict()  # of a setting that the version before did not have
         for name in sorted(old.keys() | new.keys()):
             before, now = (values.get(name, default.get(name)) for values in (old, new))
             if before != now and (name, now) != ("batch_size", None):  # then it follows from the data
-                raise FileExistsError(
-                    f"{self.folder} holds results with {name} {before}, not {now}: "
-                    "keep that setting, or name another folder (--out)"
-                )
+                other = f"{self.folder} holds results with {name} {before}, not {now}"
+                raise FileExistsError(f"{other}: keep that setting, or name another folder (--out)")
 
     def _fixed(self, summary: Any) -> dict[str, Any]:
         """The settings in a summary; the version before called them fixed, or had no axes."""
@@ -148,7 +132,7 @@ class Cells:
         try:
             for number, name in enumerate(todo, 1):
                 log.info("cell %d of %d: %s", number, len(todo), name)
-                self.write(self._run(name, configs[name], measure))
+                self.write(self._run(name, configs[name].resolved(), measure))
                 result = self.summarise(tabulate)
         except KeyboardInterrupt as stop:
             raise Interrupted.after(stop, GOES_ON) from None
@@ -157,7 +141,6 @@ class Cells:
     def _run(self, name: str, config: TrainConfig, measure: Measure) -> Cell:
         folder, began = self.folder / CELLS / name, time.monotonic()
         try:
-            config = config.resolved()
             if not (folder / WEIGHTS).is_file():
                 train(config, folder, resume=(folder / CONFIG).is_file())
             found = measure(config, folder)
@@ -177,12 +160,47 @@ class Cells:
         (self.folder / CELLS).mkdir(parents=True, exist_ok=True)
         cells = self.read()
         rows = [{**cell.to_dict(), "protocols": {}} for cell in cells]
-        about = {"versions": versions(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        about = {"versions": versions(), "date": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())}
         about |= {"protocols": protocols_of(cells), "settings": self.settings, "axes": self.axes}
         write_json(self.folder / f"{self.summary}.json", {**about, "cells": rows})
-        return Comparison(self.folder, cells, tables.write(self.folder, self.summary, *tabulate(cells)))
+        return Comparison(self.folder, cells, write_table(self.folder, self.summary, *tabulate(cells)))
 
 
 def protocols_of(cells: Sequence[Cell]) -> dict[str, Any]:
     """How the numbers were measured, which is the same for every cell."""
     return next((cell.protocols for cell in cells if cell.status == "finished"), {})
+
+
+def text(value: Any) -> str:
+    """A setting's value as written in names and tables: ``5``, ``true``, ``none``."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def spread(values: pd.Series, style: str) -> str:
+    """Mean, ± standard deviation where there are several values."""
+    values = values.dropna()
+    deviation = f" ± {values.std():{style}}" if len(values) > 1 else ""
+    return f"{values.mean():{style}}{deviation}" if len(values) else NOT_USED
+
+
+def write_table(
+    folder: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, notes: Sequence[str]
+) -> str:
+    """Write rows as CSV, a table of strings (``**best**``) as Markdown and LaTeX, and return it for a terminal."""
+    write_atomic(folder / f"{name}.csv", rows.to_csv(index=False, lineterminator="\n"))
+    write_atomic(folder / f"{name}.md", "\n\n".join([markdown(table), *notes]) + "\n")
+    latex = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", table.to_latex(index=False, escape=True))
+    write_atomic(folder / f"{name}.tex", "".join(f"% {x}\n" for x in notes) + latex.replace("±", r"$\pm$"))
+    plain = table.map(lambda entry: entry.strip("*"))
+    simple = str(plain.to_markdown(index=False, tablefmt="simple", disable_numparse=True))
+    lines = [textwrap.fill(note, 110, subsequent_indent="    ") for note in notes]
+    return "\n".join([*map(str.rstrip, simple.splitlines()), "", *lines])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of strings as Markdown."""
+    return str(
+        table.map(lambda entry: entry.replace("|", "\\|")).to_markdown(index=False, disable_numparse=True)
+    )

@@ -1,71 +1,83 @@
 """Published protocols of anomaly detection: one class against the others, and one data set against others.
 
-All scores of the package stand beside cheap detectors on features and pixels (`pyro_vje.experiments.baselines`), with
-the same normal images, the run's reference. Inspection images are one more case of the first: normal ones in
-``train/good`` and ``test/good``, defective ones in other folders of ``test/``. Results are in a folder of cells.
+All scores stand beside cheap detectors on features and pixels, with the same normal images, the run's reference.
+Inspection images are a case of the first: normal in ``train/good`` and ``test/good``, others elsewhere in ``test/``.
 """
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from sklearn.svm import OneClassSVM
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pyro_vje import metrics
+from pyro_vje.anomaly.detectors import Fitted, kernel_density, mahalanobis, nearest_neighbour
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.data.splits import reference_images
-from pyro_vje.experiments.baselines import DETECTORS
 from pyro_vje.experiments.cells import Cell, Cells, Comparison, Table
 from pyro_vje.model.encoding import encode
 from pyro_vje.representation.evaluation import pixels
 from pyro_vje.runs import folder as runs
 
-BATCH = 256
-KNN = ("k-NN 1", "k-NN 50")
-"""What the controls (untrained encoder, raw pixels) are judged by."""
+NOTE = "AUROC, anomalies positive, best in bold: mean ± standard deviation over seeds; 95 %: of the mean, over images"
 Names = Sequence[str]
 Seeds = Sequence[int]
-Scores = dict[tuple[str, str], Tensor]
-"""Anomaly scores ``(N,)`` by (score, what it looks at)."""
+Sources = Mapping[str, tuple[str, str | None]]
+Scores = dict[tuple[str, str], Tensor]  # (N,) by (score, what it looks at)
+
+
+def one_class_svm(normal: Tensor) -> Fitted:
+    """Negative decision function of a one-class SVM, RBF kernel, ν 0.1, on normalised vectors."""
+    fitted = OneClassSVM(nu=0.1, gamma="scale").fit(normalize(normal).cpu().numpy())
+    return lambda vectors: torch.from_numpy(-fitted.decision_function(normalize(vectors).cpu().numpy()))
+
+
+def feature_norm(normal: Tensor) -> Fitted:
+    """Negative norm of the vectors: what an encoder has not seen excites it less."""
+    return lambda vectors: -torch.linalg.vector_norm(vectors.double(), dim=-1)
+
+
+KNN: dict[str, Callable[[Tensor], Fitted]] = {f"k-NN {k}": partial(nearest_neighbour, k=k) for k in (1, 50)}
+DETECTORS = KNN | {"Mahalanobis": mahalanobis, "KDE": kernel_density, "one-class SVM": one_class_svm}
+DETECTORS |= {"feature norm": feature_norm}
+"""What a likelihood has to beat: cheap detectors on features, as in `pyro_vje.anomaly.detectors`."""
 
 
 def all_scores(run: runs.LoadedRun, sets: Sequence[ImageSet], *, likelihoods: Names = ()) -> list[Scores]:
-    """Every score (by the trained likelihood and the others named) and every detector on every set of images.
-
-    Detectors are fitted on the run's reference images; each encoder sees an image once.
-    """
+    """Every score, by the trained and the named likelihoods, and every detector, fitted on the run's reference."""
     view, config, device = run.info.view, run.info.config, next(run.vje.parameters()).device
     sets = [reference_images(runs.training_images(run)[0], config.seed), *sets]
     untrained = runs.build_model(config, run.info.view_size).to(device).eval()
-    trained, plain = ([encode(vje, x, view, device=device) for x in sets] for vje in (run.vje, untrained))
+    models = {"trained features": run.vje, "untrained features": untrained}
+    encoded = {on: [encode(vje, x, view, device=device) for x in sets] for on, vje in models.items()}
+    features = {on: [images.features for images in of] for on, of in encoded.items()}
+    features["raw pixels"] = [pixels(images, view)[1] for images in sets]
     found: list[Scores] = [{} for _ in sets[1:]]
     reference = runs.load_posteriors(run, runs.REFERENCE)
     for family in (config.likelihood, *likelihoods):
         scorer = Scorer(run.vje, reference=reference, likelihood=family, kl_weight=config.kl_weight)
-        for scores, images in zip(found, trained[1:], strict=True):
-            parts = [scorer.parts(part) for part in images.posteriors.split(BATCH)]
+        for scores, images in zip(found, encoded["trained features"][1:], strict=True):
+            parts = [scorer.parts(part) for part in images.posteriors.split(256)]
             for name, score in SCORES.items():
                 values = torch.cat([score(part) for part in parts]).cpu()
                 if values.isfinite().all():  # not every family splits direction and radius
                     on = f"likelihood {family}" if score.of == "likelihood" else score.of
                     scores.setdefault((name, on), values)
-    features = {
-        "trained features": [images.features for images in trained],
-        "untrained features": [images.features for images in plain],
-        "raw pixels": [pixels(images, view)[1] for images in sets],
-    }
     for on, (normal, *tests) in features.items():
-        for name in DETECTORS if on == "trained features" else KNN:
-            fitted = DETECTORS[name](normal)
+        for name, detector in (DETECTORS if on == "trained features" else KNN).items():
+            fitted = detector(normal)
             for scores, test in zip(found, tests, strict=True):
-                scores[name, on] = torch.cat([fitted(part) for part in test.split(BATCH)])
+                scores[name, on] = torch.cat([fitted(part) for part in test.split(256)])
     return found
 
 
@@ -74,16 +86,13 @@ def one_class(
 ) -> Comparison:
     """Train on one class's training images, score all test images; every class, by default, and every seed.
 
-    The protocol sets ``normal_class`` and ``seed`` of ``base``. In ``out`` finished cells are not run again, and an
-    interrupted one goes on; one that diverges, or has too few images, is a line that says so. ``likelihoods`` are
-    families to score with, beside the trained one. ``ValueError`` if the data have no labels, there is no such class,
-    or no seed; ``FileExistsError`` if ``out`` holds something else, or cells of other settings.
+    ``likelihoods`` are families to score with, beside the trained one. Finished cells of ``out`` stay. ``ValueError`` if
+    the data have no labels or no such class, or seeds are none; ``FileExistsError`` if ``out`` holds something else.
     """
     if not seeds:
         raise ValueError("seeds must name at least one, not none")
-    where: dict[str, Any] = {"image_size": base.image_size, "download": base.download, "residency": "stream"}
-    sets = (load_dataset(base.dataset, base.data_dir, split, **where) for split in ("train", "test"))
-    train, test = (images.labelled() for images in sets)
+    how: dict[str, Any] = {"image_size": base.image_size, "download": base.download, "residency": "stream"}
+    train, test = (load_dataset(base.dataset, base.data_dir, x, **how).labelled() for x in ("train", "test"))
     present = train.labels_at(torch.arange(len(train))).unique().tolist()
     names = [train.class_name(name) for name in classes or present]
     for name in names:
@@ -109,7 +118,7 @@ def one_class(
 
 def ood(
     ckpt: str | Path,
-    outside: Mapping[str, tuple[str, str | None]],
+    outside: Sources,
     out: str | Path,
     *,
     likelihoods: Names = (),
@@ -117,9 +126,8 @@ def ood(
 ) -> Comparison:
     """Score a run's own test images against those of other data sets: (data set, data_dir) by name in the table.
 
-    Of each the test split is taken, of a folder of images all. ``likelihoods`` are families to score with, beside the
-    trained one. ``ValueError`` or ``FileNotFoundError`` if the run or the data are unusable, ``FileExistsError`` if
-    ``out`` holds something else.
+    Of each the test split is taken, of a folder of images all; ``likelihoods`` are as in `one_class`. ``ValueError`` or
+    ``FileNotFoundError`` if the run or the data are unusable, ``FileExistsError`` if ``out`` holds something else.
     """
     run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
     config = dataclasses.replace(run.info.config, image_size=run.info.image_size)
@@ -135,7 +143,7 @@ def ood(
         cells.summarise(_tabulate)  # makes the folder
         for name, scores in zip(todo, theirs, strict=True):
             joined = {key: torch.cat([own[key], scores[key]]) for key in own if key in scores}
-            both, normal = (len(found[KNN[0], "raw pixels"]) for found in (joined, own))
+            both, normal = (len(found["k-NN 1", "raw pixels"]) for found in (joined, own))
             rows = _judge(joined, torch.arange(both) >= normal, normal=f"against {name}", seed=config.seed)
             cells.write(Cell(name, config, "finished", None, scores=rows))
     return cells.summarise(_tabulate)
@@ -144,20 +152,13 @@ def ood(
 def _judge(scores: Scores, is_anomaly: Tensor, **cell: Any) -> list[dict[str, Any]]:
     cell |= {"normal_images": int((~is_anomaly).sum()), "anomalies": int(is_anomaly.sum())}
     return [
-        {**cell, "score": name, "on": on, "forward_passes": 0 if on == "raw pixels" else 1}
-        | metrics.detection_metrics(values, is_anomaly)
+        {**cell, "score": name, "on": on, **metrics.detection_metrics(values, is_anomaly)}
         for (name, on), values in scores.items()
     ]
 
 
 def compare_scores(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """AUROC (anomalies positive) of each score: a column for each normal class, and their mean, the best marked.
-
-    A column is the mean over seeds; behind ± of the mean stands its standard deviation over seeds. The 95 % interval is
-    that of the mean, from the intervals of the cells, as if each had test images of its own.
-    """
-    if not rows:
-        return pd.DataFrame(columns=["score", "on", "mean", "95 %"])
+    """AUROC of each score: means over seeds by normal class, and of all, the interval as if no cells shared images."""
     frame, key = pd.DataFrame(rows), ["score", "on"]
     frame["squares"] = frame["auroc_95"].map(lambda ends: (ends[1] - ends[0]) ** 2 / 4)
     by = frame.groupby(key, sort=False)
@@ -176,9 +177,5 @@ def _tabulate(cells: list[Cell]) -> Table:
     frame = pd.DataFrame(rows)
     if rows:
         frame[["auroc_low", "auroc_high"]] = frame.pop("auroc_95").tolist()
-    notes = [
-        "AUROC, anomalies positive, the best in bold: means over seeds; ± behind the mean is the standard deviation "
-        "over seeds, in the last column the 95 % interval of the mean over images"
-    ]
-    notes += [f"{cell.name}: {cell.status}: {cell.error}" for cell in cells if cell.status != "finished"]
-    return frame, compare_scores(rows), notes
+    lost = [f"{cell.name}: {cell.status}: {cell.error}" for cell in cells if cell.status != "finished"]
+    return frame, compare_scores(rows) if rows else frame, [NOTE, *lost]

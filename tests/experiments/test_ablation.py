@@ -16,7 +16,7 @@ from pyro_vje import TrainConfig, ablate, evaluate, train
 from pyro_vje.cli import main
 from pyro_vje.experiments import cells
 from pyro_vje.experiments.ablation import grid, shown
-from pyro_vje.experiments.tables import NOT_USED
+from pyro_vje.experiments.cells import NOT_USED
 from pyro_vje.training import run as training
 from pyro_vje.training.monitor import EpochReport
 

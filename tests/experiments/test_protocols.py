@@ -18,9 +18,8 @@ from pyro_vje.cli import main
 from pyro_vje.data import load_dataset
 from pyro_vje.data.splits import reference_images
 from pyro_vje.experiments import cells
-from pyro_vje.experiments.baselines import DETECTORS
-from pyro_vje.experiments.protocols import compare_scores, one_class, ood
-from pyro_vje.experiments.tables import markdown
+from pyro_vje.experiments.cells import markdown
+from pyro_vje.experiments.protocols import DETECTORS, compare_scores, one_class, ood
 
 
 @pytest.fixture(scope="module")

@@ -415,7 +415,8 @@ def targets(folder: Path) -> dict[str, Target]:
         cells = Cells(folder / "grid", "ablation", {"epochs": 2}, axes).read()
         whole(not before.startswith(after), "a part of a cell was taken")
         ablation.compare(ablation.rows_of(cells, axes), axes)
-        protocols.compare_scores([row for cell in cells for row in cell.scores])
+        if rows := [row for cell in cells for row in cell.scores]:
+            protocols.compare_scores(rows)
 
     def read_summary(before: bytes, after: bytes) -> None:
         Cells(folder / "grid", "ablation", {"epochs": 2}, axes)
