@@ -86,7 +86,7 @@ def one_class(
 ) -> Comparison:
     """Train on one class's training images, score all test images; every class, by default, and every seed.
 
-    ``likelihoods`` are families to score with, beside the trained one. Finished cells of ``out`` stay. ``ValueError`` if
+    ``likelihoods`` are families to score with beside the trained one; cells done in ``out`` stay. ``ValueError`` if
     the data have no labels or no such class, or seeds are none; ``FileExistsError`` if ``out`` holds something else.
     """
     if not seeds:
