@@ -23,8 +23,7 @@ BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 def say(default: Any, help: str, *, off: str | None = None, **limits: Any) -> Any:
     """A setting: default, help, range as in `pydantic.Field`; ``off`` is what the flag of its opposite is called."""
-    if isinstance(default, float):
-        limits["allow_inf_nan"] = False
+    limits |= {"allow_inf_nan": False} if isinstance(default, float) else {}
     return Field(default, description=help, json_schema_extra={"off": off}, **limits)
 
 
@@ -243,8 +242,9 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     """
     path = RECIPES.get(str(name), Path(name))
     if not path.is_file():
-        known = ", ".join(RECIPES)
-        raise ValueError(f"no recipe {str(name)!r}: choose one of {known}, or the path of a TOML file")
+        raise ValueError(
+            f"no recipe {str(name)!r}: choose one of {', '.join(RECIPES)}, or a TOML file's path"
+        )
     try:
         values = tomllib.loads(path.read_text("utf-8"))
         if values.get("radius") == "none":
@@ -267,8 +267,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a run on each data set uses where nothing is said."""
 
+# Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run.
 STEPS, SMALLEST_BATCH, HEAD_STEPS = 20, 16, 500
-"""Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run."""
-
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")
 """What an ablation always varies (with one value or several), the seed last."""

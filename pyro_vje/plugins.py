@@ -16,10 +16,8 @@ def is_reference(name: str) -> bool:
 
 def import_reference(reference: str) -> object:
     """Import ``module:attribute``, where the module may be a file in the current folder; ``ValueError`` if it fails."""
-    module = reference.partition(":")[0]
-    # A console script does not have the current folder on its path, and a user's file usually lies there.
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+    module, here = reference.partition(":")[0], str(Path.cwd())
+    sys.path.insert(0, here)  # a console script does not have it there, and a user's file usually lies in it
     try:
         return pkgutil.resolve_name(reference)
     except Exception as error:  # the user's code may raise anything
