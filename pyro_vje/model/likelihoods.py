@@ -18,13 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.nn import functional
 
-from pyro_vje.distributions import (
-    DiagonalStudentT,
-    PolarProduct,
-    PolarStudentT,
-    PowerSpherical,
-    SphericalCauchy,
-)
+from pyro_vje import distributions as own
 from pyro_vje.plugins import look_up
 
 RadialFactor = Literal["student-t", "log-student-t"]
@@ -109,7 +103,7 @@ POLAR = ("df", "unit_radius", "radius_scale")
 )
 def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
-    return PolarStudentT(loc=loc, scale=scale, **vars(settings))
+    return own.PolarStudentT(loc=loc, scale=scale, **vars(settings))
 
 
 @register(
@@ -118,7 +112,7 @@ def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
 def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
     settings = replace(settings, radius="log-student-t")
-    return PolarStudentT(loc=loc, scale=scale, direction="projected", **vars(settings))
+    return own.PolarStudentT(loc=loc, scale=scale, direction="projected", **vars(settings))
 
 
 @register("polar-normal", "the Gaussian limit of polar-student-t", is_normalized=False, uses=SETTINGS[1:])
@@ -135,7 +129,7 @@ def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> To
 )
 def student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """One heavy tail for all features together."""
-    return DiagonalStudentT(settings.df, loc, scale)
+    return own.DiagonalStudentT(settings.df, loc, scale)
 
 
 @register(
@@ -168,8 +162,10 @@ def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
 
     Near its mode the density falls as exp(-κθ²/4), a tangent variance of 2/κ.
     """
-    direction = PowerSpherical(functional.normalize(loc, dim=-1), 2 / _direction_variance(scale, settings))
-    return PolarProduct(direction, _log_radius(loc, scale, settings))
+    direction = own.PowerSpherical(
+        functional.normalize(loc, dim=-1), 2 / _direction_variance(scale, settings)
+    )
+    return own.PolarProduct(direction, _log_radius(loc, scale, settings))
 
 
 @register(
@@ -186,10 +182,10 @@ def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -
     a = (loc.shape[-1] - 1) * _direction_variance(scale, settings)
     rho = 1 / (1 + a / 2 + (a + a.square() / 4).sqrt())  # the root below one, without cancellation
     # Rounding must not put a tiny scale's ρ on the excluded end of [0, 1).
-    direction = SphericalCauchy(
+    direction = own.SphericalCauchy(
         functional.normalize(loc, dim=-1), rho.clamp(max=1 - torch.finfo(rho.dtype).eps)
     )
-    return PolarProduct(direction, _log_radius(loc, scale, settings))
+    return own.PolarProduct(direction, _log_radius(loc, scale, settings))
 
 
 def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:

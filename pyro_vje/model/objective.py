@@ -39,8 +39,8 @@ class SymmetricELBO(Trace_ELBO):
 
     A `Trace_ELBO` for a model and guide on view pairs that hold both directions in plates, as `pyro_vje.VJE` does.
     ``elbo(model, guide)`` is an ``nn.Module`` whose call gives the negative objective in nats an image, differentiable,
-    for a torch optimiser; the same object is a ``loss`` for `pyro.infer.SVI`. The methods of a `VJE` get what its
-    `encode_views` made of the views, so that guide and model share one pass of the encoder.
+    for a torch optimiser; the same object is a ``loss`` for `pyro.infer.SVI`. Guide and model of a `VJE` share one pass
+    of the encoder.
 
     Unlike `Trace_ELBO` it returns one differentiable scalar and reads nothing back from the device, which asks for
     reparameterised guides; and it divides by the number of targets, 2 B: so is a global latent's term of a model of

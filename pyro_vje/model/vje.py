@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self, cast, get_args
 
 import pyro
@@ -221,7 +220,7 @@ class VJE(nn.Module):
         """Pyro model of both targets ``(2, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`."""
         self._register_for_svi()
         pair = self.encode_views(views)
-        with self._plates(pair):
+        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1))
             return pyro.sample("target", self.likelihood(z, pair.scale), obs=pair.target)
 
@@ -229,17 +228,12 @@ class VJE(nn.Module):
         """Pyro guide: the amortised posterior of each direction's latent given its context view; ``views`` as above."""
         self._register_for_svi()
         pair = self.encode_views(views)
-        with self._plates(pair):
+        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
             return pyro.sample("z", dist.Normal(pair.loc, pair.scale).to_event(1))
 
-    @contextmanager
-    def _plates(self, pair: ViewPair) -> Iterator[None]:
-        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
-            yield
-
     def _register_for_svi(self) -> None:
-        # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and
-        # pyro.module would silently tie two models of one process through the global store.
+        # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and tie two
+        # models of one process through the global store.
         tracers = (h for h in _PYRO_STACK if isinstance(h, poutine.trace_messenger.TraceMessenger))
         if not any(tracer.param_only for tracer in tracers):
             return
