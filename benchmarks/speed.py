@@ -37,8 +37,11 @@ from pyro_vje.data import ImageSet, ResidentLoader, views_for
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.encoding import Posteriors, encode_batches
 from pyro_vje.runs.folder import build_model
+from pyro_vje.runs.stopping import StopRequest
 from pyro_vje.training import run as training
-from pyro_vje.training.module import quiet_lightning
+from pyro_vje.training.checkpoints import LAST, Checkpoints
+from pyro_vje.training.module import Pretraining, quiet_lightning
+from pyro_vje.training.monitor import EpochReport
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32
@@ -229,17 +232,17 @@ class EpochClock(lightning.pytorch.Callback):
 def vje_epoch(encoder: str, train_set: ImageSet, batch: int, settings: Settings) -> Callable[[], float]:
     """An epoch of pretraining as `pyro_vje.train` runs it; gives its seconds, without the trainer's start."""
     vje, config = new_model(encoder, batch, settings)
-    _, view = views_for("cifar10", SIZE)
+    views, view = views_for("cifar10", SIZE)
 
     def epoch() -> float:
         clock = EpochClock()
         with tempfile.TemporaryDirectory() as folder, quiet_lightning():
-            report = training.EpochReport(Path(folder), train_set, None, view)
-            checkpoints = training.Checkpoints(Path(folder) / training.LAST, training.StopRequest())
+            report = EpochReport(Path(folder), train_set, None, view)
+            checkpoints = Checkpoints(Path(folder) / LAST, StopRequest())
             trainer = training._trainer(
                 Path(folder), config, [report, checkpoints, clock], settings.precision
             )
-            trainer.fit(training.Pretraining(vje, config, train_set))
+            trainer.fit(Pretraining(vje, config, train_set, views))
         return clock.seconds
 
     return epoch

@@ -24,7 +24,7 @@ from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, splits
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
-from pyro_vje.model import ELBO, VJE, encode, encode_features
+from pyro_vje.model import ELBO, VJE, encode, encode_features, own_objective
 from pyro_vje.runs import folder as layout
 from pyro_vje.runs.files import LOCK, is_begun, locked, write_json
 from pyro_vje.runs.folder import CHECKPOINTS, CONFIG, RunInfo, save_weights
@@ -96,6 +96,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     if config.compile:
         vje.encoder.compile()
     vje.family.check(vje.embedding_dim, vje.settings)
+    own_objective(config.objective)  # an unusable one is known before anything is written
     precision = choose_precision(config.precision)
     log.info(
         f"{config.encoder}, {info.stem}; likelihood {config.likelihood}; {precision}; {len(train_set)} images of "

@@ -31,6 +31,7 @@ from PIL import Image
 
 from pyro_vje.anomaly import table as scoring
 from pyro_vje.cli import main as command
+from pyro_vje.data import splits
 from pyro_vje.experiments import ablation, cells, protocols
 from pyro_vje.training import checkpoints
 from pyro_vje.training import monitor as monitoring
@@ -189,7 +190,7 @@ def _live(arguments: Sequence[str], log: Path, pipe: int, aim: Aim | None) -> No
     announce(training.Pretraining, "training_step", "step")
     announce(checkpoints.Checkpoints, "_save", "checkpoint", "step")
     announce(monitoring.EpochReport, "on_train_epoch_end", "evaluation", "step")
-    announce(training, "reference_images", "final writes")
+    announce(splits, "reference_images", "final writes")
     announce(ablation, "_measure", "evaluation")
     announce(protocols, "all_scores", "evaluation")
     announce(cells.Cells, "summarise", "table", "step")
