@@ -81,9 +81,7 @@ def check(make, dim, dtype, df=5.0, batch=(9,)):
 
 
 @pytest.mark.parametrize("make", STUDENT_T, ids=name)
-@pytest.mark.parametrize(
-    ("dim", "df"), [(d, df) for d in (2, 3, 128) for df in sorted({1.0, 5.0, d - 2.0, math.inf}) if df > 0]
-)
+@pytest.mark.parametrize(("dim", "df"), [(2, 1.0), (3, 5.0), (128, 126.0), (128, math.inf)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_student_t_is_log_prob_by_broadcasting(make, dim, df, dtype):
     check(make, dim, dtype, df)
@@ -129,7 +127,7 @@ def test_gradients_are_those_of_log_prob(make):
 
 
 @pytest.mark.parametrize("make", STUDENT_T, ids=name)
-@pytest.mark.parametrize("width", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("width", [1e-2, 1e-4])
 @pytest.mark.parametrize("dim", [3, 128])
 def test_values_next_to_loc_lose_nothing_to_the_expansion(make, width, dim):
     # A, B and C are up to 1e8 times the squared distance: float32 products would leave no digit of it.

@@ -242,7 +242,7 @@ class Normalised:
 
 @pytest.mark.parametrize(
     ("dim", "df", "scale"),
-    [(dim, df, scale) for dim in (2, 17) for df in (0.5, 15.0, math.inf) for scale in (0.05, 0.5, 5.0)]
+    [(dim, df, scale) for dim in (2, 17) for df in (0.5, 15.0, math.inf) for scale in (0.05, 5.0)]
     + [(128, 126.0, 0.09), (128, 0.5, 0.5), (512, 510.0, 0.2)],
 )
 def test_restricted_directions_are_drawn_from_their_density(dim, df, scale):
