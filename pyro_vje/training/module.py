@@ -100,7 +100,9 @@ class Pretraining(lightning.LightningModule):
             for which in sorted(groups)  # whether of the encoder, and whether decayed
         ]
         optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(named) if config.frozen else torch.optim.SGD(named, momentum=0.9, fused=True)
+            torch.optim.AdamW(named, fused=True)
+            if config.frozen
+            else torch.optim.SGD(named, momentum=0.9, fused=True)
         )
         steps_per_epoch = len(self.train_set) // self.batch_size
         warmup = round((config.warmup_epochs or 0) * steps_per_epoch)

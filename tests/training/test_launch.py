@@ -4,10 +4,17 @@ import pytest
 
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
 
-NAMES = (
-    "RANK LOCAL_RANK WORLD_SIZE GROUP_WORLD_SIZE TORCHELASTIC_RUN_ID SLURM_NTASKS SLURM_PROCID SLURM_NNODES "
-    "SLURM_JOB_NAME"
-).split()
+NAMES = [
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "GROUP_WORLD_SIZE",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_NTASKS",
+    "SLURM_PROCID",
+    "SLURM_NNODES",
+    "SLURM_JOB_NAME",
+]
 
 
 @pytest.mark.parametrize(
