@@ -1,6 +1,7 @@
 """Every command and every piece of Python that the README and the site show is run."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import documented
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import draw_image, tiny_encoder
 
+from pyro_vje import TrainConfig
+from pyro_vje.anomaly import inspection
 from pyro_vje.model import encoders
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +24,7 @@ PAGES = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty place of a user's, but for two folders of photographs; the named encoder is a tiny one."""
+    """An empty place of a user's, but for two folders of photographs; the default encoder is a tiny one."""
     rng = np.random.default_rng(0)
     for name, count in (("photos", 60), ("new_photos", 12)):
         (tmp_path / name).mkdir()
@@ -31,6 +34,9 @@ def folder(tmp_path, monkeypatch):
             )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(encoders.ENCODERS, "resnet-small", tiny_encoder)
+    # As where no pretrained weights are installed, which would take minutes.
+    monkeypatch.setattr(inspection, "packaged_weights", lambda name: None)
+    monkeypatch.setattr(inspection, "TrainConfig", partial(TrainConfig, epochs=1))
     yield tmp_path
     for name in {path.stem for path in tmp_path.glob("*.py")}:
         sys.modules.pop(name, None)
