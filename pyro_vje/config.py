@@ -8,7 +8,6 @@ import logging
 import math
 import tomllib
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
@@ -36,7 +35,7 @@ def choices_of(field: FieldInfo) -> list[str | None]:
     """The values of a setting that takes a few named ones, else nothing."""
     parts = get_args(field.annotation)
     named = next((part for part in parts if get_origin(part) is Literal), field.annotation)
-    return [*get_args(named), *[None] * (NoneType in parts)] if get_origin(named) is Literal else []
+    return [*get_args(named), *[None] * (type(None) in parts)] if get_origin(named) is Literal else []
 
 
 def range_of(field: FieldInfo) -> str:
@@ -265,7 +264,6 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "folder": {"encoder": "resnet18", "epochs": 100, "batch_size": 256},
     "images": {"encoder": "resnet-small", "epochs": 100, "batch_size": 256},
 }
-"""What a run on each data set uses where nothing is said."""
 
 # Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run.
 STEPS, SMALLEST_BATCH, HEAD_STEPS = 20, 16, 500

@@ -1,27 +1,6 @@
 """Image files to uint8 tensors: every failure is one exception type, whatever the file holds.
 
-What becomes of files that are found in folders that nobody has looked through (``score`` writes a row for each):
-
-=======================================  ===============================================================
-8-bit, 1-bit, palette, CMYK              converted to RGB
-16-bit                                   0..65535 to 0..255, whatever the image's own maximum is
-32-bit integers                          as 16-bit; a value outside 0..65535 is an error
-float                                    [0, 1] to 0..255; a value outside, infinite or NaN is an error
-transparency                             over white; what is transparent everywhere is taken as opaque
-EXIF orientation                         applied; a damaged EXIF block is ignored
-animated GIF, WebP, multi-page TIFF      the first frame
-1 × 1, 20,000 × 20                       the centre square, resized
-more than `MAX_PIXELS` pixels            error, "refused as a decompression bomb"; nothing is decoded
-0 bytes, cut off, damaged, another kind  error that says which
-HEIC                                     read where pillow-heif is installed, else an error that says so
-raw camera files, PSD, SVG, DICOM, ...   error; files of any other extension are left out, and counted in the log
-gone since it was listed                 error, "No such file or directory"
-a file or folder without permission      error, "Permission denied"; of a folder one row
-a link to itself, or to nowhere          error of the system; a linked folder is read, unless it contains itself
-run folder, pictures/ of scoring         left out with a line in the log: our own pictures are no data
-pipe, socket, device                     error, "not a regular file"; it is never opened
-name with newline, quote, no UTF-8       as any other; the CSV quotes it, and holds the name's own bytes
-=======================================  ===============================================================
+The page of this module in `docs/api/data.md` has a table of what becomes of each kind of file.
 """
 
 from __future__ import annotations
@@ -70,7 +49,7 @@ class ImageError(ValueError):
 
 
 def decode_image(source: Source, size: int | None = None, interpolation: str = "bilinear") -> Tensor:
-    """Decode one image file, a path or its bytes, as the table above says, to RGB: uint8 (3, H, W).
+    """Decode one image file, a path or its bytes, to RGB: uint8 (3, H, W).
 
     With ``size`` the shorter side is resized to so many pixels (``"bilinear"`` or ``"bicubic"``, antialiased), and the
     centre square is left: uint8 (3, size, size). Raises :class:`ImageError` for whatever reason that fails.

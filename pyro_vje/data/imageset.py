@@ -122,7 +122,7 @@ class ImageSet:
 
     def labelled(self) -> ImageSet:
         """Return the images that have a label; raises ``ValueError`` when none has."""
-        if self.labels is None or not bool((self.labels >= 0).any()):
+        if self.labels is None or (self.labels < 0).all():
             raise ValueError("these images have no labels: sort a folder's images into one subfolder a class")
         return self.select(self.labels >= 0)
 
@@ -143,7 +143,7 @@ class ImageSet:
     def of_class(self, which: str | int) -> ImageSet:
         """Return the images of one class (see :meth:`class_index`); raises ``ValueError`` where there are none."""
         label = self.class_index(which)
-        if self.labels is None or not bool((self.labels == label).any()):
+        if self.labels is None or label not in self.labels:
             raise ValueError(f"no image of class {which!r} in this split")
         return self.select(self.labels == label)
 

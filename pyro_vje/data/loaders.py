@@ -28,12 +28,12 @@ def derive_seed(*parts: int | str) -> int:
 
 def check_batch(batch_size: int, count: int, processes: int = 1) -> None:
     """Raise ``ValueError`` unless the images make a batch, in equal shares for the processes."""
-    if batch_size < 1 or batch_size % processes:
-        # Gradients and batch statistics are averaged over the processes, which is right for equal shares.
+    why = ""
+    if batch_size < 1 or batch_size % processes:  # gradients and statistics are averaged over equal shares
         why = f"cannot be shared equally by {processes} processes: choose a multiple of {processes}"
-        raise ValueError(f"batch_size {batch_size} {why}")
-    if batch_size > count:
+    elif batch_size > count:
         why = f"is larger than the data, {count} images: choose at most {count}"
+    if why:
         raise ValueError(f"batch_size {batch_size} {why}")
 
 
@@ -45,16 +45,10 @@ class _EpochLoader:
     """
 
     def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int = 0,
-        device: Any = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
+        self, n: int, batch_size: int, seed: int = 0, device: Any = "cpu", rank: int = 0, world_size: int = 1
     ) -> None:
-        check_batch(batch_size, count, world_size)
-        self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, torch.device(device)
+        check_batch(batch_size, n, world_size)
+        self.count, self.batch_size, self.seed, self.device = n, batch_size, seed, torch.device(device)
         self.rank, self.share = rank, batch_size // world_size
         self.epoch = self.taken = self._start = 0
 
@@ -109,10 +103,8 @@ class StreamingLoader(_EpochLoader):
         workers = {"num_workers": num_workers, "persistent_workers": True, "prefetch_factor": 4}
         how: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), **(workers if num_workers else {})}
         # A circle would leave the workers to the garbage collector, which waits five seconds for each.
-        order_now = _EpochBatches(weakref.proxy(self))
-        self._batches = DataLoader(
-            Decoded(image_set.images), batch_sampler=order_now, collate_fn=_collate, **how
-        )
+        order_now, decoded = _EpochBatches(weakref.proxy(self)), Decoded(image_set.images)
+        self._batches = DataLoader(decoded, batch_sampler=order_now, collate_fn=_collate, **how)
 
     def __iter__(self) -> Iterator[Tensor]:
         # After resuming, from one before: it stands in for the next if that is damaged.
@@ -133,23 +125,17 @@ class StreamingLoader(_EpochLoader):
 
 
 def make_loader(
-    image_set: ImageSet,
-    batch_size: int,
-    *,
-    device: Any = "cpu",
-    residency: str = "auto",
-    num_workers: int = 0,
-    **order: Any,
+    image_set: ImageSet, batch_size: int, residency: str = "auto", num_workers: int = 0, **order: Any
 ) -> ResidentLoader | StreamingLoader:
     """Choose the loader for a set of images, in batches of ``batch_size`` over all processes, and log the choice.
 
     Images in memory lie on the ``device`` of the training where ``residency`` says ``"memory"``, or ``"auto"`` and they
     take at most half of what is free there; else in host memory. A lazy set is decoded by ``num_workers`` processes (0:
-    this one). ``order`` is a ``seed``, and ``rank`` and ``world_size`` of this process, for its part of each batch.
+    this one). ``order``: ``device``, ``seed``, and ``rank`` and ``world_size`` of this process, for its part of a batch.
     Raises ``ValueError`` if the batch is larger than the data or no multiple of ``world_size``.
     """
     check_residency(residency)
-    device = torch.device(device)
+    device = torch.device(order.pop("device", "cpu"))
     if isinstance(image_set.images, LazyImages):
         if residency == "memory":
             raise ValueError("these images are decoded when read: load them with residency='memory' first")
@@ -157,7 +143,7 @@ def make_loader(
         return StreamingLoader(image_set, batch_size, num_workers=num_workers, **order)
     need = image_set.images.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    on_device = residency == "memory" or device.type == "cpu" or (residency == "auto" and need <= free // 2)
+    on_device = residency == "memory" or (residency == "auto" and need <= free // 2)
     place = device if on_device else torch.device("cpu")
     sizes = (len(image_set), need / 1e9, place, device, free / 1e9)
     logger.info("%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB)", *sizes)

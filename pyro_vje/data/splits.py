@@ -21,10 +21,9 @@ MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # at most, for the k-NN monitor; `e
 
 
 def _load(config: TrainConfig, split: str, image_size: int | None, interpolation: str) -> ImageSet:
-    where: dict[str, Any] = {"download": config.download, "residency": config.residency}
-    return load_dataset(
-        config.dataset, config.data_dir, split, image_size=image_size, interpolation=interpolation, **where
-    )
+    how: dict[str, Any] = {"image_size": image_size, "interpolation": interpolation}
+    how |= {"download": config.download, "residency": config.residency}
+    return load_dataset(config.dataset, config.data_dir, split, **how)
 
 
 def load_train_set(
@@ -75,13 +74,13 @@ def monitor_sets(
     """Labelled training and test images for the k-NN monitor, where there are labels of two classes."""
     if not config.knn_every or config.normal_class is not None or train_set.labels is None:
         return None
-    labelled = train_set.labelled()
-    if labelled.labels is None or len(labelled.labels.unique()) < 2:
+    if len(train_set.labels[train_set.labels >= 0].unique()) < 2:
         return None
+    labelled = train_set.labelled()
     test = _load(config, "test", image_size, interpolation).labelled()
     warn_if_shared(train_set, test)
-    chosen = [evenly_spread(len(labelled), MONITOR_TRAIN), evenly_spread(len(test), MONITOR_TEST)]
-    return labelled.select(chosen[0]), test.select(chosen[1])
+    spread = [evenly_spread(len(labelled), MONITOR_TRAIN), evenly_spread(len(test), MONITOR_TEST)]
+    return labelled.select(spread[0]), test.select(spread[1])
 
 
 def warn_if_shared(train: ImageSet, test: ImageSet) -> None:

@@ -1,8 +1,7 @@
 """Augmentation of a batch of images, each with its own parameters, without a loop over images.
 
-Each function takes float32 images (B, 3, H, W) in [0, 1] and parameters (B,), and gives the pixels that
-the function of ``torchvision.transforms.v2.functional`` in its docstring gives for each image alone. Those
-whose name ends in ``_`` change the images in place.
+Each takes float32 images (B, 3, H, W) in [0, 1] and parameters (B,), and gives the pixels that the function of
+``torchvision.transforms.v2.functional`` in its docstring gives for each; those ending in ``_`` change them in place.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ def _place(start: Tensor, length: Tensor, out: Tensor, full: int) -> Tensor:
 def _weights(start: Tensor, length: Tensor, out: Tensor, full: int) -> Tensor:
     """Weights (B, S, full) of the pixels at the positions ``out`` (B, S) of boxes: a triangle filter.
 
-    Its half width is one pixel of the input or of the output, whichever is larger (the antialiasing of
-    Pillow and torchvision), and it is cut off and renormalised at the edges of the box.
+    Its half width is one pixel of the input or of the output, whichever is larger (the antialiasing of Pillow and
+    torchvision), and it is cut off and renormalised at the edges of the box.
     """
     start, length = start[:, None, None], length[:, None, None]
     pixel = torch.arange(full, device=out.device) + 0.5 - start  # centres, from the box's edge
@@ -72,11 +71,10 @@ def saturation_(images: Tensor, factor: Tensor) -> Tensor:
 def hue_(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of HSV by ``shift`` turns, at most half a turn either way: ``adjust_hue``.
 
-    With V and m the largest and the smallest channel, c = V - m, and H the hue in sixths of a turn, a channel
-    whose own hue is o (0, 2 and -2 for red, green and blue) is m + c (||H - o| - 3| - 1), clipped to [m, V].
-    This holds for |H - o| <= 6, hence for every H in [-3, 3]. With g = max(G - R, 0) and
-    b = max(B - R, 0), c H is G - B + g + 2 b where G >= B and G - B - b - 2 g elsewhere, so that nothing is
-    divided.
+    With V and m the largest and the smallest channel, c = V - m, and H the hue in sixths of a turn, a channel whose own
+    hue is o (0, 2 and -2 for red, green and blue) is m + c (||H - o| - 3| - 1), clipped to [m, V]. This holds for
+    |H - o| <= 6, hence for every H in [-3, 3]. With g = max(G - R, 0) and b = max(B - R, 0), c H is G - B + g + 2 b where
+    G >= B and G - B - b - 2 g elsewhere, so that nothing is divided.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
