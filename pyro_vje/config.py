@@ -241,9 +241,8 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     """
     path = RECIPES.get(str(name), Path(name))
     if not path.is_file():
-        raise ValueError(
-            f"no recipe {str(name)!r}: choose one of {', '.join(RECIPES)}, or a TOML file's path"
-        )
+        known = f"choose one of {', '.join(RECIPES)}"
+        raise ValueError(f"no recipe {str(name)!r}: {known}, or the path of a TOML file")
     try:
         values = tomllib.loads(path.read_text("utf-8"))
         if values.get("radius") == "none":

@@ -131,7 +131,7 @@ def make_loader(
 
     Images in memory lie on the ``device`` of the training where ``residency`` says ``"memory"``, or ``"auto"`` and they
     take at most half of what is free there; else in host memory. A lazy set is decoded by ``num_workers`` processes (0:
-    this one). ``order``: ``device``, ``seed``, and ``rank`` and ``world_size`` of this process, for its part of a batch.
+    this one). ``order``: ``device``, ``seed``, ``rank`` and ``world_size`` of this process, for its part of a batch.
     Raises ``ValueError`` if the batch is larger than the data or no multiple of ``world_size``.
     """
     check_residency(residency)

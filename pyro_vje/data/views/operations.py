@@ -73,8 +73,8 @@ def hue_(images: Tensor, shift: Tensor) -> Tensor:
 
     With V and m the largest and the smallest channel, c = V - m, and H the hue in sixths of a turn, a channel whose own
     hue is o (0, 2 and -2 for red, green and blue) is m + c (||H - o| - 3| - 1), clipped to [m, V]. This holds for
-    |H - o| <= 6, hence for every H in [-3, 3]. With g = max(G - R, 0) and b = max(B - R, 0), c H is G - B + g + 2 b where
-    G >= B and G - B - b - 2 g elsewhere, so that nothing is divided.
+    |H - o| <= 6, hence for every H in [-3, 3]. With g = max(G - R, 0) and b = max(B - R, 0), c H is G - B + g + 2 b
+    where G >= B and G - B - b - 2 g elsewhere, so that nothing is divided.
     """
     red, green, blue = images.unbind(1)
     low = torch.minimum(torch.minimum(red, green), blue)
