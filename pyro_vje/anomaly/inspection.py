@@ -44,25 +44,19 @@ def inspect(
     new: str | Path,
     out: str | Path = "inspection",
     *,
-    encoder: str | None = None,
-    weights: str | None = None,
-    image_size: int | None = None,
     settings: ScoreConfig | None = None,
-    **overrides: Any,
+    **how: Any,
 ) -> ScoreResult:
     """Learn what good images look like, and say which of the new ones look strange.
 
     Trains a model on all images of the folder ``good``, whatever its subfolders, in ``out/model`` (once: a second call
     scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
-    ``out/scores_report.html``. ``encoder``, ``weights`` and ``image_size`` are as in `TrainConfig`, by default what
-    `choose_encoder` finds; ``settings``, and fields of them as ``overrides``, say how to score, by default with the
-    score `aggregate`, decided at p-values of 0.05.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError
-        If one folder lies within another, has no images, or the decision asked for cannot be met by any image.
+    ``out/scores_report.html``. ``how``: ``encoder``, ``weights`` and ``image_size`` of `TrainConfig`, by default what
+    `choose_encoder` finds, and fields of `ScoreConfig` in place of those of ``settings``, by default the score
+    `aggregate`, decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``: one folder lies within another or
+    has no images, or the decision asked for cannot be met by any image.
     """
+    encoder, weights, image_size = (how.pop(name, None) for name in ("encoder", "weights", "image_size"))
     places = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
     for (name, place), (other, outer) in permutations(places.items(), 2):
         if place.is_relative_to(outer):
@@ -70,9 +64,7 @@ def inspect(
                 f"{name} ({place}) lies within {other} ({outer}): images would count twice, name another"
             )
     count, new_count = len(list_images(good)), len(list_images(new))
-    settings = dataclasses.replace(
-        settings or ScoreConfig(score="aggregate"), **{"report": True, **overrides}
-    )
+    settings = dataclasses.replace(settings or ScoreConfig(score="aggregate"), **{"report": True, **how})
     name, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
     log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
     holdout = min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None
@@ -122,8 +114,7 @@ def calibrate(
 
     ``ckpt`` is a run folder, ``data`` a folder of normal images that it was not trained on, ``name`` what the
     calibration is called: the run keeps its own too, and ``score(..., calibration=name)`` chooses. Returns the file and
-    the number of images in it. If ``ckpt`` is no folder, ``name`` no plain name, or no image can be decoded, it is a
-    ``ValueError``.
+    the number of its images. ``ValueError``: ``ckpt`` is no folder, ``name`` no plain name, or no image can be decoded.
     """
     run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
     if run.folder is None:

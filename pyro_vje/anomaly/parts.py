@@ -42,12 +42,11 @@ def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
 class Scorer:
     """A model, a likelihood family and reference images, by which encoded images are judged.
 
-    Scores that compare with images that were trained on need these as ``reference``. ``num_particles`` samples of the
-    latent, drawn by ``seed``, make each expectation and cost no pass of the encoder; 0 takes the noise-free
-    approximation of `expected_log_prob`. ``likelihood`` is a family to score with instead of the trained one: which
-    factor trains best and which scores best are two questions, and normalised densities compare across scales.
-    ``kl_weight`` is that of the score `elbo`: the one that was trained with. An unknown family, or a negative number of
-    particles, is a ``ValueError``.
+    ``reference`` images were trained on: some scores compare with them. ``num_particles`` samples of the latent, drawn
+    by ``seed``, make each expectation and cost no pass of the encoder; 0 takes the approximation `expected_log_prob`.
+    ``likelihood`` is a family to score with instead of the trained one: which factor trains best and which scores best
+    are two questions. ``kl_weight``, of the score `elbo`, is the trained one. ``ValueError``: the family is unknown, or
+    ``num_particles`` negative.
     """
 
     def __init__(
@@ -145,9 +144,8 @@ class LikelihoodParts:
     """What scores are made of, each float64 ``(N,)`` and in nats an image unless said; computed when first asked for.
 
     A target t is an image's embedding, z the latent given its context: the image itself, or the other view of a pair.
-    ``encoded`` holds the embeddings t, and loc and scale of q(z | context), ``(N, D)`` each; ``scorer``, by whom the
-    images are judged, ``reference``, ``typical`` and ``kl_weight``. In an exported graph, which has no loops, all
-    images are computed ``at_once``.
+    ``encoded`` holds embeddings t, and loc and scale of q(z | context), ``(N, D)`` each; ``scorer`` judges them. In an
+    exported graph, which has no loops, all images are computed ``at_once``.
     """
 
     scorer: Scorer

@@ -111,9 +111,8 @@ def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | Non
 def calibrate(run: LoadedRun, scorer: Scorer, settings: ScoreConfig) -> Calibration | None:
     """What scores become p-values by: a named calibration, the run's folds, or its held-out images; or nothing."""
     name = settings.calibration
-    stored = folder.load_posteriors(
-        run, folder.CALIBRATION if name is None else folder.calibration_file(name)
-    )
+    file = folder.CALIBRATION if name is None else folder.calibration_file(name)
+    stored = folder.load_posteriors(run, file)
     if name is not None and stored is None:
         raise ValueError(
             f"the run has no calibration {name!r}: make it (pyro-vje calibrate --name), or choose one of "
@@ -125,11 +124,8 @@ def calibrate(run: LoadedRun, scorer: Scorer, settings: ScoreConfig) -> Calibrat
         except ValueError as error:
             log.warning("%s", error)
             return None
-        rows = (
-            []
-            if held_out is None
-            else [row for _, row in score_batches(run, scorer, settings, None, held_out)]
-        )
+        batches = score_batches(run, scorer, settings, None, held_out) if held_out else ()
+        rows = [row for _, row in batches]
         return Calibration([np.concatenate(rows)[:, 0]]) if rows else None
     if name is None and (folds := folder.load_folds(run)) is not None:
         return cross_calibration(settings.score, *folds, scorer)

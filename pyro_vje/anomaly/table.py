@@ -48,25 +48,19 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What `score` found and where it wrote it.
+    """What `score` found and where it wrote it."""
 
-    ``csv`` is the table, one row an image; ``failed`` images could not be decoded (rows with an ``error``). Of those
-    ``scored``, images of the normal class, of other classes (``anomalies``), and ``unlabelled`` ones, which no metric
-    counts; ``auroc`` is the area under the ROC curve, anomalies as the positive class. ``flagged`` images were called
-    anomalies, where ``alpha`` or ``fdr`` was given. ``passes`` of the encoder an image, and the ``settings``.
-    """
-
-    csv: Path
+    csv: Path  # a row an image
     summary: Path
     report: Path | None
     scored: int
-    failed: int
-    normal: int | None
+    failed: int  # which could not be decoded; their rows have an ``error``
+    normal: int | None  # of those scored, where there are labels
     anomalies: int | None
-    unlabelled: int | None
-    auroc: float | None
-    flagged: int | None
-    passes: int
+    unlabelled: int | None  # which no metric counts
+    auroc: float | None  # anomalies as the positive class
+    flagged: int | None  # where ``alpha`` or ``fdr`` was given
+    passes: int  # of the encoder an image
     settings: ScoreConfig
 
 
@@ -87,7 +81,7 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     chosen = get_score(settings.score)
     if settings.num_pairs and chosen.needs_reference:
         raise ValueError(
-            f"the score {chosen.name!r} compares clean images with the clean reference images: leave pairs out"
+            f"{chosen.name!r} compares clean images with clean reference images: leave pairs out"
         )
     target = _target(settings.out or (ckpt if ckpt.is_dir() else Path()) / "scores.csv")
     run = runs.load_run(ckpt, trust_plugins=settings.trust_plugins, device=runs.default_device())
@@ -110,9 +104,7 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     if not len(scored):
         raise ValueError("no image could be scored: not one of them could be decoded")
     if scored.anomaly_score.isna().all():
-        raise ValueError(
-            f"the score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}"
-        )
+        raise ValueError(f"score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}")
     decision = None if known is None else _decide(table, len(known.scores), settings)
     counts, found = _against_labels(table)
     dataset, passes = settings.dataset or run.info.config.dataset, 2 * settings.num_pairs or 1
@@ -137,13 +129,11 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         _draw(target, table[table.error.isna()], images)
     report = target.with_name(f"{target.stem}_report.html") if settings.report else None
     if report:
-        held_out = None if known is None else known.scores
-        thumbnails = partial(_thumbnails, images, table)
-        write_atomic(report, render_report(table, summary, held_out, thumbnails, target.parent))
+        shown = (None if known is None else known.scores), partial(_thumbnails, images, table)
+        write_atomic(report, render_report(table, summary, *shown, target.parent))
     rows.remove()  # only now is everything written
-    auroc, flagged = (found or {}).get("auroc"), (decision or {}).get("anomalies")
-    about: dict[str, Any] = {"auroc": auroc, "flagged": flagged, "passes": passes, "settings": settings}
-    return ScoreResult(target, summary_path, report, len(scored), len(failed), **counts, **about)
+    about = (found or {}).get("auroc"), (decision or {}).get("anomalies"), passes, settings
+    return ScoreResult(target, summary_path, report, len(scored), len(failed), *counts.values(), *about)
 
 
 def _target(path: str | Path) -> Path:

@@ -25,7 +25,7 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyro_vje.anomaly.calibration import Calibration
+from pyro_vje.anomaly.calibration import Calibration, Floats
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
 from pyro_vje.anomaly.rows import HOW, calibrate, make_scorer
 from pyro_vje.anomaly.scores import get_score
@@ -58,18 +58,16 @@ class ExportResult(NamedTuple):
 class Deployed(nn.Module):
     """A run, a score and its calibration as one function of uint8 images; the outputs are those of the module."""
 
-    def __init__(
-        self, run: LoadedRun, scorer: Scorer, score: str, calibration: NDArray[np.float64] | None
-    ) -> None:
+    def __init__(self, run: LoadedRun, scorer: Scorer, score: str, calibration: Floats | None) -> None:
         super().__init__()
         self.vje, self.view, self.scorer, self.score = run.vje, run.info.view, scorer, get_score(score)
         self.calibration = None if calibration is None else torch.from_numpy(calibration)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Outputs by name."""
+    def forward(self, images: Tensor, at_once: bool = True) -> dict[str, Tensor]:
+        """Outputs by name; in parts, as `pyro_vje.score` computes them, where not ``at_once``."""
         embedding = self.vje.embed(self.view(images))
         encoded = Posteriors(embedding, *self.vje.posterior(embedding))
-        score = self.score(LikelihoodParts(self.scorer, encoded, at_once=True))
+        score = self.score(LikelihoodParts(self.scorer, encoded, at_once=at_once))
         outputs = {"embedding": embedding, "loc": encoded.loc, "scale": encoded.scale, "score": score}
         if self.calibration is not None:
             at_least = (self.calibration >= score.unsqueeze(-1)).sum(-1)
@@ -77,80 +75,65 @@ class Deployed(nn.Module):
         return outputs
 
 
-def export(
-    ckpt: str | Path,
-    *,
-    format: str = "onnx",
-    out: str | Path | None = None,
-    score: str = ScoreConfig().score,
-    score_likelihood: str | None = None,
-    num_particles: int = 16,
-    seed: int = 0,
-    trust_plugins: bool = False,
-) -> ExportResult:
+def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> ExportResult:
     """Write a run as one file, checked against the model on random images, and `MODEL_CARD.md` beside it.
 
     ``ckpt`` is a run folder or weights file; p-values and scores that compare with reference images need the folder.
-    ``format`` is ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`. ``out`` is
-    the file, by default ``model.onnx`` or ``model.pt2`` in the run folder; ``score``, ``score_likelihood``,
-    ``num_particles`` and ``seed`` are as in `pyro_vje.score`, whose numbers the file's are; ``trust_plugins`` as in
-    `pyro_vje.load_run`. A ``ValueError`` says which name is unknown, which extra missing, that the model uses
-    what cannot be exported, or that the file would not compute what the model does.
+    ``format`` is ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`. The
+    ``settings`` are those of `pyro_vje.score`, whose numbers the file's are: ``out`` (by default ``model.onnx`` or
+    ``model.pt2`` in the run folder), ``score``, ``score_likelihood``, ``calibration``, ``reference_views``,
+    ``num_particles``, ``seed``, ``trust_plugins``. A ``ValueError`` says which name is unknown or extra missing, that
+    the model uses what cannot be exported, or that the file would not compute what the model does.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     for package in ("onnx", "onnxruntime", "onnxscript") if format == "onnx" else ():
         if find_spec(package) is None:
             raise ValueError(f"ONNX needs {package}: pip install 'pyro-vje[export]'")
-    name = f"model{FORMATS[format]}"
-    target = check_writable(Path(out) if out else Path(ckpt) / name if Path(ckpt).is_dir() else Path(name))
-    settings = ScoreConfig(
-        score=score, score_likelihood=score_likelihood, num_particles=num_particles, seed=seed
-    )
-    run = load_run(ckpt, trust_plugins=trust_plugins)
+    how, name = ScoreConfig(**settings), f"model{FORMATS[format]}"
+    if how.num_pairs:
+        raise ValueError(f"a file scores an image by itself: leave num_pairs out, not {how.num_pairs}")
+    target = check_writable(how.out or (Path(ckpt) / name if Path(ckpt).is_dir() else Path(name)))
+    run = load_run(ckpt, trust_plugins=how.trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)
-    scorer = make_scorer(run, settings)
-    known = calibrate(run, scorer, settings)
-    calibration = (
-        known.scores if known is not None and known.folds == 1 else None
-    )  # folds would need all their heads
-    description = {**run.info.to_dict(), "score": {name: getattr(settings, name) for name in HOW}}
+    scorer = make_scorer(run, how)
+    known = calibrate(run, scorer, how)
+    known = None if known is None or known.folds > 1 else known  # folds would need all their heads
+    calibration = None if known is None else known.scores
+    description = {**run.info.to_dict(), "score": {name: getattr(how, name) for name in HOW}}
     del description["config"]["data_dir"]  # where the data lay concerns nobody else
-    side = run.info.image_size
-    batches = [torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8) for n in (2, 1, 5)]
+    shape = (3, run.info.image_size, run.info.image_size)
+    batches = [torch.randint(0, 256, (n, *shape), dtype=torch.uint8) for n in (2, 1, 5)]
     with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch and onnxscript say of themselves
-        model = Deployed(run, scorer, score, calibration).eval()
-        names = list(model(batches[0]))  # also: what is computed once and kept must be there before tracing
+        model = Deployed(run, scorer, how.score, calibration).eval()
+        wanted = [{k: v.numpy() for k, v in model(images, at_once=False).items()} for images in batches]
+        model(batches[0])  # what is computed once and kept must be there before tracing
         try:
             shapes = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(model, (batches[0],), dynamic_shapes=shapes, strict=False)
-            content, compute = _WRITERS[format](program, names, json.dumps(description))
+            content, compute = _WRITERS[format](program, list(wanted[0]), json.dumps(description))
             found = [compute(images) for images in batches]
         except Exception as error:  # the user's encoder, likelihood or score may hold anything
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             raise ValueError(
-                f"encoder {run.info.config.encoder!r} with likelihood {scorer.family.name!r} and score {score!r} "
+                f"encoder {run.info.config.encoder!r} with likelihood {scorer.family.name!r} and score {how.score!r} "
                 f"cannot be exported as {format}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
             ) from error
-    differences = dict.fromkeys(names, 0.0)
-    for images, outputs in zip(batches, found, strict=True):
-        with torch.no_grad():
-            embedding = run.vje.embed(run.info.view(images))
-            encoded = Posteriors(embedding, *run.vje.posterior(embedding))
-        wanted = [tensor.numpy() for tensor in (*encoded, scorer.scores(score, encoded))]
+    differences = dict.fromkeys(wanted[0], 0.0)
+    for outputs, values in zip(found, wanted, strict=True):
         if calibration is not None:  # of the file's own score, which rounding may move past one of these
-            wanted.append(conformal_p_values(np.nan_to_num(outputs["score"]), calibration))
-        for name, value in zip(names, wanted, strict=True):
+            values["p_value"] = conformal_p_values(np.nan_to_num(outputs["score"]), calibration)
+        for name, value in values.items():
             difference = float(np.abs(outputs[name] - value).max())
             differences[name] = max(differences[name], difference)
             if outputs[name].shape != value.shape or not difference <= TOLERANCE * np.abs(value).max():
                 raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
     write_atomic(target, content)
     card = target.with_name(CARD)
-    write_atomic(card, model_card(run, settings, known, differences, file=target.name, format=format))
+    write_atomic(card, model_card(run, how, known, differences, file=target.name, format=format))
     return ExportResult(target, card, differences)
 
 
@@ -236,12 +219,9 @@ def model_card(
     **file: str,
 ) -> str:
     """A run's card in Markdown: its settings, what its folder holds of measured numbers, and its ``file, format``."""
-
-    def read(name: str) -> Any:
-        path = None if run.folder is None else run.folder / name
-        return json.loads(path.read_text()) if path is not None and path.is_file() else None
-
-    evaluation, scored = read("eval.json"), read("scores_summary.json")
+    names = ("eval.json", "scores_summary.json", CONFIG)
+    paths = [None if run.folder is None else run.folder / name for name in names]
+    evaluation, scored, written = (json.loads(x.read_text()) if x and x.is_file() else None for x in paths)
     if scored is not None and run.folder is not None:
         weights = hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
         scored = scored if scored["weights_sha256"] == weights and scored["metrics"] else None
@@ -264,6 +244,6 @@ def model_card(
         scored=scored,
         **file,
         differences={name: f"{value:.1e}" for name, value in differences.items()},
-        trained=(read(CONFIG) or {}).get("versions"),
+        trained=(written or {}).get("versions"),
         exported=versions(),
     )
