@@ -49,6 +49,8 @@ class Scorer:
     ``num_particles`` negative.
     """
 
+    kl_weight: float
+
     def __init__(
         self,
         vje: VJE,

@@ -132,7 +132,7 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         shown = (None if known is None else known.scores), partial(_thumbnails, images, table)
         write_atomic(report, render_report(table, summary, *shown, target.parent))
     rows.remove()  # only now is everything written
-    about = (found or {}).get("auroc"), (decision or {}).get("anomalies"), passes, settings
+    about: Any = (found or {}).get("auroc"), (decision or {}).get("anomalies"), passes, settings
     return ScoreResult(target, summary_path, report, len(scored), len(failed), *counts.values(), *about)
 
 

@@ -76,7 +76,8 @@ def log_directional_integral(angle: Tensor, df: Scalar, dim: int) -> Tensor:
     else:
         arguments, integrate = (angle,), partial(_directional, df=df, dim=dim)
     needs_grad = torch.is_grad_enabled() and angle.requires_grad
-    many = angle.numel() > _TABULATE_ABOVE and not needs_grad and not torch.compiler.is_exporting()
+    # An exported graph is for any number of elements: it must not depend on there being many.
+    many = not torch.compiler.is_exporting() and not needs_grad and angle.numel() > _TABULATE_ABOVE
     if many and not isinstance(df, Tensor) and df <= 1000 and dim >= 4:
         return _interpolate(angle, float(df), dim)
     return _log_integral(integrate, *arguments)
