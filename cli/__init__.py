@@ -23,7 +23,6 @@ COMMANDS = {
 """The file of each, which names the command as it is called."""
 EXIT_CODES = {FloatingPointError: 3, ValueError: 2, OSError: 2, MemoryError: 4}
 EXIT_MEMORY, EXIT_BUG, EXIT_SIGNAL = 4, 70, 128
-CLICKS_OWN = (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError)
 LEVELS = click.Choice(["debug", "info", "warning", "error"])
 log = logging.getLogger("pyro_vje")
 
@@ -51,7 +50,7 @@ class Commands(click.Group):
                 ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
                 signal.signal(signal.SIGTERM, _terminate)
             return super().invoke(ctx)
-        except CLICKS_OWN:
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt as stop:
             click.echo(str(stop) or "stopped", err=True)
@@ -92,9 +91,7 @@ def main(debug: bool, log_level: str) -> None:
     Exit codes: 0 success, 1 some images could not be read, 2 usage or bad input, 3 training diverged, 4 not enough
     memory, 70 a bug, 130 stopped by Ctrl-C, 143 stopped by SIGTERM; after both, what stderr says goes on.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers, log.propagate = [handler], False
+    log.handlers, log.propagate = [logging.StreamHandler(sys.stderr)], False
     # The other processes of a training run would repeat what the first says.
     log.setLevel(log_level.upper() if is_first_process() else "WARNING")
     warnings.showwarning = _log_warning

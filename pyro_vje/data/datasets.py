@@ -180,14 +180,13 @@ def _in_memory(
         parts = [read(request, split) for split in splits]
         size = request.image_size or parts[0][0].shape[-1]
         out = torch.empty((sum(len(images) for images, _, _ in parts), 3, size, size), dtype=torch.uint8)
-        blocks = (block for images, _, _ in parts for block in images.split(1000))  # small temporary copies
         filled = 0
-        for block in blocks:
+        for block in (block for images, _, _ in parts for block in images.split(1000)):  # copies stay small
             if size != block.shape[-1]:
                 block = interpolate(block.contiguous(), (size, size), mode="bilinear", antialias=True)
             out[filled : filled + len(block)] = block
             filled += len(block)
-        counts = [(split, len(part[0])) for split, part in zip(splits, parts, strict=True)]
+        counts = zip(splits, (len(images) for images, _, _ in parts), strict=True)
         paths = [f"{request.name}/{split}/{i:05d}" for split, count in counts for i in range(count)]
         return ImageSet(out, paths, torch.cat([labels for _, labels, _ in parts]), parts[0][2])
 
@@ -283,17 +282,12 @@ def _typical_size(paths: list[str]) -> int:
     return size
 
 
+_STL10 = _in_memory(_stl10, ("train", "unlabeled"))
 DATASETS: dict[str, Dataset] = {
     "digits": Dataset(_in_memory(_digits), (0.305,) * 3, (0.319,) * 3, "digits", 16),
     "cifar10": Dataset(_in_memory(_cifar), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), "cifar", 32),
     "cifar100": Dataset(_in_memory(_cifar), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "cifar", 32),
-    "stl10": Dataset(
-        _in_memory(_stl10, ("train", "unlabeled")),
-        (0.4467, 0.4398, 0.4066),
-        (0.2603, 0.2566, 0.2713),
-        "stl10",
-        96,
-    ),
+    "stl10": Dataset(_STL10, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713), "stl10", 96),
     "imagenet": Dataset(_imagenet, recipe="imagenet", image_size=224),
     "folder": Dataset(_folder),
     "images": Dataset(_images),

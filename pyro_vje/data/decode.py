@@ -33,8 +33,7 @@ _HEIC = {".heic", ".heif", ".hif"}
 _UNREAD = {".avif", ".jxl", ".psd", ".tga", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".nef", ".arw"}
 _LISTED = EXTENSIONS | _HEIC | _UNREAD  # images to whoever put them there: each is decoded, or a failure
 
-MAX_PIXELS = 89_478_485
-"""The limit at which Pillow warns (268 MB as RGB); a small file can claim to be any size."""
+MAX_PIXELS = 89_478_485  # where Pillow warns (268 MB as RGB); a small file can claim to be any size
 
 
 class ImageError(ValueError):
@@ -96,8 +95,7 @@ def image_shape(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 def _open(source: Source) -> Image.Image:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
-    mode = os.stat(source).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a pipe waits until something writes to it
+    if stat.S_IFMT(os.stat(source).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening a pipe waits
         raise OSError("not a regular file")
     return Image.open(source, formats=FORMATS)
 

@@ -219,10 +219,9 @@ def counted(images: int) -> str:
 def free_memory() -> int:
     """Bytes of memory that this process can still take, as far as the system tells."""
     free = 4 << 30
-    with contextlib.suppress(OSError, ValueError, AttributeError, StopIteration):  # the best answer so far
+    with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):  # the best answer so far
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
         group = Path("/sys/fs/cgroup")  # a container's own limit; "max" (not a number) when it has none
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
         free = min(free, limit - used)

@@ -15,8 +15,7 @@ from torchvision.transforms.functional import center_crop
 from pyro_vje.data.views import operations as pixels
 
 Rgb = Sequence[float]  # a number for each channel
-_PROPOSALS = 10  # crops proposed for a view before the fallback, as in torchvision
-_DRAWS = 2 * _PROPOSALS + 12  # uniform numbers a view
+_PROPOSALS, _DRAWS = 10, 32  # crops proposed before the fallback, as in torchvision; uniform numbers a view
 
 
 @dataclass(frozen=True)
