@@ -7,7 +7,7 @@ from pathlib import Path
 import documented
 import numpy as np
 import pytest
-from conftest import draw_image, tiny_encoder
+from tiny import draw_image, tiny_encoder
 
 from pyro_vje import TrainConfig
 from pyro_vje.anomaly import inspection

@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pyro.infer
 import pytest
-from conftest import tiny_encoder
+from tiny import tiny_encoder
 
 from pyro_vje.data import DATASETS
 from pyro_vje.model import encoders

@@ -53,10 +53,11 @@ POLAR = (PolarStudentT, exact_polar, polar_product)
 MAKERS = (*SPHERES, *POLAR, DiagonalStudentT)
 DRAWN = tuple(make for make in MAKERS if make is not PolarStudentT)
 """Those that can be sampled; the paper's subdensity cannot."""
-# What is new among the distributions is put among the makers.
-assert {make for make in (*MAKERS, PolarProduct) if isinstance(make, type)} == {
-    thing for name in distributions.__all__ if isinstance(thing := getattr(distributions, name), type)
-}
+# What is new among the distributions is put among the makers; the uniform one has no parameters to vary.
+exported = [getattr(distributions, name) for name in distributions.__all__]
+assert {
+    make for make in (*MAKERS, PolarProduct, distributions.HypersphericalUniform) if isinstance(make, type)
+} == {thing for thing in exported if isinstance(thing, type) and issubclass(thing, dist.Distribution)}
 every_maker = pytest.mark.parametrize("make", MAKERS)
 
 

@@ -277,7 +277,7 @@ import sys, warnings
 from pyro_vje.cli import main
 from pyro_vje.model import encoders
 sys.path.insert(0, {tests!r})
-from conftest import tiny_encoder
+from tiny import tiny_encoder
 encoders.ENCODERS["tiny"] = tiny_encoder
 small = {small!r}
 for command in (

@@ -9,7 +9,7 @@ from torch.distributions import kl_divergence
 from pyro_vje.distributions import HypersphericalUniform, PolarStudentT
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "distributions.md"
-MARK = "<!-- families: checked by tests/distributions/test_table.py -->\n"
+MARK = "<!-- families: checked by tests/distributions/test_integral_table.py -->\n"
 
 
 def works(function):
