@@ -144,7 +144,7 @@ def test_training_without_memory_names_the_batch_size(tiny_config, tmp_path, mon
     def fails(*arguments):
         raise error
 
-    monkeypatch.setattr(VJE, "embed", fails)
+    monkeypatch.setattr(VJE, "posterior", fails)
     with pytest.raises(MemoryError, match=r"batch_size 16 does not fit .*--batch-size"):
         train(tiny_config, tmp_path / "run")
 
