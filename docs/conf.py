@@ -57,7 +57,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "tutorials",
     "filename_pattern": r"/\d\d_",
-    "ignore_pattern": r"/[^\d/][^/]*\.py$",
+    "ignore_pattern": r"(^|/)[^\d/][^/]*\.py$",
     "within_subsection_order": FileNameSortKey,
     "abort_on_example_error": True,
     "download_all_examples": False,
