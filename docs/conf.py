@@ -28,6 +28,7 @@ version = release = pyro_vje.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.doctest",  # the directive, which inherited docstrings of Pyro use
     "sphinx.ext.napoleon",
     "sphinx_click",
     "sphinx_copybutton",
