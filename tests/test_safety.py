@@ -23,6 +23,7 @@ from pyro_vje import VJE, score, train
 from pyro_vje.cli import _log_warning, main
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data import decode as image_files
+from pyro_vje.runs.folder import SCHEMA_VERSION
 
 
 def run(*arguments):
@@ -223,7 +224,7 @@ def test_a_file_that_vanishes_midway(trained_run, image_folder, tmp_path, monkey
     assert (result.scored, result.failed) == (17, 1)
     assert "No such file or directory" in (tmp_path / "a.csv").read_text()
     monkeypatch.undo()
-    monkeypatch.setattr("pyro_vje.anomaly.table.write_csv", lambda *_: shutil.rmtree(folder))
+    monkeypatch.setattr("pyro_vje.anomaly.table._write", lambda *_, **__: shutil.rmtree(folder))
     result = score(trained_run, out=tmp_path / "b.csv", **arguments)
     assert result.scored == 17
     assert (tmp_path / "pictures" / "b_strangest.png").stat().st_size
@@ -305,7 +306,7 @@ def test_commands_print_no_librarys_warnings(image_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     ours = ("epoch 1: the ", "diverged: ", "no image can be called")
     assert [line for line in result.stderr.splitlines() if not line.startswith(ours)] == []
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["schema_version"] == SCHEMA_VERSION
 
 
 def test_librarys_warnings_are_shown_at_debug_level(trained_run, monkeypatch):

@@ -8,27 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from pyro_vje.plugins import look_up
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pyro_vje.anomaly.parts import LikelihoodParts
 
 
 @dataclass(frozen=True)
 class Score:
-    """A named score: meaning in a line, function, whether it compares with the reference images, what it looks at."""
+    """A named score: meaning in a line, function, whether it compares with the reference images, what it looks at.
+
+    The function is one of `pyro_vje.anomaly.parts.LikelihoodParts` to a tensor ``(N,)``.
+    """
 
     name: str
     description: str
-    function: Callable[[LikelihoodParts], Tensor]
+    function: Callable[[Any], Any]
     needs_reference: bool = False
     of: str = "likelihood"
 
-    def __call__(self, parts: LikelihoodParts) -> Tensor:
+    def __call__(self, parts: Any) -> Any:
         """Evaluate the score ``(N,)``."""
         return self.function(parts)
 
