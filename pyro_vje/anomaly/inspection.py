@@ -14,9 +14,9 @@ import torch
 
 from pyro_vje.anomaly.table import ScoreResult, say_level, score
 from pyro_vje.config import ScoreConfig, TrainConfig
-from pyro_vje.data import list_images
+from pyro_vje.data import list_images, load_train_set
 from pyro_vje.model import build_encoder, encode
-from pyro_vje.model.pretrained import packaged_weights
+from pyro_vje.model.pretrained import packaged_weights, preprocessing
 from pyro_vje.runs import folder as runs
 from pyro_vje.training import train
 from pyro_vje.training.monitor import duration
@@ -81,6 +81,7 @@ def inspect(
         log.warning("%d good images are too few to decide at %g: p-values only", count, ALPHA)
     run = Path(out) / "model"
     if (run / runs.WEIGHTS).is_file():
+        _check_learned(run, good, encoder)
         log.info("the model in %s is there already; remove it to learn anew", run)
     else:
         if frozen:
@@ -89,9 +90,22 @@ def inspect(
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
 
 
+def _check_learned(run: Path, good: str | Path, encoder: str | None) -> None:
+    """Raise ``ValueError`` if a finished model has not learned from these images, or with another encoder."""
+    info = runs.read_info(run)
+    config = dataclasses.replace(info.config, data_dir=str(good))
+    images, _ = load_train_set(config, info.image_size, info.interpolation)
+    if images.fingerprint() != info.fingerprint or encoder not in (None, info.config.encoder):
+        raise ValueError(
+            f"{run} has learned from other images than those in {good}, or with another network: remove it, or name "
+            "another --out"
+        )
+
+
 def _seconds(config: TrainConfig, good: int, new: int) -> float:
     """About how long a frozen run and its scores take, from a few timed passes of the encoder."""
-    size = config.image_size or round((runs.decoded_as(config)[0] or 224) * 0.875)
+    wanted = preprocessing(config.encoder or "")
+    size = config.image_size or (wanted.image_size if wanted else 224)
     encoder = build_encoder(config.encoder or "", size).to(runs.default_device()).eval()
     batch = torch.zeros(8, 3, size, size, device=runs.default_device())
     with torch.no_grad():

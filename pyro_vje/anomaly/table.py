@@ -151,9 +151,7 @@ def _images_and_normal_class(run: runs.LoadedRun, settings: ScoreConfig) -> tupl
     classes = images.classes or ()
     if settings.normal_class is not None:
         return images, classes[images.class_index(settings.normal_class)]
-    trained, known = run.info.config.normal_class, run.info.classes or ()
-    if trained is not None and trained not in known and trained.isdecimal() and int(trained) < len(known):
-        trained = known[int(trained)]  # an index means nothing in another set of images
+    trained = run.info.class_name(run.info.config.normal_class)
     # A run's own normal class means nothing in another data set.
     same = settings.data is not None or settings.dataset in (None, run.info.config.dataset)
     if same and trained in classes:

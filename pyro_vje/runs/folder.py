@@ -115,6 +115,12 @@ class RunInfo:
         """The deterministic view of an image that evaluation and scoring encode."""
         return CleanView(self.view_size, self.mean, self.std, crop=self.view_size < self.image_size)
 
+    def class_name(self, which: str | None) -> str | None:
+        """The name of a class that is given by name or by its index here: an index means nothing elsewhere."""
+        known = self.classes or ()
+        index = which is not None and which not in known and which.isdecimal() and int(which) < len(known)
+        return known[int(which)] if index else which  # type: ignore[arg-type]
+
     @property
     def views(self) -> TwoViews:
         """The augmented views of training."""

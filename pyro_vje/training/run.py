@@ -80,7 +80,7 @@ def train(
 
 def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool, overwrite: bool) -> Path:
     before = layout.read_info(folder) if resume else None
-    config = _to_resume(config, before.config, folder) if before else config.resolved()
+    config = _to_resume(config, before, folder) if before else config.resolved()
     size, interpolation = layout.decoded_as(config)
     train_set, held_out = load_train_set(config, size, interpolation)
     if before is not None and before.fingerprint not in (None, train_set.fingerprint()):
@@ -241,9 +241,10 @@ FREE = ("download", "workers", "residency", "devices", "data_dir", "epochs")
 """Settings that may be others when a run goes on: they change no number (the data have a fingerprint) or extend it."""
 
 
-def _to_resume(config: TrainConfig, stored: TrainConfig, folder: Path) -> TrainConfig:
+def _to_resume(config: TrainConfig, before: RunInfo, folder: Path) -> TrainConfig:
     """The settings to go on with: those stored, with what may be new of ``config``; its defaults are not said."""
-    default, given, fixed = TrainConfig().to_dict(), config.to_dict(), stored.to_dict()
+    default, given, fixed = TrainConfig().to_dict(), config.to_dict(), before.config.to_dict()
+    given["normal_class"] = before.class_name(config.normal_class)
     said = {name: value for name, value in given.items() if value not in (default[name], fixed[name])}
     changed = [name for name in said if name not in FREE]
     if changed:
@@ -256,7 +257,7 @@ def _to_resume(config: TrainConfig, stored: TrainConfig, folder: Path) -> TrainC
         raise ValueError(
             f"{folder} is a run of {fixed['epochs']} epochs, not {given['epochs']}: it can only become longer"
         )
-    return dataclasses.replace(stored, **said)
+    return dataclasses.replace(before.config, **said)
 
 
 def _trainer(

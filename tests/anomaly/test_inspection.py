@@ -57,6 +57,9 @@ def test_few_images_give_p_values_and_no_decision_and_the_model_is_learned_once(
     assert again.csv.read_bytes() != before
     with pytest.raises(ValueError, match=r"at alpha 0\.05: calibrate with 19 or more"):
         inspect(*photographs, **TINY, alpha=0.05)
+    next(photographs[0].rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match=r"model has learned from other images than those in .*good.*--out"):
+        inspect(*photographs, **TINY)
 
 
 def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs, caplog):

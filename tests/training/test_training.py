@@ -185,11 +185,13 @@ def test_one_class_run_sees_one_class_only(tiny_config, tmp_path, monkeypatch):
         "training_step",
         lambda self, batch, batch_idx: seen.append(len(self.train_set)) or original(self, batch, batch_idx),
     )
-    folder = train(
-        dataclasses.replace(tiny_config, normal_class="normal", batch_size=8, epochs=1, knn_every=0),
-        tmp_path / "run",
-    )
+    one = dataclasses.replace(tiny_config, normal_class="0", batch_size=8, epochs=1, knn_every=0)
+    folder = train(one, tmp_path / "run")
     assert set(seen) == {15}
+    assert json.loads((folder / "config.json").read_text())["config"]["normal_class"] == "normal"
+    train(one, folder, resume=True)  # the index of the name that is stored
+    with pytest.raises(ValueError, match="was trained with normal_class normal, not spots"):
+        train(dataclasses.replace(one, normal_class="1"), folder, resume=True)
     assert json.loads((folder / "config.json").read_text())["train_images"] == 15
     assert read_metrics(folder)[0]["knn_accuracy"] == ""
 
