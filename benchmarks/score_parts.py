@@ -63,7 +63,7 @@ def row(run: LoadedRun, outside: str | None) -> dict[str, Any]:
 
 def terms(run: LoadedRun, images: ImageSet) -> dict[str, np.ndarray]:
     """What is summed up to `conditional`, in nats, higher for stranger images ``(N,)``."""
-    parts = Scorer(run.vje).parts(encode(run.vje, images, run.info.view).posteriors)
+    parts = Scorer(run.vje).parts(encode(run.vje, images, run.info.view))
     both = parts.log_direction + parts.log_radius
     found = {
         "conditional": -parts.log_likelihood,

@@ -35,7 +35,7 @@ from pyro_vje import VJE, SymmetricELBO, TrainConfig
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, ResidentLoader, views_for
 from pyro_vje.model.encoders import build_encoder, feature_dim
-from pyro_vje.model.encoding import Posteriors, encode_batches
+from pyro_vje.model.encoding import Encoded, encode_batches
 from pyro_vje.runs.folder import build_model
 from pyro_vje.runs.stopping import StopRequest
 from pyro_vje.training import run as training
@@ -326,7 +326,7 @@ def score_images(vje: VJE, images: ImageSet, batch: int, settings: Settings) -> 
 
     def run() -> None:
         for encoded in encode_batches(vje, images, view, batch_size=batch, device=settings.device):
-            scorer.scores("conditional", encoded.posteriors).cpu()
+            scorer.scores("conditional", encoded).cpu()
 
     return run
 
@@ -342,7 +342,7 @@ def kernels(settings: Settings, likelihood: str, *, width: float | None = None) 
     loc = torch.randn(count, dim)
     scale = torch.full_like(loc, width) if width else torch.rand_like(loc) + 0.5
     embeddings = (loc + torch.randn(count, dim)).to(settings.device)
-    return Scorer(vje.to(settings.device), reference=Posteriors(loc, loc, scale)), embeddings
+    return Scorer(vje.to(settings.device), reference=Encoded(loc, loc, scale)), embeddings
 
 
 @benchmark("aggregate")
@@ -397,7 +397,7 @@ def particles_of(settings: Settings, count: int) -> Work:
     vje, _ = new_model("resnet-small", 256, settings)
     shape = (3, 16 if settings.quick else 4096, vje.embedding_dim)
     embeddings, loc, scale = torch.randn(shape, device=settings.device)
-    scorer, posteriors = Scorer(vje, num_particles=count), Posteriors(embeddings, loc, scale.exp())
+    scorer, posteriors = Scorer(vje, num_particles=count), Encoded(embeddings, loc, scale.exp())
     return lambda: scorer.parts(posteriors).log_likelihood
 
 

@@ -42,7 +42,7 @@ correct = predicted == test.labels
 scorer = Scorer(run.vje)
 figure, ax = plt.subplots(figsize=(6, 4))
 for name in ("direction", "conditional", "variance"):
-    uncertainty = scorer.scores(name, encoded.posteriors)
+    uncertainty = scorer.scores(name, encoded)
     curve = rejection_curve(correct, uncertainty)
     ax.plot(curve.rejected, curve.accuracy, label=f"{name}, R-AUROC {r_auroc(correct, uncertainty):.2f}")
 ax.set(xlabel="share of the images rejected", ylabel="accuracy on the others", xlim=(0, 0.9))
@@ -55,7 +55,7 @@ ax.legend()
 # The held-out images turn a score into a p-value: of images like the training ones a tenth is rejected at 0.1,
 # whatever the score. That wrong answers are rejected more often than right ones is the score's merit.
 held_out = scorer.scores("direction", load_posteriors(run, CALIBRATION))
-p_values = torch.from_numpy(conformal_p_values(scorer.scores("direction", encoded.posteriors), held_out))
+p_values = torch.from_numpy(conformal_p_values(scorer.scores("direction", encoded), held_out))
 kept = p_values > 0.1
 right, wrong = (~kept)[correct].double().mean(), (~kept)[~correct].double().mean()
 print(f"rejected: {right:.2f} of the right answers, {wrong:.2f} of the wrong ones")

@@ -27,7 +27,7 @@ from pyro_vje.distributions import (
     SphericalCauchy,
     VonMisesFisher,
 )
-from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.likelihoods import FAMILIES
 
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -327,13 +327,13 @@ def test_a_score_is_the_images_own_and_its_direction_has_no_length(parts, seed, 
     vje, views, _ = parts
     vje.eval().requires_grad_(False)
     embeddings = vje.embed(views.flatten(0, 1))
-    posteriors = Posteriors(embeddings, *vje.posterior(embeddings))
+    posteriors = Encoded(embeddings, *vje.posterior(embeddings))
     scorer = Scorer(vje, num_particles=4)
     scorer.noise = scorer.noise.double()
     whole = scorer.parts(posteriors)
     order = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(seed))
     some = order[: len(order) // 2 + 1]
-    parts = scorer.parts(Posteriors(*(tensor[some] for tensor in posteriors)))
+    parts = scorer.parts(Encoded(*(tensor[some] for tensor in posteriors[:3])))
     longer = scorer.parts(posteriors._replace(embeddings=factor * embeddings))
     for name in ("log_likelihood", "log_direction", "log_radius", "kl", "variance"):
         values = getattr(whole, name)

@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
     new = torch.cat([test.images[some], strangers()])
     encoded = encode(run.vje, ImageSet(new, [str(i) for i in range(len(new))]), clean)
     scorer = Scorer(run.vje, reference=load_posteriors(run, REFERENCE))
-    scores = scorer.scores("aggregate", encoded.posteriors)
+    scores = scorer.scores("aggregate", encoded)
     held_out = load_posteriors(run, CALIBRATION)
     p_values = conformal_p_values(scores, scorer.scores("aggregate", held_out))
     for ax, i in zip(right.subplots(3, 4).flat, scores.argsort().tolist(), strict=True):

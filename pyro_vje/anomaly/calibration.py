@@ -43,10 +43,10 @@ def cross_calibration(
     features, fold = features.to(scorer.device), fold.to(scorer.device)
     known, judged = [], []
     for k, head in enumerate(heads):
-        own = scorer.of(head, encode_features(head, features[fold != k]).posteriors)
+        own = scorer.of(head, encode_features(head, features[fold != k]))
 
         def judge(features: Tensor, own: Scorer = own) -> Floats:
-            return own.scores(score, encode_features(own.vje, features).posteriors).cpu().numpy()
+            return own.scores(score, encode_features(own.vje, features)).cpu().numpy()
 
         known.append(judge(features[fold == k]))
         judged.append(judge)

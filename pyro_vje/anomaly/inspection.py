@@ -137,4 +137,4 @@ def calibrate(
     images = runs.load_split(run, "all", "folder", data, residency="stream")
     view, device = run.info.view, runs.default_device()
     encoded = encode(run.vje, images, view, batch_size=batch_size, device=device)
-    return runs.save_posteriors(path, encoded.posteriors), len(encoded.indices)
+    return runs.save_posteriors(path, encoded), len(encoded.indices)

@@ -17,7 +17,7 @@ from pyro_vje.anomaly.scores import get_score
 from pyro_vje.data import TwoViews
 from pyro_vje.distributions import DiagonalStudentT, PolarStudentT, pairwise_log_prob
 from pyro_vje.distributions.numerics import student_t_log_density
-from pyro_vje.model.encoding import Posteriors, cpu_rows, in_equal_parts
+from pyro_vje.model.encoding import Encoded, cpu_rows, in_equal_parts
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.model.vje import VJE
 
@@ -55,7 +55,7 @@ class Scorer:
         self,
         vje: VJE,
         *,
-        reference: Posteriors | None = None,
+        reference: Encoded | None = None,
         num_particles: int = 16,
         seed: int = 0,
         likelihood: str | None = None,
@@ -73,18 +73,18 @@ class Scorer:
         how = {"num_particles": num_particles, "seed": seed, "likelihood": likelihood, "kl_weight": kl_weight}
         self._how: dict[str, Any] = how
 
-    def of(self, vje: VJE, reference: Posteriors) -> Scorer:
+    def of(self, vje: VJE, reference: Encoded) -> Scorer:
         """The same settings for another model and other reference images."""
         return Scorer(vje, reference=reference, **self._how)
 
-    def scores(self, name: str, encoded: Posteriors) -> Tensor:
+    def scores(self, name: str, encoded: Encoded) -> Tensor:
         """Score ``name`` of N encoded images, float64 ``(N,)``."""
         return torch.cat([get_score(name)(self.parts(part)) for part in encoded.split(_AT_ONCE)])
 
-    def parts(self, encoded: Posteriors) -> LikelihoodParts:
+    def parts(self, encoded: Encoded) -> LikelihoodParts:
         """What is known of N images; ``ValueError`` if a number is not finite or a scale not positive."""
         encoded = encoded.to(self.device)
-        good = torch.stack([x.isfinite().all(-1) for x in encoded]).all(0) & (encoded.scale > 0).all(-1)
+        good = torch.stack([x.isfinite().all(-1) for x in encoded[:3]]).all(0) & (encoded.scale > 0).all(-1)
         if not good.all():
             raise ValueError(
                 f"the posteriors of {int((~good).sum())} of {len(good)} images are not finite, or have a scale that is "
@@ -93,7 +93,7 @@ class Scorer:
         return LikelihoodParts(self, encoded)
 
     @property
-    def reference(self) -> Posteriors:
+    def reference(self) -> Encoded:
         """The reference images; ``ValueError`` where there are none."""
         if self._reference is None:
             raise ValueError(
@@ -137,7 +137,8 @@ class Scorer:
         Matrix products over ``chunk`` reference images at a time, by default as many as are fast.
         """
         chunk = chunk or max(1, _PAIRS // max(1, len(embeddings)))
-        kernels = (self.vje.likelihood(e, scale, self.family) for e, _, scale in self.reference.split(chunk))
+        parts = self.reference.split(chunk)
+        kernels = (self.vje.likelihood(part.embeddings, part.scale, self.family) for part in parts)
         found = [pairwise_log_prob(kernel, embeddings).double().logsumexp(0) for kernel in kernels]
         return torch.stack(found).logsumexp(0) - math.log(len(self.reference.loc))
 
@@ -152,7 +153,7 @@ class LikelihoodParts:
 
     scorer: Scorer
 
-    def __init__(self, scorer: Scorer, encoded: Posteriors, *, at_once: bool = False) -> None:
+    def __init__(self, scorer: Scorer, encoded: Encoded, *, at_once: bool = False) -> None:
         self.scorer, self.encoded, self._at_once = scorer, encoded, at_once
         self._rows = 32 * min(8, max(1, 1024 // encoded.loc.shape[-1]))
 
@@ -167,7 +168,7 @@ class LikelihoodParts:
     @cached_property
     def _factors(self) -> Tensor:
         rows = min(self._rows, _CPU_NUMBERS // max(1, self.scorer.noise.numel()))
-        return self._evaluate(self.scorer.log_likelihood, *self.encoded, rows=max(1, rows))
+        return self._evaluate(self.scorer.log_likelihood, *self.encoded[:3], rows=max(1, rows))
 
     @property
     def log_likelihood(self) -> Tensor:
@@ -198,7 +199,7 @@ class LikelihoodParts:
     @cached_property
     def pivot(self) -> Tensor:
         """ρ² Σ (u - m)² / v of directions u of t and m of loc, ρ the radius of the sphere of directions; no unit."""
-        t, loc, scale = self.encoded
+        t, loc, scale, *_ = self.encoded
         # The likelihood's variances are the posterior's, or learned ones: those of the Gaussian family.
         v = self.scorer.vje.likelihood(loc, scale, get_family("normal")).variance.double()
         residual = normalize(t.double(), dim=-1) - normalize(loc.double(), dim=-1)
@@ -250,9 +251,7 @@ def expected_log_prob(
 
 
 @torch.no_grad()
-def augmented_pairs(
-    vje: VJE, views: TwoViews, images: Tensor, *, num_pairs: int, seed: int
-) -> list[Posteriors]:
+def augmented_pairs(vje: VJE, views: TwoViews, images: Tensor, *, num_pairs: int, seed: int) -> list[Encoded]:
     """Targets and contexts of K augmented pairs of each image, both directions: 2 K passes of the encoder.
 
     The K augmentations are drawn once and are the same for every image, as `latent_noise` is. ``images`` are uint8
@@ -269,5 +268,5 @@ def augmented_pairs(
             return [tensor[i] for i in (0, 1) for tensor in (pair.target, pair.loc, pair.scale)]
 
         parts = in_equal_parts(encode, images, rows=cpu_rows(images.shape[-1]))
-        found += [Posteriors(*parts[:3]), Posteriors(*parts[3:])]
+        found += [Encoded(*parts[:3]), Encoded(*parts[3:])]
     return found

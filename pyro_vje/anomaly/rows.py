@@ -24,7 +24,7 @@ from pyro_vje.anomaly.scores import get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.data.splits import reference_images
-from pyro_vje.model.encoding import Posteriors, encode, encode_batches, images_at_once
+from pyro_vje.model.encoding import Encoded, encode, encode_batches, images_at_once
 from pyro_vje.runs import folder
 from pyro_vje.runs.files import locked, parse_json, write_atomic
 from pyro_vje.runs.folder import LoadedRun
@@ -87,11 +87,10 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
         generator = torch.Generator(device).manual_seed(settings.seed)
         images = reference_images(train_set, config.seed)
         drawn = [
-            encode(run.vje, images, lambda batch: views(batch, generator)[0], device=device).posteriors
+            encode(run.vje, images, lambda batch: views(batch, generator)[0], device=device)
             for _ in range(settings.reference_views)
         ]
-        known = [*drawn, *([] if reference is None else [reference])]
-        reference = Posteriors(*map(torch.cat, zip(*known, strict=True)))
+        reference = Encoded.cat([*drawn, *([] if reference is None else [reference])])
     how = {"num_particles": settings.num_particles, "seed": settings.seed}
     likelihood = settings.score_likelihood
     return Scorer(run.vje, reference=reference, likelihood=likelihood, kl_weight=config.kl_weight, **how)
@@ -145,14 +144,14 @@ def score_batches(
 ) -> Iterator[tuple[Tensor, Floats]]:
     """Indices of the images of each batch, and a row for each: score, `PARTS`, calibration images as strange."""
     device, size, pairs = scorer.device, settings.batch_size, settings.num_pairs
-    found: Iterator[tuple[Tensor, list[Posteriors], Tensor | None]]
+    found: Iterator[tuple[Tensor, list[Encoded], Tensor | None]]
     if pairs:
         draw = partial(augmented_pairs, run.vje, run.info.views, num_pairs=pairs, seed=settings.seed)
         batches = images.batches(images_at_once(images, size, device))
         found = ((index, draw(batch.to(device)), None) for index, batch in batches)
     else:
         clean = encode_batches(run.vje, images, run.info.view, batch_size=size, device=device)
-        found = ((batch.indices, [batch.posteriors], batch.features) for batch in clean)
+        found = ((batch.indices, [batch], batch.features) for batch in clean)
     for index, posteriors, features in found:
         rows = torch.stack([_row(settings.score, scorer.parts(each)) for each in posteriors])
         numbers, count = rows.mean(0).cpu().numpy(), np.full(len(index), np.nan)

@@ -67,7 +67,7 @@ def all_scores(run: runs.LoadedRun, sets: Sequence[ImageSet], *, likelihoods: Na
     for family in (config.likelihood, *likelihoods):
         scorer = Scorer(run.vje, reference=reference, likelihood=family, kl_weight=config.kl_weight)
         for scores, images in zip(found, encoded["trained features"][1:], strict=True):
-            parts = [scorer.parts(part) for part in images.posteriors.split(256)]
+            parts = [scorer.parts(part) for part in images.split(256)]
             for name, score in SCORES.items():
                 values = torch.cat([score(part) for part in parts]).cpu()
                 if values.isfinite().all():  # not every family splits direction and radius

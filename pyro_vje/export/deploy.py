@@ -33,7 +33,7 @@ from pyro_vje.anomaly.table import describe_calibration
 from pyro_vje.config import ScoreConfig
 from pyro_vje.distributions.numerics import _stirling
 from pyro_vje.metrics.conformal import conformal_p_values
-from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.representation.evaluation import format_table
 from pyro_vje.runs.files import check_writable, write_atomic
@@ -66,7 +66,7 @@ class Deployed(nn.Module):
     def forward(self, images: Tensor, at_once: bool = True) -> dict[str, Tensor]:
         """Outputs by name; in parts, as `pyro_vje.score` computes them, where not ``at_once``."""
         embedding = self.vje.embed(self.view(images))
-        encoded = Posteriors(embedding, *self.vje.posterior(embedding))
+        encoded = Encoded(embedding, *self.vje.posterior(embedding))
         score = self.score(LikelihoodParts(self.scorer, encoded, at_once=at_once))
         outputs = {"embedding": embedding, "loc": encoded.loc, "scale": encoded.scale, "score": score}
         if self.calibration is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from itertools import repeat
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,38 +27,30 @@ class Images(Protocol):
 View = Callable[[Tensor], Tensor]  # uint8 images to what the encoder takes: `pyro_vje.data.CleanView`
 
 
-class Posteriors(NamedTuple):
-    """Embeddings of N images and the posterior given each (or given another view of it), ``(N, D)`` each."""
-
-    embeddings: Tensor
-    loc: Tensor
-    scale: Tensor
-
-    def to(self, device: str | torch.device) -> Posteriors:
-        """The same on another device."""
-        return Posteriors(*(tensor.to(device) for tensor in self))
-
-    def split(self, count: int) -> Iterator[Posteriors]:
-        """Parts of at most ``count`` images."""
-        return map(Posteriors, *(tensor.split(count) for tensor in self))
-
-
 class Encoded(NamedTuple):
-    """What a model says of N images, all float32: encoder features, embeddings, and the posterior given each.
+    """What a model says of N images, all float32: embeddings, and the posterior given each (or another view of it)."""
 
-    ``indices`` are positions in the image set; an image that could not be decoded is missing.
-    """
-
-    indices: Tensor  # int64 (N,)
-    features: Tensor  # (N, F)
     embeddings: Tensor  # (N, D), as are loc and scale
     loc: Tensor
     scale: Tensor
+    features: Any = None  # the encoder's, (N, F), where it was run
+    indices: Any = None  # int64 (N,), positions in the image set: one that could not be decoded is missing
 
-    @property
-    def posteriors(self) -> Posteriors:
-        """Embeddings and posteriors without the rest."""
-        return Posteriors(self.embeddings, self.loc, self.scale)
+    def to(self, device: str | torch.device) -> Encoded:
+        """The same on another device."""
+        return Encoded._make(None if x is None else x.to(device) for x in self)
+
+    def split(self, count: int) -> Iterator[Encoded]:
+        """Parts of at most ``count`` images."""
+        return map(Encoded, *(repeat(None) if x is None else x.split(count) for x in self))
+
+    @staticmethod
+    def cat(parts: Sequence[Encoded]) -> Encoded:
+        """The images of all parts, and what each of them has."""
+        columns = zip(*parts, strict=True)
+        return Encoded._make(
+            None if any(x is None for x in column) else torch.cat(column) for column in columns
+        )
 
 
 def cpu_rows(side: int) -> int:
@@ -103,7 +96,7 @@ def encode_batches(
 
     def forward(batch: Tensor) -> tuple[Tensor, ...]:
         features = vje.features(view(batch))
-        return features, *_head(vje, features)
+        return *_head(vje, features), features
 
     @torch.no_grad()
     def run(batch: Tensor) -> list[Tensor]:
@@ -113,7 +106,7 @@ def encode_batches(
     vje.eval()
     try:
         for indices, batch in images.batches(images_at_once(images, batch_size, device)):
-            yield Encoded(indices, *run(batch))
+            yield Encoded._make([*run(batch), indices])
     finally:
         vje.train(was_training)
 
@@ -123,10 +116,10 @@ def encode(
 ) -> Encoded:
     """Encode all of ``images``, collected on the CPU; ``ValueError`` if not one of them could be decoded."""
     batches = encode_batches(vje, images, view, batch_size=batch_size, device=device)
-    parts = [[tensor.cpu() for tensor in batch] for batch in batches]
+    parts = [batch.to("cpu") for batch in batches]
     if not parts:
         raise ValueError("no image could be encoded: not one of them could be decoded")
-    return Encoded(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Encoded.cat(parts)
 
 
 @torch.no_grad()
@@ -136,4 +129,4 @@ def encode_features(vje: VJE, features: Tensor) -> Encoded:
     vje.eval()
     parts = in_equal_parts(partial(_head, vje), features, rows=128)
     vje.train(was_training)
-    return Encoded(torch.arange(len(features)), features, *parts)
+    return Encoded._make([*parts, features, torch.arange(len(features))])

@@ -42,7 +42,7 @@ from pyro_vje.data import (
 )
 from pyro_vje.data.datasets import recipe_for
 from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
-from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.pretrained import LIBRARIES, Preprocessing, preprocessing
 from pyro_vje.model.vje import VJE
 from pyro_vje.plugins import is_reference
@@ -57,6 +57,7 @@ WEIGHTS, CALIBRATION = "weights.safetensors", "calibration.safetensors"
 REFERENCE, FOLDS = "reference.safetensors", "folds.safetensors"
 CHECKPOINTS, PICTURES, CACHE = "checkpoints", "pictures", "cache"
 HEADER_KEY = "pyro_vje"
+POSTERIOR = Encoded._fields[:3]  # what is kept of images: embeddings, loc, scale
 
 
 def versions() -> dict[str, str]:
@@ -231,9 +232,9 @@ def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
     return _save(folder / WEIGHTS, vje.state_dict(), info.to_dict())
 
 
-def save_posteriors(path: Path, posteriors: Posteriors) -> Path:
+def save_posteriors(path: Path, posteriors: Encoded) -> Path:
     """Write embeddings and posteriors of a run's images: 12 bytes a feature and image."""
-    return _save(path, posteriors._asdict())
+    return _save(path, dict(zip(POSTERIOR, posteriors, strict=False)))
 
 
 def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor) -> Path:
@@ -263,7 +264,7 @@ def _read(path: Path, read: Callable[[Any], T]) -> tuple[T, dict[str, Tensor]]:
         raise ValueError(f"header of {path}: {error}") from None
 
 
-def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
+def load_posteriors(run: LoadedRun, name: str) -> Encoded | None:
     """Read what `save_posteriors` wrote as ``name``; ``None`` where there is none, ``ValueError`` if it is damaged."""
     path = None if run.folder is None else run.folder / name
     if path is None or not path.is_file():
@@ -271,10 +272,10 @@ def load_posteriors(run: LoadedRun, name: str) -> Posteriors | None:
     _, tensors = _read(path, lambda values: migrate(values or {"schema_version": 1}))  # 1 had no header
     images = len(next(iter(tensors.values()))) if tensors and all(t.dim() for t in tensors.values()) else 0
     wanted = torch.empty(images, run.vje.embedding_dim, device="meta")
-    check_state(path, tensors, dict.fromkeys(Posteriors._fields, wanted))
+    check_state(path, tensors, dict.fromkeys(POSTERIOR, wanted))
     if not images or not (tensors["scale"] > 0).all():
         raise ValueError(f"{path} holds no image, or a scale that is not positive")
-    return Posteriors(**tensors)
+    return Encoded(**tensors)
 
 
 def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:

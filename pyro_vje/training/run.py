@@ -147,7 +147,7 @@ def _keep(
     device = next(vje.parameters()).device
     if held_out is not None:
         calibration = encode(vje, held_out, info.view, device=device)
-        layout.save_posteriors(folder / layout.CALIBRATION, calibration.posteriors)
+        layout.save_posteriors(folder / layout.CALIBRATION, calibration)
     if features is None:
         shown = splits.reference_images(images, info.config.seed)
         reference = encode(vje, shown, info.view, device=device)
@@ -157,7 +157,7 @@ def _keep(
         if held_out is None and info.config.folds:
             layout.save_folds(folder / layout.FOLDS, *fit_folds(info.config, features), features[:, 0])
         shutil.rmtree(folder / layout.CACHE)
-    layout.save_posteriors(folder / layout.REFERENCE, reference.posteriors)
+    layout.save_posteriors(folder / layout.REFERENCE, reference)
     save_weights(folder, vje, info)
 
 

@@ -25,6 +25,6 @@ def wide_run(tmp_path_factory, tiny_config):
     info = describe_run(config, train_set)
     vje = build_model(config, info.image_size)
     for name, images in ((CALIBRATION, held_out), (REFERENCE, train_set)):
-        save_posteriors(folder / name, encode(vje, images, info.view).posteriors)
+        save_posteriors(folder / name, encode(vje, images, info.view))
     save_weights(folder, vje, info)
     return folder

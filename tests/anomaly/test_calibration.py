@@ -41,10 +41,9 @@ def false_alarms(head, score, images, folds):
         fold = torch.randperm(images, generator=generator) % folds
         scorer = Scorer(head(known), num_particles=2)
         if folds == 1:  # half to fit, half to calibrate
-            scorer = scorer.of(head(known[::2]), encode_features(head(known[::2]), known[::2]).posteriors)
+            scorer = scorer.of(head(known[::2]), encode_features(head(known[::2]), known[::2]))
             own, found = (
-                scorer.scores(score, encode_features(scorer.vje, x).posteriors).numpy()
-                for x in (known[1::2], new)
+                scorer.scores(score, encode_features(scorer.vje, x)).numpy() for x in (known[1::2], new)
             )
             calibration, scores = Calibration([own]), found
         else:
@@ -73,9 +72,9 @@ def test_each_fold_is_compared_by_the_head_that_has_not_seen_it(head):
     found = cross_calibration("mahalanobis", fold, known, heads, scorer).at_least(np.zeros(3), new)
     expected = np.zeros(3)
     for k, own in enumerate(heads):
-        knower = scorer.of(own, encode_features(own, known[fold != k]).posteriors)
+        knower = scorer.of(own, encode_features(own, known[fold != k]))
         normal, strange = (
-            knower.scores("mahalanobis", encode_features(own, x).posteriors) for x in (known[fold == k], new)
+            knower.scores("mahalanobis", encode_features(own, x)) for x in (known[fold == k], new)
         )
         expected += (normal >= strange[:, None]).sum(1).numpy()
     np.testing.assert_array_equal(found, expected)

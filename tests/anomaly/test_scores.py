@@ -20,7 +20,7 @@ from pyro_vje.anomaly.scores import SCORES, Score, get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet, decode_image
 from pyro_vje.model import encoding
-from pyro_vje.model.encoding import Posteriors, encode
+from pyro_vje.model.encoding import Encoded, encode
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.runs.folder import REFERENCE, load_posteriors, load_split
 
@@ -32,7 +32,7 @@ def run(trained_run):
 
 @pytest.fixture(scope="module")
 def encoded(run):
-    return encode(run.vje, load_split(run, "test", None, None), run.info.view).posteriors
+    return encode(run.vje, load_split(run, "test", None, None), run.info.view)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_elbo_has_the_trained_weight(run, encoded):
 def test_the_pivot_is_what_the_directional_factor_is_a_function_of(run, encoded):
     found = Scorer(run.vje).scores("pivot", encoded)
     radius = math.sqrt(8)  # of the sphere of directions, √D
-    for i, (t, loc, scale) in enumerate(zip(*(x.double() for x in encoded), strict=True)):
+    for i, (t, loc, scale) in enumerate(zip(*(x.double() for x in encoded[:3]), strict=True)):
         u, m = radius * t / t.norm(), radius * loc / loc.norm()
         assert found[i].item() == pytest.approx((((u - m) / scale) ** 2).sum().item(), rel=1e-5)
         likelihood = run.vje.likelihood(encoded.loc[i], encoded.scale[i])
@@ -128,7 +128,7 @@ def test_typicality_is_the_distance_from_the_median_of_the_reference(run, encode
 def test_without_noise_images_are_ranked_as_by_a_thousand_particles(tiny_config, tmp_path_factory):
     config = dataclasses.replace(tiny_config, projector="linear", embedding_dim=64)
     run = load_run(train(config, tmp_path_factory.mktemp("wide") / "run"))
-    encoded = encode(run.vje, load_split(run, "all", None, None), run.info.view).posteriors
+    encoded = encode(run.vje, load_split(run, "all", None, None), run.info.view)
     for family in ("polar-student-t", "polar-normal", "student-t"):
         exact = Scorer(run.vje, num_particles=0, likelihood=family).parts(encoded)
         many = Scorer(run.vje, num_particles=1024, likelihood=family).parts(encoded)
@@ -190,9 +190,9 @@ def test_damaged_posteriors_are_refused(bad):
     scale[1, 3] = bad
     vje = VJE(torch.nn.Identity(), 8, embedding_dim=8).eval()
     with pytest.raises(ValueError, match="of 1 of 5 images are not finite, or have a scale that is not"):
-        Scorer(vje).parts(Posteriors(embeddings, loc, scale))
+        Scorer(vje).parts(Encoded(embeddings, loc, scale))
     with pytest.raises(ValueError, match="of 5 of 5 images are not finite"):
-        Scorer(vje).parts(Posteriors(embeddings * bad * math.inf, loc, torch.ones(5, 8)))
+        Scorer(vje).parts(Encoded(embeddings * bad * math.inf, loc, torch.ones(5, 8)))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -207,7 +207,7 @@ def test_scores_are_the_same_bits_in_any_order(wide_run, image_folder, threads, 
         whole = ImageSet(torch.stack([decode_image(str(p), 16) for p in names]), list(map(str, names)))
 
         def scores(order):
-            found = encode(run.vje, whole.select(order), run.info.view, batch_size=40).posteriors
+            found = encode(run.vje, whole.select(order), run.info.view, batch_size=40)
             return [
                 scorer.scores(name, found) for name in ("aggregate", "elbo", "pivot", "mahalanobis", "knn")
             ]

@@ -22,7 +22,7 @@ from pyro_vje.config import ScoreConfig
 from pyro_vje.data import load_dataset
 from pyro_vje.export import deploy as exporting
 from pyro_vje.model import encoders
-from pyro_vje.model.encoding import Posteriors
+from pyro_vje.model.encoding import Encoded
 
 OUTPUTS = ["embedding", "loc", "scale", "score", "p_value"]
 
@@ -103,7 +103,7 @@ class Everything(nn.Module):
         self.scorer, self.posterior = scorer, scorer.vje.posterior_network
 
     def forward(self, embeddings):
-        encoded = Posteriors(embeddings, *self.posterior(embeddings))
+        encoded = Encoded(embeddings, *self.posterior(embeddings))
         parts = LikelihoodParts(self.scorer, encoded, at_once=True)
         return {name: score(parts) for name, score in SCORES.items()}
 
@@ -118,7 +118,7 @@ def test_every_score_can_be_exported(trained_run):
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(everything, (embeddings[:2],), dynamic_shapes=shapes, strict=False)
         found = program.module()(embeddings)
-    encoded = Posteriors(embeddings, *run.vje.posterior(embeddings))
+    encoded = Encoded(embeddings, *run.vje.posterior(embeddings))
     for name in SCORES:
         torch.testing.assert_close(found[name], scorer.scores(name, encoded), rtol=1e-5, atol=1e-4)
 
