@@ -90,6 +90,11 @@ class TrainConfig:
     encoder: str | None = say(None, "resnet18, ..., timm:NAME, torchvision:NAME, module:factory. [default: by data]")
     weights: Text = say("none", "Of the encoder: none, default (pretrained, of timm or torchvision), or a FILE.")
     encoder_lr_scale: float | None = say(None, "0 freezes the encoder. [default: 0 if pretrained, else 1]", ge=0, le=1)
+    views: int = say(2, "Views of an image in a step, each a context for every other.", ge=2, le=64)
+    local_views: int = say(0, "Small crops beside them: contexts for every view, targets of none.", ge=0, le=64)
+    local_size: int | None = say(None, "Side of those in pixels. [default: half of a view's]", ge=4)
+    crop_scale: float | None = say(None, "Least share of the area in a view. [default: the data set's]", gt=0, le=1)
+    targets: Literal["each", "mean"] = say("each", "Of more than two views: each other one, or the others' mean.")
     feature_views: int = say(6, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
     folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
     projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say("auto", "auto: whiten if frozen, else none.")
@@ -123,15 +128,31 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """A copy in which the data set's defaults stand in for ``None``, but for what `fitted` says.
 
-        Raises ``ValueError`` if the data set is a folder that nobody named, or a frozen encoder is given two devices.
+        Raises ``ValueError`` if the data set is a folder that nobody named, or a setting does nothing beside another.
         """
         if self.dataset in ("folder", "images") and self.data_dir is None:
             what = f"the data set {self.dataset!r} needs to know which folder"
             raise ValueError(f"{what}: name it (--data-dir DIR)")
         scale = float(self.weights == "none") if self.encoder_lr_scale is None else self.encoder_lr_scale
-        if scale == 0 and self.devices > 1:
-            what = "the head of a frozen encoder trains on one device"
-            raise ValueError(f"{what}, not {self.devices} (--devices)")
+        head = "the head of a frozen encoder"
+        for wrong, what in (
+            (scale == 0 and self.devices > 1, f"{head} trains on one device, not {self.devices} (--devices)"),
+            (
+                scale == 0 and self.local_views,
+                f"{head} sees no local_views, but {self.local_views} are asked for",
+            ),
+            (
+                scale == 0 and self.views > 1 + self.feature_views,
+                f"{head} has {self.feature_views} feature_views and the image itself, but views are {self.views}",
+            ),
+            (
+                self.targets == "mean" and self.views + self.local_views == 2,
+                "the mean of one target is that target: views 3 or more",
+            ),
+            (self.local_size and not self.local_views, "local_size does nothing without local_views"),
+        ):
+            if wrong:
+                raise ValueError(what)
         defaults = self._defaults()
         epochs = self.epochs or defaults["epochs"]
         values = {"warmup_epochs": min(10.0, 0.1 * epochs), "knn_every": max(1, epochs // 10), **defaults}

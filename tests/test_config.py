@@ -80,3 +80,14 @@ def test_the_package_lists_its_api_alone():
     shown = [name for name in dir(pyro_vje) if not (name.startswith("__") and name.endswith("__"))]
     assert shown == sorted(pyro_vje.__all__)
     assert "__version__" in dir(pyro_vje)
+
+
+def test_settings_that_would_do_nothing_are_refused():
+    for settings, message in (
+        ({"local_size": 16}, "local_size does nothing without local_views"),
+        ({"targets": "mean"}, "the mean of one target is that target: views 3 or more"),
+        ({"encoder_lr_scale": 0.0, "local_views": 2}, "the head of a frozen encoder sees no local_views"),
+        ({"encoder_lr_scale": 0.0, "views": 8}, "has 6 feature_views and the image itself, but views are 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**settings).resolved()

@@ -1,9 +1,9 @@
-"""The symmetric ELBO: `pyro.infer.Trace_ELBO` over both directions of a view pair, without device syncs."""
+"""The symmetric ELBO: `pyro.infer.Trace_ELBO` over all pairs of a batch's views, without device syncs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,11 +14,10 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vje.model.vje import VJE, ViewPair, stack_views
+from pyro_vje.model.vje import VJE, ViewPairs, Views, stack_views
 from pyro_vje.plugins import look_up
 
 Monitor = Callable[[Trace, Trace], None]
-Views = Tensor | Sequence[Tensor] | ViewPair
 
 ELBO = "elbo"
 BOUNDS = ("elbo", "iwae")
@@ -35,21 +34,21 @@ def own_objective(name: str) -> Objective | None:
 
 
 class SymmetricELBO(Trace_ELBO):
-    """½ [ELBO(view 1 → view 2) + ELBO(view 2 → view 1)], averaged over the images of the batch.
+    """½ [ELBO(view 1 → view 2) + ELBO(view 2 → view 1)], or the mean over all pairs of more views, and over the images.
 
-    A `Trace_ELBO` for a model and guide on view pairs that hold both directions in plates, as `pyro_vje.VJE` does.
+    A `Trace_ELBO` for a model and guide on views that hold their pairs in plates, as `pyro_vje.VJE` does.
     ``elbo(model, guide)`` is an ``nn.Module`` whose call gives the negative objective in nats an image, differentiable,
     for a torch optimiser; the same object is a ``loss`` for `pyro.infer.SVI`. Guide and model of a `VJE` share one pass
     of the encoder.
 
     Unlike `Trace_ELBO` it returns one differentiable scalar and reads nothing back from the device, which asks for
-    reparameterised guides; and it divides by the number of targets, 2 B: so is a global latent's term of a model of
-    your own. Oji & Fieguth (arXiv 2602.05639), the symmetric objective.
+    reparameterised guides; and it divides by the number of targets, P B (of a model of your own by V B, the number of
+    views): so is a global latent's term. Oji & Fieguth (arXiv 2602.05639), the symmetric objective.
 
     Parameters
     ----------
     num_particles, **kwargs
-        Samples of z for each image and direction; other options of `Trace_ELBO` (``vectorize_particles``, ...).
+        Samples of z for each image and pair; other options of `Trace_ELBO` (``vectorize_particles``, ...).
     kl_weight, analytic_kl
         Weight of log q(z) - log p(z), at least 0, and whether it is taken in closed form instead of by samples. At 1
         this is the ELBO proper; model and guide know of no weight, so that Pyro's other inference means what it says.
@@ -100,12 +99,12 @@ class SymmetricELBO(Trace_ELBO):
     ) -> Tensor:
         """Negative symmetric objective, a scalar tensor in nats an image, of Pyro callables on ``views``.
 
-        ``views`` are ``(2, B, C, H, W)``, two tensors ``(B, C, H, W)``, or `VJE.encode_views` of these; others, and a
-        latent of the guide that is not reparameterised, are a ``ValueError``.
+        ``views`` are as in `stack_views`, or `VJE.encode_views` of these; others, and a latent of the guide that is
+        not reparameterised, are a ``ValueError``.
         """
         owner = getattr(model, "__self__", None)
-        if not isinstance(views, ViewPair):
-            views = owner.encode_views(views) if isinstance(owner, VJE) else stack_views(views)
+        if not isinstance(views, ViewPairs):
+            views = owner.encode_views(views) if isinstance(owner, VJE) else torch.cat(stack_views(views))
         found = []
         for model_trace, guide_trace in self._get_traces(model, guide, (views, *args), kwargs):
             _require_rsample(guide_trace)
@@ -113,8 +112,7 @@ class SymmetricELBO(Trace_ELBO):
             if self.monitor is not None:
                 with torch.no_grad():
                     self.monitor(model_trace, guide_trace)
-        directions, images = (views.loc if isinstance(views, ViewPair) else views).shape[:2]
-        count = directions * images
+        count = math.prod((views.loc if isinstance(views, ViewPairs) else views).shape[:2])
         if self.bound == "elbo":
             # With vectorised particles _get_traces yields one trace whose sums run over all of them.
             return torch.stack(found).sum() / (self.num_particles * count)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple, Self, cast, get_args
 
 import pyro
@@ -28,11 +29,11 @@ MIN_SCALE = 1e-3
 """Floor of the posterior's standard deviation: the restricted likelihood's mass grows without bound below it."""
 
 
-class ViewPair(NamedTuple):
-    """Both directions of a batch of view pairs, each tensor of shape ``(2, B, D)``.
+class ViewPairs(NamedTuple):
+    """The P pairs (context view, target view) of each of B images, tensors of shape ``(P, B, D)``.
 
-    Row ``[i]`` holds the posterior given view ``i`` and, as its target, the embedding of the other view with its
-    gradient stopped.
+    Posterior given the context, and the target's embedding with its gradient stopped. Of V full views each is a context
+    for every other, of L local ones for all full ones: P = V (V - 1) + L V pairs; of two views both directions.
     """
 
     loc: Tensor
@@ -40,16 +41,24 @@ class ViewPair(NamedTuple):
     target: Tensor
 
 
-def stack_views(views: Tensor | Sequence[Tensor]) -> Tensor:
-    """Bring two views ``(B, C, H, W)``, or one tensor ``(2, B, C, H, W)``, to the latter; else a ``ValueError``."""
-    if not isinstance(views, Tensor):
-        shapes = [tuple(view.shape) for view in views]
-        if len(shapes) != 2 or shapes[0] != shapes[1]:
-            raise ValueError(f"views must be two tensors of one shape (B, C, H, W), not {shapes}")
-        views = torch.stack(tuple(views))
-    if views.dim() < 3 or views.shape[0] != 2:
-        raise ValueError(f"stacked views must have shape (2, B, C, H, W), not {tuple(views.shape)}")
-    return views
+def stack_views(views: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Views in stacks of one shape, each encoded in one pass: full views ``(V, B, C, H, W)``, then any local ones.
+
+    ``views`` are a tensor of V full views, or a sequence of views ``(B, C, H, W)``, of which those of the first one's
+    shape are the full ones and come first. Raises ``ValueError`` unless there are two full views, all of B images.
+    """
+    stacks = [views] if isinstance(views, Tensor) else []
+    for _, alike in () if isinstance(views, Tensor) else groupby(views, lambda view: tuple(view.shape)):
+        stacks.append(torch.stack(tuple(alike)))
+    shapes = [tuple(stack.shape) for stack in stacks]
+    if not shapes or any(len(shape) < 3 or shape[1] != shapes[0][1] for shape in shapes) or shapes[0][0] < 2:
+        raise ValueError(
+            f"views must be two or more of one shape (B, C, H, W), then smaller ones, not {shapes}"
+        )
+    return stacks
+
+
+Views = Tensor | Sequence[Tensor] | ViewPairs
 
 
 class PosteriorNetwork(nn.Module):
@@ -80,8 +89,8 @@ class VJE(nn.Module):
         prior        p(z)     = Normal(0, I_D)
         likelihood   p(stop_gradient(e_t) | z, scale(e_c))        a family of `pyro_vje.model.likelihoods`
 
-    The likelihood shares the posterior's per-feature scale. `model` and `guide` are Pyro callables on a batch of
-    view pairs, in which each view serves as context for the other: plates ``direction`` (2) and ``image`` (B).
+    The likelihood shares the posterior's per-feature scale. `model` and `guide` are Pyro callables on the views of a
+    batch, in which each view serves as context for every other: plates ``direction`` (P pairs) and ``image`` (B).
 
     Parameters
     ----------
@@ -106,6 +115,9 @@ class VJE(nn.Module):
         ``"shared"``, borrowed from the posterior's, to which training sacrifices a few features (an ablation).
     shared_variance
         If false, the likelihood has one learned scale per feature instead of the posterior's (an ablation).
+    targets
+        With more than two views: ``"each"`` other view is a target by itself, or the ``"mean"`` of their embeddings is
+        one, as in FastSiam (Pototzky et al., GCPR 2022); then P = V + L.
     name
         Under which `pyro.infer.SVI` finds the parameters in Pyro's store; two models in one program need two.
 
@@ -126,6 +138,7 @@ class VJE(nn.Module):
         radius: str | None = "student-t",
         radius_scale: str = "learned",
         shared_variance: bool = True,
+        targets: str = "each",
         name: str = "vje",
     ) -> None:
         super().__init__()
@@ -146,10 +159,11 @@ class VJE(nn.Module):
             ("unit_radius", unit_radius, tuple(units)),
             ("radius", radius, (*get_args(RadialFactor), None)),
             ("radius_scale", radius_scale, ("learned", "shared")),
+            ("targets", targets, ("each", "mean")),
         ):
             if value not in choices:
                 raise ValueError(f"{setting} must be one of {', '.join(map(str, choices))}, not {value!r}")
-        self.name = name
+        self.name, self.targets = name, targets
         self.encoder, self.frozen = encoder, False
         if isinstance(projector, str):
             projector = build_projector(projector, feature_dim, hidden_dim, embedding_dim)
@@ -202,34 +216,44 @@ class VJE(nn.Module):
             settings = dataclasses.replace(settings, radius_scale=radius_scale)
         return (family or self.family)(z, scale, settings)
 
-    def encode_views(self, views: Tensor | Sequence[Tensor] | ViewPair) -> ViewPair:
-        """Posterior and stopped target of both directions, from one pass over the 2·B images."""
-        if isinstance(views, ViewPair):
+    def encode_views(self, views: Views) -> ViewPairs:
+        """Posteriors and stopped targets of all pairs of views, from one pass over every view."""
+        if isinstance(views, ViewPairs):
             return views
-        stacked = stack_views(views)
-        return self.pair(self.features(stacked.flatten(0, 1)).unflatten(0, (2, -1)))
+        stacks = stack_views(views)
+        images = stacks[0].shape[1]
+        features = [self.features(stack.flatten(0, 1)).unflatten(0, (-1, images)) for stack in stacks]
+        return self.pair(torch.cat(features), len(stacks[0]))
 
-    def pair(self, features: Tensor) -> ViewPair:
-        """`encode_views` from the views' features ``(2, B, feature_dim)``."""
+    def pair(self, features: Tensor, full: int | None = None) -> ViewPairs:
+        """`encode_views` from features of all views, ``(V + L, B, feature_dim)``: the first ``full`` are targets."""
         embeddings = self.project(features.flatten(0, 1))
         loc, scale = self.posterior(embeddings)
-        loc, scale, embeddings = (x.unflatten(0, (2, -1)) for x in (loc, scale, embeddings))
-        return ViewPair(loc, scale, embeddings.detach().flip(0))
+        loc, scale, embeddings = (x.unflatten(0, (len(features), -1)) for x in (loc, scale, embeddings))
+        targets = embeddings[:full].detach().unbind()
+        others = [[t for t in range(len(targets)) if t != c] for c in range(len(features))]
+        if self.targets == "mean":
+            return ViewPairs(
+                loc, scale, torch.stack([torch.stack([targets[t] for t in ts]).mean(0) for ts in others])
+            )
+        contexts = [c for c, ts in enumerate(others) for _ in ts]
+        loc, scale = (torch.stack([x[c] for c in contexts]) for x in (loc, scale))
+        return ViewPairs(loc, scale, torch.stack([targets[t] for ts in others for t in ts]))
 
-    def model(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
-        """Pyro model of both targets ``(2, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`."""
+    def model(self, views: Views) -> Tensor:
+        """Pyro model of all targets ``(P, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`."""
         self._register_for_svi()
-        pair = self.encode_views(views)
-        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
-            z = pyro.sample("z", dist.Normal(torch.zeros_like(pair.loc), 1.0).to_event(1))
-            return pyro.sample("target", self.likelihood(z, pair.scale), obs=pair.target)
+        pairs = self.encode_views(views)
+        with pyro.plate("direction", len(pairs.loc), dim=-2), pyro.plate("image", pairs.loc.shape[1], dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(pairs.loc), 1.0).to_event(1))
+            return pyro.sample("target", self.likelihood(z, pairs.scale), obs=pairs.target)
 
-    def guide(self, views: Tensor | Sequence[Tensor] | ViewPair) -> Tensor:
-        """Pyro guide: the amortised posterior of each direction's latent given its context view; ``views`` as above."""
+    def guide(self, views: Views) -> Tensor:
+        """Pyro guide: the amortised posterior of each pair's latent given its context view; ``views`` as above."""
         self._register_for_svi()
-        pair = self.encode_views(views)
-        with pyro.plate("direction", 2, dim=-2), pyro.plate("image", pair.loc.shape[1], dim=-1):
-            return pyro.sample("z", dist.Normal(pair.loc, pair.scale).to_event(1))
+        pairs = self.encode_views(views)
+        with pyro.plate("direction", len(pairs.loc), dim=-2), pyro.plate("image", pairs.loc.shape[1], dim=-1):
+            return pyro.sample("z", dist.Normal(pairs.loc, pairs.scale).to_event(1))
 
     def _register_for_svi(self) -> None:
         # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and tie two

@@ -125,7 +125,10 @@ class RunInfo:
     @property
     def views(self) -> TwoViews:
         """The augmented views of training."""
-        return TwoViews(self.view_size, recipe_for(self.config.dataset, self.view_size), self.mean, self.std)
+        views = TwoViews(self.view_size, recipe_for(self.config.dataset, self.view_size), self.mean, self.std)
+        least, (low, high) = self.config.crop_scale, views.recipe.scale
+        views.recipe = dataclasses.replace(views.recipe, scale=(least or low, high))
+        return views
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with the schema version and the versions of what made it."""
@@ -197,7 +200,9 @@ def build_head(config: TrainConfig, features: int) -> VJE:
 
 def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
     names = ("embedding_dim", "hidden_dim", "likelihood", "df", "unit_radius", "radius", "radius_scale")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in (*names, "shared_variance")}
+    settings: dict[str, Any] = {
+        name: getattr(config, name) for name in (*names, "shared_variance", "targets")
+    }
     projector = "none" if config.projector == "auto" else config.projector
     return VJE(encoder, features, projector=projector, **settings)
 

@@ -21,7 +21,8 @@ from torch.distributions import kl_divergence
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, TwoViews, derive_seed, make_loader
-from pyro_vje.model import VJE, SymmetricELBO, ViewPair, own_objective
+from pyro_vje.model import VJE, SymmetricELBO, own_objective
+from pyro_vje.model.vje import Views
 from pyro_vje.training.distributed import GlobalNoise
 
 HEAD_LR = 1e-3  # of AdamW, for a head on cached features
@@ -34,9 +35,9 @@ PART_EVERY = 5
 
 
 class Pretraining(lightning.LightningModule):
-    """VJE pretraining: two views of each image, the symmetric ELBO, an optimiser with a cosine schedule.
+    """VJE pretraining: views of each image, the symmetric ELBO, an optimiser with a cosine schedule.
 
-    ``train_set`` are images, of which ``views`` draws two views each; or ``(N, V, feature_dim)``, what a frozen encoder
+    ``train_set`` are images, of which ``views`` draws the views; or ``(N, V, feature_dim)``, what a frozen encoder
     has made of V views of each. All random draws of a step (views, latents) are functions of (seed, step), so a resumed
     run draws what an uninterrupted one would, and several processes draw what one would for their global batch.
     """
@@ -51,6 +52,9 @@ class Pretraining(lightning.LightningModule):
         self.elbo = self.objective(vje.model, vje.guide)
         self.own_objective = own_objective(config.objective)
         self.config, self.train_set, self.views = config, train_set, views
+        self.local = (
+            views.local(config.local_size or views.image_size // 2) if views and config.local_views else None
+        )
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -66,11 +70,20 @@ class Pretraining(lightning.LightningModule):
         """Loss of uint8 images ``(B, 3, H, W)``, or of cached features ``(B, V, feature_dim)``, in nats an image."""
         rank, world_size = self.global_rank, self.trainer.world_size
         generator = self._seeded_generator(batch.device)
-        views: Tensor | ViewPair
+        views: Views
         if self.views is None:
-            views = self.vje.pair(_two_of(batch, generator))
+            views = self.vje.pair(_some_of(batch, self.config.views, generator))
         else:
-            views = self.views(batch, generator, rank=rank, world_size=world_size)
+            views = self.views(
+                batch, generator, num_views=self.config.views, rank=rank, world_size=world_size
+            )
+        if self.local is not None:
+            how: dict[str, Any] = {
+                "num_views": self.config.local_views,
+                "rank": rank,
+                "world_size": world_size,
+            }
+            views = [*views, *self.local(batch, generator, **how)]
         noise: GlobalNoise | nullcontext[None] = nullcontext()
         if world_size > 1:  # from the seed of the only process's latents, see below
             generator.manual_seed(derive_seed("latents", self.config.seed, self.global_step, 0))
@@ -175,10 +188,10 @@ class Pretraining(lightning.LightningModule):
         return dict(zip(names, self.trainer.strategy.reduce(torch.stack(means)).tolist(), strict=True))
 
 
-def _two_of(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Two different views ``(2, B, F)`` of each image, drawn from its ``(B, V, F)``."""
+def _some_of(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Different views ``(count, B, F)`` of each image, drawn from its ``(B, V, F)``."""
     batch, views, _ = features.shape
-    drawn = torch.rand(batch, views, generator=generator, device=features.device).argsort(1)[:, :2]
+    drawn = torch.rand(batch, views, generator=generator, device=features.device).argsort(1)[:, :count]
     return features[torch.arange(batch, device=features.device)[:, None], drawn].transpose(0, 1)
 
 

@@ -82,6 +82,8 @@ SETTINGS = {
     "knn_every": 0,
     "precision": "32",
     "image_size": 16,
+    "views": 3,
+    "local_views": 2,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torchvision.transforms.functional import center_crop
 from pyro_vje.data.views import operations as pixels
 
 Rgb = Sequence[float]  # a number for each channel
+LOCAL_SCALE = (0.05, 0.4)  # of a local view: DINO's (Caron et al. 2021)
 _PROPOSALS, _DRAWS = 10, 32  # crops proposed before the fallback, as in torchvision; uniform numbers a view
 
 
@@ -120,6 +121,10 @@ class TwoViews(CleanView):
         if any(self.recipe.blur) and image_size < 2:
             raise ValueError("one pixel cannot be blurred: take image_size 2, or a recipe without blur")
         self.kernel = max(3, image_size // 10 // 2 * 2 + 1)  # SimCLR's: a tenth of the image, odd
+
+    def local(self, image_size: int) -> TwoViews:
+        """The same views of small crops at another side, `LOCAL_SCALE` of the area (multi-crop, Caron et al. 2020)."""
+        return TwoViews(image_size, replace(self.recipe, scale=LOCAL_SCALE), self.mean, self.std)
 
     @torch.no_grad()
     def __call__(
