@@ -7,14 +7,15 @@ import click
 
 from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import options
-from pyro_vje.config import ScoreConfig
+from pyro_vje.config import ScoreConfig, fields_of
 
 NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.values())
+_, _, DEFAULT = (fields_of(ScoreConfig)["score"].description or "").partition(", or ")
 
 
 @options.command("score")
 @options.ckpt
-@options.scoring("score", help=f"{NAMES}; or your own as module:function. [default: {ScoreConfig().score}]")
+@options.scoring("score", help=f"{NAMES}; or {DEFAULT}")
 @options.scoring(without=["score"])
 def score(ckpt: Path, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
@@ -30,8 +31,7 @@ def score(ckpt: Path, **settings: Any) -> None:
 @click.argument("new", type=options.EXISTING)
 @options.scoring("out", default=Path("inspection"), show_default=True, help="Folder of the results.")
 @options.training("encoder", "weights", "image_size")
-@options.scoring("score", default="aggregate")
-@options.scoring("alpha", "fdr", "batch_size", "trust_plugins")
+@options.scoring("score", "alpha", "fdr", "batch_size", "trust_plugins")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write a page beside the CSV.")
 def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
     """Say which images in NEW look strange to one who has seen those in GOOD.

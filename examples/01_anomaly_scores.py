@@ -55,11 +55,11 @@ run = train(config, root / "run")
 # Score
 # -----
 #
-# ``pyro-vje score --ckpt run --data new/ --score aggregate --fdr 0.1 --report``. The score asks how dense the
+# ``pyro-vje score --ckpt run --data new/ --fdr 0.1 --report``. The score, `aggregate` unless told, asks how dense the
 # training images are around the new one (:doc:`/scores` compares them all). ``fdr`` decides: of the images that
 # are called anomalies a tenth, in expectation, is normal. A class folder named ``normal`` lets it also say how
 # well that went.
-result = score(run, data=root / "new", score="aggregate", fdr=0.1, report=True)
+result = score(run, data=root / "new", fdr=0.1, report=True)
 print(f"{result.flagged} of {result.scored} called anomalies; AUROC {result.auroc:.3f}")
 
 # %%

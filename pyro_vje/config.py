@@ -213,7 +213,11 @@ class ScoreConfig:
     data_dir: Text | None = say(None, "Where the data set lies or is downloaded to. [default: the run's own]")
     download: bool = say(True, "Fetch a missing data set.", off="no-download")
     normal_class: str | None = say(None, "The class that counts as normal in metrics. [default: the run's]")
-    score: str = say("conditional", "A score by name (an unknown one lists them), or module:function.")
+    score: str | None = say(
+        None,
+        "A score by name (an unknown one lists them), or module:function. "
+        "[default: aggregate; conditional without reference images or with pairs]",
+    )
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
     calibration: str | None = say(None, "p-values by this calibration of the run. [default: its own]")
     reference_views: int = say(0, "Kernels at so many augmented views of a reference image; 0: clean.", ge=0)

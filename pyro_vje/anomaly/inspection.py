@@ -52,8 +52,8 @@ def inspect(
     Trains a model on all images of the folder ``good``, whatever its subfolders, in ``out/model`` (once: a second call
     scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
     ``out/scores_report.html``. ``how``: ``encoder``, ``weights`` and ``image_size`` of `TrainConfig`, by default what
-    `choose_encoder` finds, and fields of `ScoreConfig` in place of those of ``settings``, by default the score
-    `aggregate`, decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``: one folder lies within another or
+    `choose_encoder` finds, and fields of `ScoreConfig` in place of those of ``settings``, by default decided
+    at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``: one folder lies within another or
     has no images, or the decision asked for cannot be met by any image.
     """
     encoder, weights, image_size = (how.pop(name, None) for name in ("encoder", "weights", "image_size"))
@@ -64,7 +64,7 @@ def inspect(
                 f"{name} ({place}) lies within {other} ({outer}): images would count twice, name another"
             )
     count, new_count = len(list_images(good)), len(list_images(new))
-    settings = dataclasses.replace(settings or ScoreConfig(score="aggregate"), **{"report": True, **how})
+    settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **how})
     name, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
     log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
     holdout = min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None

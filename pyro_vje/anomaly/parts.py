@@ -93,6 +93,11 @@ class Scorer:
         return LikelihoodParts(self, encoded)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether there are reference images."""
+        return self._reference is not None
+
+    @property
     def reference(self) -> Encoded:
         """The reference images; ``ValueError`` where there are none."""
         if self._reference is None:

@@ -5,6 +5,7 @@ Memory does not grow with the number of images, and an interrupted call can go o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pyro_vje.anomaly.calibration import Calibration, Floats, cross_calibration
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
-from pyro_vje.anomaly.scores import get_score
+from pyro_vje.anomaly.scores import Score, get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.data.splits import reference_images
@@ -96,6 +97,36 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
     return Scorer(run.vje, reference=reference, likelihood=likelihood, kl_weight=config.kl_weight, **how)
 
 
+class Judge(NamedTuple):
+    """What a run's images are scored by; ``known`` is what p-values compare with."""
+
+    run: LoadedRun
+    settings: ScoreConfig
+    score: Score
+    scorer: Scorer
+    known: Calibration | None
+
+
+def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
+    """What a run's images are scored by under these settings.
+
+    Where they name no score, it is `aggregate` if it can be, the better one by what was measured, else `conditional`;
+    the log says which. ``ValueError``: there is no such score, it is none of pairs, or no such calibration.
+    """
+    scorer, why = make_scorer(run, settings), "the default"
+    if settings.num_pairs:
+        why = "as aggregate, the default, is none of pairs"
+    elif not scorer.has_reference:
+        why = f"as there are no reference images ({folder.REFERENCE}) for aggregate, the default"
+    score = get_score(settings.score or ("aggregate" if why == "the default" else "conditional"))
+    if settings.score is None:
+        log.info("score %s, %s", score.name, why)
+    if settings.num_pairs and score.needs_reference:
+        raise ValueError(f"{score.name!r} compares clean images with clean reference images: leave pairs out")
+    judge = Judge(run, dataclasses.replace(settings, score=score.name), score, scorer, None)
+    return judge._replace(known=calibrate(judge))
+
+
 def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | None]:
     """The images that a run was trained on and those it held out; ``ValueError`` with ``why`` if not as they were."""
     try:
@@ -107,8 +138,9 @@ def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | Non
     return train_set, held_out
 
 
-def calibrate(run: LoadedRun, scorer: Scorer, settings: ScoreConfig) -> Calibration | None:
+def calibrate(judge: Judge) -> Calibration | None:
     """What scores become p-values by: a named calibration, the run's folds, or its held-out images; or nothing."""
+    run, settings, score, scorer, _ = judge
     name = settings.calibration
     file = folder.CALIBRATION if name is None else folder.calibration_file(name)
     stored = folder.load_posteriors(run, file)
@@ -123,26 +155,25 @@ def calibrate(run: LoadedRun, scorer: Scorer, settings: ScoreConfig) -> Calibrat
         except ValueError as error:
             log.warning("%s", error)
             return None
-        batches = score_batches(run, scorer, settings, None, held_out) if held_out else ()
+        batches = score_batches(judge, held_out) if held_out else ()
         rows = [row for _, row in batches]
         return Calibration([np.concatenate(rows)[:, 0]]) if rows else None
     if name is None and (folds := folder.load_folds(run)) is not None:
-        return cross_calibration(settings.score, *folds, scorer)
-    return None if stored is None else Calibration([scorer.scores(settings.score, stored).cpu().numpy()])
+        return cross_calibration(score.name, *folds, scorer)
+    return None if stored is None else Calibration([scorer.scores(score.name, stored).cpu().numpy()])
 
 
-def _row(score: str, parts: LikelihoodParts) -> Tensor:
+def _row(score: Score, parts: LikelihoodParts) -> Tensor:
     """Score and `PARTS` of N images; a density over thousands of kernels is there if the score is made of it."""
-    found = get_score(score)(parts).double()
+    found = score(parts).double()
     nothing = {} if "log_aggregate" in vars(parts) else {"log_aggregate": torch.full_like(found, torch.nan)}
     columns = [nothing[name] if name in nothing else getattr(parts, name) for name in PARTS.values()]
     return torch.stack([found, *columns], -1)
 
 
-def score_batches(
-    run: LoadedRun, scorer: Scorer, settings: ScoreConfig, known: Calibration | None, images: ImageSet
-) -> Iterator[tuple[Tensor, Floats]]:
+def score_batches(judge: Judge, images: ImageSet) -> Iterator[tuple[Tensor, Floats]]:
     """Indices of the images of each batch, and a row for each: score, `PARTS`, calibration images as strange."""
+    run, settings, score, scorer, known = judge
     device, size, pairs = scorer.device, settings.batch_size, settings.num_pairs
     found: Iterator[tuple[Tensor, list[Encoded], Tensor | None]]
     if pairs:
@@ -153,7 +184,7 @@ def score_batches(
         clean = encode_batches(run.vje, images, run.info.view, batch_size=size, device=device)
         found = ((batch.indices, [batch], batch.features) for batch in clean)
     for index, posteriors, features in found:
-        rows = torch.stack([_row(settings.score, scorer.parts(each)) for each in posteriors])
+        rows = torch.stack([_row(score, scorer.parts(each)) for each in posteriors])
         numbers, count = rows.mean(0).cpu().numpy(), np.full(len(index), np.nan)
         if known is not None:
             count = known.at_least(numbers[:, 0], features)

@@ -24,8 +24,7 @@ from PIL import Image
 
 from pyro_vje import metrics
 from pyro_vje.anomaly.calibration import Calibration
-from pyro_vje.anomaly.rows import HOW, PARTS, Rows, calibrate, make_scorer, score_batches, score_images
-from pyro_vje.anomaly.scores import get_score
+from pyro_vje.anomaly.rows import HOW, PARTS, Rows, prepare, score_batches, score_images
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.metrics.conformal import benjamini_hochberg
@@ -78,16 +77,11 @@ def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: An
 
 
 def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
-    chosen = get_score(settings.score)
-    if settings.num_pairs and chosen.needs_reference:
-        raise ValueError(
-            f"{chosen.name!r} compares clean images with clean reference images: leave pairs out"
-        )
     target = _target(settings.out or (ckpt if ckpt.is_dir() else Path()) / "scores.csv")
     run = runs.load_run(ckpt, trust_plugins=settings.trust_plugins, device=runs.default_device())
     images, normal = _images_and_normal_class(run, settings)
-    scorer = make_scorer(run, settings)
-    known = calibrate(run, scorer, settings)
+    judge = prepare(run, settings)
+    _, settings, chosen, scorer, known = judge
     say_level(0 if known is None else len(known.scores), len(images), settings.alpha, settings.fdr)
 
     weights = run.folder / runs.WEIGHTS if run.folder else ckpt
@@ -98,7 +92,7 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     }
     part, shape = target.with_name(target.name + ".part"), (len(images), 2 + len(PARTS))
     rows = Rows(part, how | made, shape, resume=settings.resume)
-    failed = score_images(images, rows, partial(score_batches, run, scorer, settings, known))
+    failed = score_images(images, rows, partial(score_batches, judge))
     table = _table(images, rows, failed, normal)
     scored = table[table.error.isna()]
     if not len(scored):

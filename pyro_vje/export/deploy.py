@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from pyro_vje.anomaly.calibration import Calibration, Floats
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
-from pyro_vje.anomaly.rows import HOW, calibrate, make_scorer
-from pyro_vje.anomaly.scores import get_score
+from pyro_vje.anomaly.rows import HOW, prepare
+from pyro_vje.anomaly.scores import Score
 from pyro_vje.anomaly.table import describe_calibration
 from pyro_vje.config import ScoreConfig
 from pyro_vje.distributions.numerics import _stirling
@@ -58,9 +58,9 @@ class ExportResult(NamedTuple):
 class Deployed(nn.Module):
     """A run, a score and its calibration as one function of uint8 images; the outputs are those of the module."""
 
-    def __init__(self, run: LoadedRun, scorer: Scorer, score: str, calibration: Floats | None) -> None:
+    def __init__(self, run: LoadedRun, scorer: Scorer, score: Score, calibration: Floats | None) -> None:
         super().__init__()
-        self.vje, self.view, self.scorer, self.score = run.vje, run.info.view, scorer, get_score(score)
+        self.vje, self.view, self.scorer, self.score = run.vje, run.info.view, scorer, score
         self.calibration = None if calibration is None else torch.from_numpy(calibration)
 
     def forward(self, images: Tensor, at_once: bool = True) -> dict[str, Tensor]:
@@ -96,8 +96,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
     target = check_writable(how.out or (Path(ckpt) / name if Path(ckpt).is_dir() else Path(name)))
     run = load_run(ckpt, trust_plugins=how.trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)
-    scorer = make_scorer(run, how)
-    known = calibrate(run, scorer, how)
+    _, how, chosen, scorer, known = prepare(run, how)
     known = None if known is None or known.folds > 1 else known  # folds would need all their heads
     calibration = None if known is None else known.scores
     description = {**run.info.to_dict(), "score": {name: getattr(how, name) for name in HOW}}
@@ -106,7 +105,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
     batches = [torch.randint(0, 256, (n, *shape), dtype=torch.uint8) for n in (2, 1, 5)]
     with torch.no_grad(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch and onnxscript say of themselves
-        model = Deployed(run, scorer, how.score, calibration).eval()
+        model = Deployed(run, scorer, chosen, calibration).eval()
         wanted = [{k: v.numpy() for k, v in model(images, at_once=False).items()} for images in batches]
         model(batches[0])  # what is computed once and kept must be there before tracing
         try:
@@ -133,7 +132,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
                 raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
     write_atomic(target, content)
     card = target.with_name(CARD)
-    write_atomic(card, model_card(run, how, known, differences, file=target.name, format=format))
+    write_atomic(card, model_card(run, how, chosen, known, differences, file=target.name, format=format))
     return ExportResult(target, card, differences)
 
 
@@ -214,6 +213,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 def model_card(
     run: LoadedRun,
     settings: ScoreConfig,
+    chosen: Score,
     known: Calibration | None,
     differences: dict[str, float],
     **file: str,
@@ -238,7 +238,7 @@ def model_card(
         parameters=sum(parameter.numel() for parameter in run.vje.parameters()),
         family=get_family(settings.score_likelihood or config.likelihood),
         score=settings,
-        meaning=get_score(settings.score).description,
+        meaning=chosen.description,
         calibration=describe_calibration(known),
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,

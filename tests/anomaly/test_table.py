@@ -60,8 +60,8 @@ def test_csv_of_the_runs_own_test_split(trained_run, out):
         *("kl", "posterior_variance", "log_aggregate", "label", "error"),
     ]
     assert {row["label"] for row in rows} == {"normal", "stripes", "spots"}
-    assert {row["log_aggregate"] for row in rows} == {""}  # which nobody waited for
-    np.testing.assert_allclose(numbers(rows), -numbers(rows, "log_likelihood"))
+    assert result.settings.score == "aggregate"
+    np.testing.assert_allclose(numbers(rows), -numbers(rows, "log_aggregate"))
     # the class folder "normal" says what is an anomaly
     truth = [row["label"] != "normal" for row in rows]
     assert (result.normal, result.anomalies, result.unlabelled) == (6, 12, 0)
@@ -69,6 +69,25 @@ def test_csv_of_the_runs_own_test_split(trained_run, out):
     assert {path.name for path in (out.parent / "pictures").iterdir()} == {
         f"scores_{kind}.png" for kind in ("histogram", "direction_radius", "strangest")
     }
+
+
+def test_the_default_score_is_aggregate_where_it_can_be_and_the_log_says_why(trained_run, out, caplog):
+    caplog.set_level("INFO", "pyro_vje")
+    for ckpt, num_pairs, chosen, why in (
+        (trained_run, 0, "aggregate", "the default"),
+        (trained_run, 1, "conditional", "as aggregate, the default, is none of pairs"),
+        (trained_run / "weights.safetensors", 0, "conditional", "as there are no reference images"),
+    ):
+        caplog.clear()
+        result = score(ckpt, out=out, num_pairs=num_pairs, draw=False)
+        assert result.settings.score == json.loads(result.summary.read_text())["score"]["score"] == chosen
+        assert f"score {chosen}, {why}" in caplog.text
+        if chosen == "conditional":
+            assert {row["log_aggregate"] for row in read(out)} == {""}  # which nobody waited for
+    np.testing.assert_allclose(numbers(read(out)), -numbers(read(out), "log_likelihood"))
+    caplog.clear()
+    score(trained_run, out=out, score="conditional", draw=False)
+    assert "score conditional" not in caplog.text  # who asked for it knows
 
 
 def test_every_score_goes_the_whole_way(calibrated_run, out):
@@ -255,7 +274,7 @@ def test_embed_writes_posteriors(trained_run, image_folder, tmp_path):
 
 def test_another_family_for_scoring(trained_run, out):
     run = load_run(trained_run)
-    result = score(trained_run, out=out, score_likelihood="normal", draw=False)
+    result = score(trained_run, out=out, score="conditional", score_likelihood="normal", draw=False)
     rows = read(out)
     assert result.settings.score_likelihood == "normal"
     assert {row["log_direction"] for row in rows} == {""}  # it has no such factor

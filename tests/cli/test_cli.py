@@ -45,7 +45,7 @@ def test_train_eval_score_embed(image_folder, tmp_path):
 
     result = run("score", "--ckpt", out)
     assert result.exit_code == 0, result.output
-    assert "18 images scored by conditional" in result.stdout
+    assert "18 images scored by aggregate" in result.stdout
     assert "AUROC" in result.stdout
     with open(out / "scores.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == 18
