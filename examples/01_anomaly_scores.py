@@ -55,7 +55,7 @@ run = train(config, root / "run")
 # Score
 # -----
 #
-# ``pyro-vje score --ckpt run --data new/ --fdr 0.1 --report``. The score, `aggregate` unless told, asks how dense the
+# ``pyro-vje score --ckpt run --data new/ --fdr 0.1 --report``. The score is ``aggregate`` unless told: how dense the
 # training images are around the new one (:doc:`/scores` compares them all). ``fdr`` decides: of the images that
 # are called anomalies a tenth, in expectation, is normal. A class folder named ``normal`` lets it also say how
 # well that went.

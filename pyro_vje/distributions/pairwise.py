@@ -47,5 +47,7 @@ def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:
     ):
         normal = DiagonalStudentT(math.inf, base.loc, base.scale, validate_args=distribution._validate_args)
         return normal.pairwise_log_prob(value)
+    if torch.compiler.is_exporting():  # the number of values is open, and there are no loops
+        return distribution.log_prob(column).movedim(0, -1)
     chunks = column.split(max(1, len(value) // max(1, distribution.batch_shape.numel())))
     return torch.cat([distribution.log_prob(chunk) for chunk in chunks]).movedim(0, -1)

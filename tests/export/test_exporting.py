@@ -239,6 +239,8 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run_copy, image_folde
     # what was scored with other weights is not this model's
     summary = json.loads((run_copy / "scores_summary.json").read_text())
     (run_copy / "scores_summary.json").write_text(json.dumps({**summary, "weights_sha256": "0"}))
-    card = exporting.model_card(load_run(run_copy), ScoreConfig(score="knn"), SCORES["knn"], None, {}, file="model", format="onnx")
+    card = exporting.model_card(
+        load_run(run_copy), ScoreConfig(score="knn"), SCORES["knn"], None, {}, file="model", format="onnx"
+    )
     assert 'onnxruntime.InferenceSession("model")' in card
     assert "Detection of anomalies: **not measured**" in card
