@@ -86,6 +86,7 @@ class TrainConfig:
     download: bool = say(True, "Fetch a missing data set.", off="no-download")
     normal_class: str | None = say(None, "Pretrain on this class alone, by name or index. [default: all]")
     image_size: int | None = say(None, "Side of the square images in pixels. [default: the data set's]", ge=8)
+    fit: Literal["crop", "pad", "squeeze"] | None = say(None, "Images not square: centre or whole. [default: crop]")
     holdout: float | None = say(None, "Share of images kept for p-values. [default: 0.05; with folds 0]", ge=0, le=0.5)
     encoder: str | None = say(None, "resnet18, ..., timm:NAME, torchvision:NAME, module:factory. [default: by data]")
     weights: Text = say("none", "Of the encoder: none, default (pretrained, of timm or torchvision), or a FILE.")
@@ -153,7 +154,7 @@ class TrainConfig:
         ):
             if wrong:
                 raise ValueError(what)
-        defaults = self._defaults()
+        defaults = {"fit": "crop", **self._defaults()}
         epochs = self.epochs or defaults["epochs"]
         values = {"warmup_epochs": min(10.0, 0.1 * epochs), "knn_every": max(1, epochs // 10), **defaults}
         if scale == 0:

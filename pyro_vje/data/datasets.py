@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Request:
     download: bool
     residency: str
     interpolation: str = "bilinear"
+    fit: str = "crop"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def load_dataset(
     download: bool = True,
     residency: str = "auto",
     interpolation: str = "bilinear",
+    fit: str = "crop",
 ) -> ImageSet:
     """Load one split of a data set (`find_dataset`) as square RGB images of side ``image_size`` (by default its own).
 
@@ -95,9 +97,9 @@ def load_dataset(
     torchvision calls ``root``; by default ``$PYRO_VJE_DATA``, or ``data_sets``. ``split`` is ``"train"``, ``"test"``,
     ``"pretrain"`` (``train``, and the images without labels where there are any) or ``"all"`` (of a folder every image
     in it, else every labelled one). Image files are decoded once (``residency`` ``"memory"``), when they are read
-    (``"stream"``), or as the memory allows (``"auto"``), and resized by ``interpolation``, ``"bilinear"`` or
-    ``"bicubic"``. Raises ``ValueError`` for an unknown name or split, or where no image can be decoded, and
-    ``FileNotFoundError`` where the data are absent and were not, or could not be, downloaded.
+    (``"stream"``), or as the memory allows (``"auto"``), resized by ``interpolation``, ``"bilinear"`` or ``"bicubic"``,
+    and made square by ``fit`` (`decode_image`). Raises ``ValueError`` for an unknown name or split, or where no image
+    can be decoded, and ``FileNotFoundError`` where the data are absent and were not, or could not be, downloaded.
     """
     entry = find_dataset(name)
     if split not in SPLITS:
@@ -107,7 +109,7 @@ def load_dataset(
     root = Path(data_dir if data_dir is not None else os.environ.get("PYRO_VJE_DATA", "data_sets"))
     size = image_size or entry.image_size
     try:
-        images = entry.load(Request(name, root, split, size, download, residency, interpolation))
+        images = entry.load(Request(name, root, split, size, download, residency, interpolation, fit))
     except Exception as error:
         if name in DATASETS or isinstance(error, (ValueError, OSError, MemoryError)):
             raise
@@ -253,7 +255,8 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     sized = [path for path, place in every if not parts or in_split(place, "train")]
     paths = [path for path, _ in files]
     labels = torch.tensor([index.get(class_of(place), -1) for _, place in files])
-    lazy = LazyImages(paths, request.image_size or _typical_size(sized), request.interpolation)
+    size = request.image_size or _typical_size(sized)
+    lazy = LazyImages(paths, size, request.interpolation, request.fit)
     labelled = labels if bool((labels >= 0).any()) else None
     images = ImageSet(lazy, paths, labelled, tuple(names) or None, root=str(root))
     return read_images(images, request.residency)
@@ -275,11 +278,28 @@ def _is_test(place: tuple[str, ...]) -> bool:
 
 def _typical_size(paths: list[str]) -> int:
     """Choose 32, 64, 96 or 224 pixels from the median shorter side of about 32 files."""
-    shapes = map(image_shape, paths[:: max(1, len(paths) // 32)])
-    median = float(np.median([min(shape) for shape in shapes if shape is not None] or [224]))
+    median = float(np.median([min(shape) for shape in _some_shapes(paths)] or [224]))
     size = next((size for limit, size in ((40, 32), (80, 64), (128, 96)) if median <= limit), 224)
     logger.info("images resized to %d x %d: the median shorter side is %g pixels", size, size, median)
     return size
+
+
+def _some_shapes(paths: Sequence[str]) -> list[tuple[int, int]]:
+    shapes = map(image_shape, paths[:: max(1, len(paths) // 32)])
+    return [shape for shape in shapes if shape is not None]
+
+
+def say_fit(images: ImageSet, fit: str) -> None:
+    """Say what becomes of images that are not square, if about 32 files say that most are not."""
+    shapes = _some_shapes(images.paths)
+    if shapes and (kept := float(np.median([min(shape) / max(shape) for shape in shapes]))) < 0.98:
+        what = {
+            "crop": f"the central square is kept, {1 - kept:.0%} is cut off (--fit pad or squeeze keeps all)",
+            "pad": f"whole, between grey margins of {1 - kept:.0%}",
+            "squeeze": "whole, squeezed into a square",
+        }
+        height, width = shapes[0]
+        logger.info("images are not square (such as %d x %d pixels): %s", width, height, what[fit])
 
 
 _STL10 = _in_memory(_stl10, ("train", "unlabeled"))

@@ -33,6 +33,9 @@ _HEIC = {".heic", ".heif", ".hif"}
 _UNREAD = {".avif", ".jxl", ".psd", ".tga", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".nef", ".arw"}
 _LISTED = EXTENSIONS | _HEIC | _UNREAD  # images to whoever put them there: each is decoded, or a failure
 
+FITS = ("crop", "pad", "squeeze")
+MARGIN = (124, 116, 104)
+"""RGB of the margins of ``"pad"``: the mean of ImageNet, near zero once an encoder's pixels are normalised."""
 MAX_PIXELS = 89_478_485  # where Pillow warns (268 MB as RGB); a small file can claim to be any size
 
 
@@ -47,11 +50,15 @@ class ImageError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(source: Source, size: int | None = None, interpolation: str = "bilinear") -> Tensor:
+def decode_image(
+    source: Source, size: int | None = None, interpolation: str = "bilinear", fit: str = "crop"
+) -> Tensor:
     """Decode one image file, a path or its bytes, to RGB: uint8 (3, H, W).
 
-    With ``size`` the shorter side is resized to so many pixels (``"bilinear"`` or ``"bicubic"``, antialiased), and the
-    centre square is left: uint8 (3, size, size). Raises :class:`ImageError` for whatever reason that fails.
+    With ``size`` it becomes uint8 (3, size, size), resized by ``interpolation`` (``"bilinear"`` or ``"bicubic"``,
+    antialiased): of an image that is not square ``fit`` leaves the centre square (``"crop"``), or the whole, between
+    grey margins (``"pad"``) or with other proportions (``"squeeze"``). Raises :class:`ImageError` for whatever reason
+    that fails.
     """
     path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
     try:
@@ -66,10 +73,7 @@ def decode_image(source: Source, size: int | None = None, interpolation: str = "
                 ImageOps.exif_transpose(image, in_place=True)
             rgb = _to_rgb(image, path)
             if size is not None and rgb.size != (size, size):
-                side = min(rgb.size)  # in one step: the whole of 20000 x 20 would take 1000 times the memory
-                left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-                box = (left, top, left + side, top + side)
-                rgb = rgb.resize((size, size), Image.Resampling[interpolation.upper()], box=box)
+                rgb = _square(rgb, size, Image.Resampling[interpolation.upper()], fit)
             return torch.from_numpy(np.asarray(rgb).transpose(2, 0, 1).copy())
     except ImageError:
         raise
@@ -81,6 +85,20 @@ def decode_image(source: Source, size: int | None = None, interpolation: str = "
         raise ImageError(path, error.strerror or str(error)) from error
     except Exception as error:  # decoders raise anything (SyntaxError, struct.error, ...) on damaged data
         raise ImageError(path, f"damaged image ({type(error).__name__}: {error})") from error
+
+
+def _square(rgb: Image.Image, size: int, how: Image.Resampling, fit: str) -> Image.Image:
+    if fit == "pad":
+        longest = max(rgb.size)
+        width, height = (max(1, round(size * side / longest)) for side in rgb.size)
+        square = Image.new("RGB", (size, size), MARGIN)
+        square.paste(rgb.resize((width, height), how), ((size - width) // 2, (size - height) // 2))
+        return square
+    if fit == "squeeze":
+        return rgb.resize((size, size), how)
+    side = min(rgb.size)  # in one step: the whole of 20000 x 20 would take 1000 times the memory
+    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+    return rgb.resize((size, size), how, box=(left, top, left + side, top + side))
 
 
 def image_shape(path: str | os.PathLike[str]) -> tuple[int, int] | None:

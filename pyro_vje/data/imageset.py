@@ -24,17 +24,20 @@ RESIDENCIES = ("auto", "memory", "stream")
 _WARNINGS = 10  # damaged files named one by one in the log; all of them are in ImageSet.failed
 
 
+@dataclass(frozen=True)
 class LazyImages:
-    """Image files that are decoded to uint8 (3, size, size) when indexed, or raise ImageError."""
+    """Image files that are decoded (`decode_image`) to uint8 (3, size, size) when indexed, or raise ImageError."""
 
-    def __init__(self, paths: Sequence[str], size: int, interpolation: str = "bilinear") -> None:
-        self.paths, self.size, self.interpolation = list(paths), size, interpolation
+    paths: Sequence[str]
+    size: int
+    interpolation: str = "bilinear"
+    fit: str = "crop"
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return decode_image(self.paths[index], self.size, self.interpolation)
+        return decode_image(self.paths[index], self.size, self.interpolation, self.fit)
 
 
 class Decoded(Dataset[Any]):
@@ -110,7 +113,7 @@ class ImageSet:
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
         paths, old = [self.paths[i] for i in index.tolist()], self.images
-        chosen = old[index] if isinstance(old, Tensor) else LazyImages(paths, old.size, old.interpolation)
+        chosen = old[index] if isinstance(old, Tensor) else replace(old, paths=paths)
         labels = None if self.labels is None else self.labels[index]
         return replace(self, images=chosen, paths=paths, labels=labels, failed=list(self.failed))
 

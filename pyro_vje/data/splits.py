@@ -22,7 +22,7 @@ MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # at most, for the k-NN monitor; `e
 
 def _load(config: TrainConfig, split: str, image_size: int | None, interpolation: str) -> ImageSet:
     how: dict[str, Any] = {"image_size": image_size, "interpolation": interpolation}
-    how |= {"download": config.download, "residency": config.residency}
+    how |= {"download": config.download, "residency": config.residency, "fit": config.fit or "crop"}
     return load_dataset(config.dataset, config.data_dir, split, **how)
 
 

@@ -50,7 +50,7 @@ from pyro_vje.runs.files import check_form, parse_json, read_json, write_atomic,
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_IMAGE_SIZE = 8192
 CONFIG, HELD_OUT, METRICS = "config.json", "held_out.json", "metrics.csv"
 WEIGHTS, CALIBRATION = "weights.safetensors", "calibration.safetensors"
@@ -76,7 +76,11 @@ def _lacked(**settings: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return step
 
 
-MIGRATIONS = {1: _lacked(holdout=0.0), 2: _lacked(projector="mlp", radius_scale="shared")}
+MIGRATIONS = {
+    1: _lacked(holdout=0.0),
+    2: _lacked(projector="mlp", radius_scale="shared"),
+    3: _lacked(fit="crop"),
+}
 """From each older schema version to the next: what a file of that version would say today."""
 
 
@@ -110,6 +114,11 @@ class RunInfo:
     view_size: int  # what the encoder sees, a central square: less than image_size for a pretrained one
     interpolation: str  # how image files are resized: bilinear or bicubic
     fingerprint: str | None  # of the images (`pyro_vje.data.ImageSet.fingerprint`)
+
+    @property
+    def fit(self) -> str:
+        """How images that are not square become so (`pyro_vje.data.decode_image`)."""
+        return self.config.fit or "crop"
 
     @property
     def view(self) -> CleanView:
@@ -210,7 +219,7 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     """Collect what a new run will be described by."""
     wanted, own, size = _preprocessing(config), find_dataset(config.dataset), train_set.image_size
-    view_size = round(size * wanted.crop) if wanted else size
+    view_size = round(size * wanted.crop) if wanted and config.fit == "crop" else size
     mean, std = (wanted.mean, wanted.std) if wanted else (own.mean, own.std)
     interpolation = wanted.interpolation if wanted else "bilinear"
     stem = describe_stem(config.encoder or "", view_size)
@@ -223,7 +232,8 @@ def decoded_as(config: TrainConfig) -> tuple[int | None, str]:
     wanted = _preprocessing(config)
     if wanted is None:
         return config.image_size, "bilinear"
-    return round((config.image_size or wanted.image_size) / wanted.crop), wanted.interpolation
+    crop = wanted.crop if config.fit == "crop" else 1.0
+    return round((config.image_size or wanted.image_size) / crop), wanted.interpolation
 
 
 def _preprocessing(config: TrainConfig) -> Preprocessing | None:
@@ -402,7 +412,7 @@ def load_split(
     config, info = run.info.config, run.info
     if dataset in (None, config.dataset) and data_dir is None:
         data_dir = config.data_dir
-    how |= {"image_size": info.image_size, "interpolation": info.interpolation}
+    how |= {"image_size": info.image_size, "interpolation": info.interpolation, "fit": info.fit}
     return load_dataset(dataset or config.dataset, data_dir, split, **how)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, splits
+from pyro_vje.data.datasets import say_fit
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
 from pyro_vje.model import ELBO, VJE, encode, encode_features, own_objective
@@ -88,6 +89,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
             f"{folder} was trained on other images ({before.train_images}, now {len(train_set)}): the held-out images "
             "would no longer be those that calibrate it; restore the data, or train anew with --overwrite"
         )
+    say_fit(train_set, config.fit or "crop")
     config = config.fitted(len(train_set), config.devices * machines())
     if config.normal_class is not None:  # its index would be another class elsewhere
         config = dataclasses.replace(config, normal_class=train_set.class_name(config.normal_class))

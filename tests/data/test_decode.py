@@ -147,6 +147,26 @@ def test_the_square_is_the_centre_and_antialiased():
     assert (decoded[:, :, 1:-1].float() - 127.5).abs().max() < 16
 
 
+def test_the_whole_of_an_image_that_is_not_square():
+    """Left half red, right half blue: the centre has both edges cut off, the others keep them."""
+    wide = Image.new("RGB", (48, 16), RED)
+    wide.paste(BLUE, (24, 0, 48, 16))
+    wide.paste(GREEN, (0, 0, 6, 16))
+    crop, pad, squeeze = (decode_image(save(wide), 16, fit=fit) for fit in ("crop", "pad", "squeeze"))
+    assert not (crop[1] > 0).any()
+    assert torch.equal(squeeze, torch.tensor(np.asarray(wide.resize((16, 16), 2))).permute(2, 0, 1))
+    row = [tuple(pixel) for pixel in pad[:, 7].T.tolist()]
+    assert (row[0], row[4], row[-1]) == (GREEN, RED, BLUE)
+    margin = torch.tensor(decode.MARGIN, dtype=torch.uint8)[:, None, None]
+    assert (pad[:, :5] == margin).all()
+    assert (pad[:, 10:] == margin).all()
+    tall = decode_image(save(wide.transpose(Image.Transpose.TRANSPOSE)), 16, fit="pad")
+    assert torch.equal(tall, pad.transpose(1, 2))
+    for fit in ("pad", "squeeze"):
+        for shape in ((1, 1), (20000, 20), (20, 20000)):
+            assert decode_image(save(Image.new("RGB", shape)), 16, fit=fit).shape == (3, 16, 16)
+
+
 def png(**_) -> bytes:
     return save(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
 

@@ -1,17 +1,22 @@
 """Encoders of timm and torchvision: their weights from files, and runs that leave them as they are."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision import models
 
 from pyro_vje import load_run, train
+from pyro_vje.data import decode_image, load_train_set
+from pyro_vje.data.datasets import say_fit
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.pretrained import load_state, preprocessing
-from pyro_vje.runs.folder import load_folds
+from pyro_vje.runs.folder import LoadedRun, RunInfo, decoded_as, describe_run, load_folds, load_split
 
 timm = pytest.importorskip("timm")
 NAME = "timm:test_resnet.r160_in1k"
@@ -113,6 +118,31 @@ def test_a_frozen_run_leaves_the_encoder_and_stands_alone(config, state, weights
         directions = nn.functional.normalize(features, dim=-1)
         torch.testing.assert_close(head.projector.mean, directions[fold != k].mean(0))
         assert not torch.allclose(head.projector.mean, directions.mean(0), rtol=1e-6, atol=1e-8)
+
+
+def test_what_does_not_fit_a_square_is_cropped_or_whole_wherever_it_is_read(config, tmp_path, caplog):
+    """A central square is cut twice, as the network was trained; a whole image is cut nowhere, now or later."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    for name in ("a/0.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(pixels).save(tmp_path / name)
+    for fit, side in (("crop", round(32 / preprocessing(NAME).crop)), ("pad", 32), ("squeeze", 32)):
+        own = dataclasses.replace(
+            config, dataset="folder", data_dir=str(tmp_path), fit=fit, holdout=0.0, batch_size=2
+        )
+        size, how = decoded_as(own)
+        images, _ = load_train_set(own, size, how)
+        info = RunInfo.from_dict(json.loads(json.dumps(describe_run(own, images).to_dict())))
+        assert (info.fit, info.image_size, info.view_size) == (fit, side, 32)
+        again = load_split(LoadedRun(None, info, None), "all")
+        wanted = decode_image(tmp_path / "a/0.png", side, how, fit)
+        assert torch.equal(images.images[0], wanted)
+        assert torch.equal(again.images[0], wanted)
+        assert info.view(again.images).shape[-1] == 32
+        with caplog.at_level("INFO", "pyro_vje"):
+            say_fit(images, fit)
+    assert caplog.text.count("not square (such as 80 x 40 pixels): ") == 3
+    assert "50% is cut off (--fit pad or squeeze keeps all)" in caplog.text
 
 
 def test_fine_tuning_changes_the_encoder(config, state, tmp_path):

@@ -147,7 +147,7 @@ def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
     """Also its files: weights with the same header, posteriors without any."""
     info = RunInfo.from_dict(json.loads(VERSION_1))
     assert (info.config.holdout, info.config.kl_weight, info.config.df) == (0.0, 0.1, 5.0)
-    assert (info.config.projector, info.config.radius_scale) == ("mlp", "shared")
+    assert (info.config.projector, info.config.radius_scale, info.fit) == ("mlp", "shared", "crop")
     assert info.to_dict()["schema_version"] == SCHEMA_VERSION
     assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
     (run_copy / "config.json").write_text(VERSION_1)
