@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl
 
-from pyro_vje.distributions.polar_product import PolarProduct
+from pyro_vje.distributions.polar import PolarProduct
 from pyro_vje.distributions.quadrature import exponential_law
 from pyro_vje.distributions.spherical import (
     HypersphericalUniform,

@@ -1,148 +1,16 @@
-"""What the distributions share: precision, parameters and their shapes, unit vectors, scalar functions."""
+"""Numbers under the distributions: precision, unit vectors, matrix products, searches, scalar functions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from numbers import Real
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from pyro_vje.distributions.backend import TorchDistribution, broadcast_shape, constraints
-from pyro_vje.distributions.fitting import FittedDistribution
-
 Scalar = float | Tensor
-
-
-class VectorDistribution(FittedDistribution):
-    """Base of distributions over vectors, of parameters ``batch_shape`` or ``(..., D)`` (ours)."""
-
-    _parameter_names: tuple[str, ...]
-
-    def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
-        """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
-        for name, p in parameters.items():
-            if not isinstance(p, Tensor | Real):
-                raise TypeError(f"{name.lstrip('_')} must be a tensor or a number, not a {type(p).__name__}")
-        tensors = [p for p in parameters.values() if isinstance(p, Tensor)]
-        if not tensors:
-            raise TypeError(
-                f"of the parameters {', '.join(parameters)} at least one must be a tensor (..., D)"
-            )
-        # Sums of D squares do not survive half precision; new_full copies nothing from the host.
-        like = at_least_float32(tensors[0])
-        stored = {
-            name: at_least_float32(p) if isinstance(p, Tensor) else like.new_full((), p)
-            for name, p in parameters.items()
-        }
-        shapes = {name.lstrip("_"): p.shape for name, p in stored.items()}
-        batch_shape, event_shape = self.infer_shapes(**shapes)
-        if len(event_shape) != 1 or event_shape[0] < 2:
-            raise ValueError(f"parameters must be vectors (..., D) with D of 2 or more; got shapes {shapes}")
-        self._parameter_names = tuple(stored)
-        for name, p in stored.items():
-            setattr(self, name, p.expand(batch_shape + event_shape[: self._parameter_dim(name)]))
-        super().__init__(batch_shape, event_shape, validate_args=validate_args)
-
-    @classmethod
-    def _parameter_dim(cls, name: str) -> int:
-        return cls.arg_constraints[name.lstrip("_")].event_dim
-
-    @classmethod
-    def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[Size, Size]:
-        """Infer ``(batch_shape, event_shape)`` from the shapes of the arguments."""
-        dims = {name: cls._parameter_dim(name) for name in arg_shapes}
-        batch = (shape[: len(shape) - dims[name]] for name, shape in arg_shapes.items())
-        event = (shape[-1:] for name, shape in arg_shapes.items() if dims[name] == 1)
-        return Size(broadcast_shape(*batch)), Size(broadcast_shape(*event))
-
-    def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
-        """Expand the batch shape; no memory is copied."""
-        new = self._get_checked_instance(type(self), _instance)
-        new.__dict__.update(self.__dict__)
-        batch_shape = Size(batch_shape)
-        for name in self._parameter_names:
-            shape = batch_shape + self.event_shape[: self._parameter_dim(name)]
-            setattr(new, name, getattr(self, name).expand(shape))
-        TorchDistribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at value (..., D), shape ``(...)``.
-
-        It is with respect to surface measure where the support is the unit sphere, else to Lebesgue measure.
-        """
-        return self._log_prob(self._checked(value))
-
-    def pairwise_log_prob(self, value: Tensor) -> Tensor:
-        """Log density of every value (M, D) under every batch element, as in :func:`pairwise_log_prob`."""
-        return self._log_prob(self._checked(as_column(self, value)), matrix=True).movedim(0, -1)
-
-    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        """Log density; with ``matrix``, value is that of `as_column` and reductions are matrix products."""
-        raise NotImplementedError
-
-    def _checked(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        return self._upcast(value)
-
-    def _upcast(self, value: Tensor) -> Tensor:
-        """Value in the wider of its precision, that of ``loc``, and float32."""
-        loc = getattr(self, "loc", value)
-        return at_least_float32(value.to(torch.promote_types(value.dtype, loc.dtype)))
-
-    def _standard_normal(self, sample_shape: Sequence[int], like: Tensor) -> Tensor:
-        shape = self._extended_shape(Size(sample_shape))
-        return torch.randn(shape, dtype=like.dtype, device=like.device)
-
-
-class StudentTDistribution(VectorDistribution):
-    """Base (ours) of those made from a Student-t vector: df (...), and loc and scale (..., D)."""
-
-    arg_constraints = {  # noqa: RUF012
-        "df": constraints.positive,
-        "loc": constraints.real_vector,
-        "scale": constraints.independent(constraints.positive, 1),
-    }
-
-    df: Tensor
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, df: Scalar, loc: Tensor, scale: Tensor, *, validate_args: bool | None = None) -> None:
-        self._df = df  # a number stays one: its normaliser launches no kernel
-        self._set_parameters(validate_args, loc=loc, scale=scale, df=df)
-
-
-class DirectionalStudentT(StudentTDistribution):
-    """Base (ours) of those whose ``loc`` and ``scale`` are not the values': Pyro's ``LocScaleReparam`` is stopped."""
-
-    arg_constraints = {  # noqa: RUF012
-        **StudentTDistribution.arg_constraints,
-        "location_scale_form": constraints.dependent,
-    }
-
-    @property
-    def location_scale_form(self) -> Any:
-        """Raise an AttributeError: there is none. LocScaleReparam asks for all of ``arg_constraints``."""
-        raise AttributeError(
-            f"{type(self).__name__} is no location-scale family, and LocScaleReparam would change its law: use "
-            "pyro_vje.distributions.SphereReparam for a latent on the sphere, and nothing elsewhere"
-        )
-
-
-def as_column(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Shape values (M, D) as (M, 1, ..., 1, D), to broadcast against the batch shape, or raise a ValueError."""
-    if not isinstance(value, Tensor) or value.shape[1:] != distribution.event_shape or value.dim() != 2:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        dim = tuple(distribution.event_shape)
-        raise ValueError(f"value must be a tensor of shape (M, D) for event shape (D,) = {dim}, not {found}")
-    return value.reshape(value.shape[0], *(1 for _ in distribution.batch_shape), *distribution.event_shape)
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
@@ -205,6 +73,16 @@ def highest(function: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
         best = torch.stack([function(each) for each in ys]).argmax(0, keepdim=True)
         y, step = ys.gather(0, best).squeeze(0), step / 20
     return y
+
+
+def match(increasing: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
+    """The scalar y in (-18, 18) at which an increasing function is ``wanted``, by bisection."""
+    low, high = wanted.new_tensor(-18.0), wanted.new_tensor(18.0)
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        below = increasing(middle) < wanted
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low
 
 
 def log_gamma_ratio(x: Tensor, a: float) -> Tensor:

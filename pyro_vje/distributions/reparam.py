@@ -9,10 +9,9 @@ import pyro.distributions as dist
 import torch
 from pyro.infer.reparam.reparam import Reparam
 
-from pyro_vje.distributions.diagonal import DiagonalStudentT
 from pyro_vje.distributions.numerics import unit
-from pyro_vje.distributions.polar_product import PolarProduct
-from pyro_vje.distributions.projected import ProjectedStudentT
+from pyro_vje.distributions.polar import PolarProduct
+from pyro_vje.distributions.student_t import DiagonalStudentT, ProjectedStudentT
 
 
 class SphereReparam(Reparam):
@@ -20,12 +19,8 @@ class SphereReparam(Reparam):
 
     A :class:`ProjectedStudentT` becomes the Student-t vector whose direction it is. Any other law on the sphere with
     a ``log_prob`` becomes a :class:`PolarProduct` with a radius of its own, chi with D + 4 degrees of freedom, which
-    keeps away from the origin. Only for latents, as Pyro's ``ProjectedNormalReparam``. Ours.
-
-    Raises
-    ------
-    NotImplementedError
-        When applied to an observed site.
+    keeps away from the origin. Only for latents, as Pyro's ``ProjectedNormalReparam``: an observed site is a
+    NotImplementedError. Ours.
     """
 
     def apply(self, msg: Any) -> Any:

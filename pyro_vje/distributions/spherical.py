@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import transform_to
 
 from pyro_vje.distributions.backend import TorchDistribution, constraints
-from pyro_vje.distributions.fitting import match
+from pyro_vje.distributions.base import VectorDistribution
 from pyro_vje.distributions.numerics import (
     Scalar,
-    VectorDistribution,
     first_accepted,
     log_gamma_ratio,
+    match,
     row_products,
     unit,
 )
@@ -49,7 +50,7 @@ class HypersphericalUniform(DirectionalDistribution):
     ``dtype`` and ``device`` are those of the draws. It raises a ValueError if ``dim`` is below 2.
     """
 
-    arg_constraints = {}  # noqa: RUF012
+    arg_constraints = {}
     has_rsample = True
 
     def __init__(
@@ -181,7 +182,7 @@ class PowerSpherical(SymmetricDistribution):
     ``loc`` is of unit length, shape ``batch_shape + (D,)``; concentration 0 is the uniform law.
     """
 
-    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
+    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}
     has_rsample = True
 
     def polar_law(self) -> PolarLaw:  # noqa: D102
@@ -216,10 +217,7 @@ class SphericalCauchy(SymmetricDistribution):
     ``loc`` is of unit length, shape ``batch_shape + (D,)``; the concentration is ρ in [0, 1), and 0 the uniform law.
     """
 
-    arg_constraints = {  # noqa: RUF012
-        "loc": constraints.sphere,
-        "concentration": constraints.half_open_interval(0.0, 1.0),
-    }
+    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.half_open_interval(0.0, 1.0)}
     has_rsample = True
 
     def polar_law(self) -> PolarLaw:  # noqa: D102
@@ -248,7 +246,7 @@ class VonMisesFisher(SymmetricDistribution):
     ``loc`` is of unit length, shape ``batch_shape + (D,)``; concentration 0 is the uniform law.
     """
 
-    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}  # noqa: RUF012
+    arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}
     has_rsample = False
     _moments_are_mle = True
 
@@ -279,3 +277,23 @@ class VonMisesFisher(SymmetricDistribution):
         gap = first_accepted(propose).squeeze(-1)
         cos, sin = 1 - gap, (gap * (2 - gap)).sqrt()
         return self._at_angle(cos.to(self.loc.dtype), sin.to(self.loc.dtype))
+
+
+def directional_pit(distribution: Any, value: Tensor, num_samples: int = 1000) -> Tensor:
+    """Probability-integral transform of the directional residual, for posterior predictive checks.
+
+    The residual is the angle between the direction of value (..., D) and the distribution's ``loc``; its probability
+    to be smaller, shape (...), is uniform on (0, 1) if value is a draw. It is exact where the law has an
+    ``angle_cdf``; elsewhere the randomised rank among ``num_samples`` draws for each batch element is uniform too.
+    """
+    distribution = getattr(distribution, "direction_factor", distribution)
+    direction = torch.nn.functional.normalize(value, dim=-1)
+    if hasattr(distribution, "angle_cdf"):
+        return distribution.angle_cdf(direction)
+    loc = torch.nn.functional.normalize(distribution.loc, dim=-1)
+    draws = torch.nn.functional.normalize(distribution.sample((num_samples,)), dim=-1)
+    own, others = ((x - loc).square().sum(-1) for x in (direction, draws))
+    leading = own.dim() - len(distribution.batch_shape)
+    others = others.view(num_samples, *(1 for _ in range(leading)), *distribution.batch_shape)
+    rank = (others < own).sum(0) + torch.rand_like(own)
+    return rank / (num_samples + 1)

@@ -22,8 +22,8 @@ from scipy import integrate as scipy_integrate
 from scipy import stats
 
 from pyro_vje.distributions import ProjectedStudentT
-from pyro_vje.distributions.projected import directional_log_density
 from pyro_vje.distributions.quadrature import log_directional_integral
+from pyro_vje.distributions.student_t import directional_log_density
 
 DIMS = (2, 3, 64, 2048)
 DFS = (0.5, 1000.0)
