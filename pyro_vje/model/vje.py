@@ -225,35 +225,50 @@ class VJE(nn.Module):
         features = [self.features(stack.flatten(0, 1)).unflatten(0, (-1, images)) for stack in stacks]
         return self.pair(torch.cat(features), len(stacks[0]))
 
+    def _pairing(self, views: int, full: int) -> list[tuple[int, list[int]]]:
+        """The context of each pair and its target, of which it may be the mean: of V + L views, V of them full."""
+        others = [(context, [t for t in range(full) if t != context]) for context in range(views)]
+        return others if self.targets == "mean" else [(c, [t]) for c, targets in others for t in targets]
+
     def pair(self, features: Tensor, full: int | None = None) -> ViewPairs:
         """`encode_views` from features of all views, ``(V + L, B, feature_dim)``: the first ``full`` are targets."""
         embeddings = self.project(features.flatten(0, 1))
         loc, scale = self.posterior(embeddings)
         loc, scale, embeddings = (x.unflatten(0, (len(features), -1)) for x in (loc, scale, embeddings))
-        targets = embeddings[:full].detach().unbind()
-        others = [[t for t in range(len(targets)) if t != c] for c in range(len(features))]
-        if self.targets == "mean":
-            return ViewPairs(
-                loc, scale, torch.stack([torch.stack([targets[t] for t in ts]).mean(0) for ts in others])
-            )
-        contexts = [c for c, ts in enumerate(others) for _ in ts]
-        loc, scale = (torch.stack([x[c] for c in contexts]) for x in (loc, scale))
-        return ViewPairs(loc, scale, torch.stack([targets[t] for ts in others for t in ts]))
+        contexts, targets = zip(*self._pairing(len(features), full or len(features)), strict=True)
+        loc, scale = (torch.stack([x[context] for context in contexts]) for x in (loc, scale))
+        views = embeddings.detach()
+        return ViewPairs(loc, scale, torch.stack([views[ts].mean(0) for ts in targets]))
 
     def model(self, views: Views) -> Tensor:
-        """Pyro model of all targets ``(P, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`."""
+        """Pyro model of all targets ``(P, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`.
+
+        Replayed against a trace of `guide` on the same views, as Pyro's objectives do, it encodes nothing itself.
+        """
         self._register_for_svi()
-        pairs = self.encode_views(views)
-        with pyro.plate("direction", len(pairs.loc), dim=-2), pyro.plate("image", pairs.loc.shape[1], dim=-1):
-            z = pyro.sample("z", dist.Normal(torch.zeros_like(pairs.loc), 1.0).to_event(1))
-            return pyro.sample("target", self.likelihood(z, pairs.scale), obs=pairs.target)
+        if isinstance(views, ViewPairs):
+            origin = torch.zeros_like(views.loc)
+        else:
+            full, *local = stack_views(views)
+            pairs = len(self._pairing(len(full) + sum(map(len, local)), len(full)))
+            origin = at_least_float32(full.new_zeros(pairs, full.shape[1], self.embedding_dim))
+        with pyro.plate("direction", len(origin), dim=-2), pyro.plate("image", origin.shape[1], dim=-1):
+            with poutine.trace() as sampled:
+                z = pyro.sample("z", dist.Normal(origin, 1.0).to_event(1))
+            site: Any = next(
+                iter(sampled.trace.nodes.values())
+            )  # replay brings the guide's `infer` with its value
+            given, encoded = site["infer"].get("encoded", (None, None))
+            _, scale, target = encoded if given is views else self.encode_views(views)
+            return pyro.sample("target", self.likelihood(z, scale), obs=target)
 
     def guide(self, views: Views) -> Tensor:
         """Pyro guide: the amortised posterior of each pair's latent given its context view; ``views`` as above."""
         self._register_for_svi()
         pairs = self.encode_views(views)
         with pyro.plate("direction", len(pairs.loc), dim=-2), pyro.plate("image", pairs.loc.shape[1], dim=-1):
-            return pyro.sample("z", dist.Normal(pairs.loc, pairs.scale).to_event(1))
+            found: Any = {"encoded": (views, pairs)}  # for `model`
+            return pyro.sample("z", dist.Normal(pairs.loc, pairs.scale).to_event(1), infer=found)
 
     def _register_for_svi(self) -> None:
         # pyro.infer.SVI finds parameters by tracing param statements; elsewhere they would only cost time, and tie two

@@ -6,8 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.contrib.autoname import scope
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from pyro.optim import PyroOptim
 from torch import nn
 
@@ -164,6 +165,32 @@ def test_each_image_is_encoded_once(particles):
     assert vje.encoder.passes == 1
     SymmetricELBO(particles)(vje.model, vje.guide)(views)
     assert vje.encoder.passes == 2, "an encoding must not outlive the evaluation that made it"
+
+
+@pytest.mark.parametrize("objective", [Trace_ELBO(), RenyiELBO(num_particles=1), SymmetricELBO(), None])
+def test_raw_views_are_encoded_once_under_any_objective(objective):
+    """Also batch norm counts once, and with dropout the likelihood has the guide's scale."""
+    vje, views = make_vje(torch.float32, projector="mlp"), make_views(torch.float32)
+    vje.encoder = nn.Sequential(vje.encoder, nn.Dropout(0.5))
+    norm = next(module for module in vje.modules() if isinstance(module, nn.BatchNorm1d))
+    if objective is None:
+        guide_trace = poutine.trace(vje.guide).get_trace(views)
+        replayed = poutine.trace(poutine.replay(vje.model, guide_trace)).get_trace(views)
+        _, scale, target = guide_trace.nodes["z"]["infer"]["encoded"][1]
+        assert replayed.nodes["target"]["value"] is target
+        z = replayed.nodes["z"]["value"]
+        torch.testing.assert_close(
+            replayed.nodes["target"]["fn"].log_prob(target), vje.likelihood(z, scale).log_prob(target)
+        )
+    else:
+        svi = SVI(vje.model, vje.guide, pyro.optim.Adam({"lr": 1e-2}), objective)
+        assert math.isfinite(svi.step(views))
+    assert (vje.encoder[0].passes, int(norm.num_batches_tracked)) == (1, 1)
+    other = poutine.trace(vje.guide).get_trace(make_views(torch.float32, seed=7))
+    replayed = poutine.trace(poutine.replay(vje.model, other)).get_trace(
+        views
+    )  # of other views: its own pass
+    assert not torch.equal(replayed.nodes["target"]["value"], other.nodes["z"]["infer"]["encoded"][1].target)
 
 
 def test_nothing_is_read_back_from_the_device(monkeypatch):
