@@ -9,12 +9,13 @@ import threading
 import warnings
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from pyro_vje import __version__
 from pyro_vje.launch import is_first_process
+from pyro_vje.progress import clear_line
 
 COMMANDS = {
     "inspect": "score", "train": "train", "eval": "outputs", "ablate": "experiments", "benchmark": "experiments",
@@ -72,6 +73,16 @@ class Commands(click.Group):
             failure = click.ClickException(" ".join(said.splitlines()))
             failure.exit_code = code  # type: ignore[misc]
             raise failure from error
+        finally:
+            clear_line()
+
+
+class Lines(logging.StreamHandler[TextIO]):
+    """Writes lines of the log where no line of progress is left on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: D102
+        clear_line()
+        super().emit(record)
 
 
 def _log_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
@@ -91,7 +102,7 @@ def main(debug: bool, log_level: str) -> None:
     Exit codes: 0 success, 1 some images could not be read, 2 usage or bad input, 3 training diverged, 4 not enough
     memory, 70 a bug, 130 stopped by Ctrl-C, 143 stopped by SIGTERM; after both, what stderr says goes on.
     """
-    log.handlers, log.propagate = [logging.StreamHandler(sys.stderr)], False
+    log.handlers, log.propagate = [Lines(sys.stderr)], False
     # The other processes of a training run would repeat what the first says.
     log.setLevel(log_level.upper() if is_first_process() else "WARNING")
     warnings.showwarning = _log_warning

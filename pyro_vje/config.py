@@ -187,7 +187,7 @@ class TrainConfig:
             raise ValueError(f"training needs at least two images, and one a process, but has {images}")
         epochs = self.epochs or math.ceil(HEAD_STEPS / max(1, images // most))
         if self.batch_size is None and most != default:
-            logging.getLogger("pyro_vje").info("batch_size %d, to fit %d images", most, images)
+            logging.getLogger("pyro_vje").info("%d images at a time (batch_size), to fit %d", most, images)
         return dataclasses.replace(self, batch_size=most, epochs=epochs)
 
     def to_dict(self) -> dict[str, Any]:

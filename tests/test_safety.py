@@ -304,7 +304,7 @@ def test_commands_print_no_librarys_warnings(image_folder, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    ours = ("epoch 1: the ", "diverged: ", "no image can be called")
+    ours = ("epoch 1: ", "diverged: ", "no image can be called")
     assert [line for line in result.stderr.splitlines() if not line.startswith(ours)] == []
     assert json.loads((tmp_path / "run" / "config.json").read_text())["schema_version"] == SCHEMA_VERSION
 

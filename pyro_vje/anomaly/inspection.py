@@ -17,9 +17,9 @@ from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import list_images, load_train_set
 from pyro_vje.model import build_encoder, encode
 from pyro_vje.model.pretrained import packaged_weights, preprocessing
+from pyro_vje.progress import duration
 from pyro_vje.runs import folder as runs
 from pyro_vje.training import train
-from pyro_vje.training.monitor import duration
 
 log = logging.getLogger("pyro_vje")
 

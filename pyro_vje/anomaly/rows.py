@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -26,6 +25,7 @@ from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.data.splits import reference_images
 from pyro_vje.model.encoding import Encoded, encode, encode_batches, images_at_once
+from pyro_vje.progress import Progress, clear_line
 from pyro_vje.runs import folder
 from pyro_vje.runs.files import locked, parse_json, write_atomic
 from pyro_vje.runs.folder import LoadedRun
@@ -37,7 +37,6 @@ PARTS |= {"posterior_variance": "variance", "log_aggregate": "log_aggregate"}
 """Columns of numbers beside the score, and what they are called in `LikelihoodParts`."""
 HOW = ("score", "score_likelihood", "calibration", "reference_views", "num_pairs", "num_particles", "seed")
 """Settings on which scores depend."""
-PROGRESS_EVERY = 30.0  # seconds
 
 
 class Rows:
@@ -198,15 +197,15 @@ def score_images(
     remaining = [i for i in range(len(images)) if i not in rows.numbers]
     if len(remaining) < len(images):
         log.info("%d of %d images were scored before", len(images) - len(remaining), len(images))
-    todo, said, done = images.select(remaining), time.monotonic(), 0
+    todo = images.select(remaining)
+    progress = Progress("scoring", len(todo))
     try:
         for index, numbers in score(todo) if remaining else ():
             rows.add({remaining[i]: row for i, row in zip(index.tolist(), numbers.tolist(), strict=True)})
-            done += len(index)
-            if time.monotonic() - said > PROGRESS_EVERY:
-                said = time.monotonic()
-                log.info("%d of %d images scored", done, len(todo))
+            progress.add(len(index))
     except KeyboardInterrupt:
-        log.warning("%d of %d images are in %s; --resume goes on", done, len(todo), rows.path)
+        clear_line()
+        log.warning("%d of %d images are in %s; --resume goes on", progress.done, len(todo), rows.path)
         raise
+    clear_line()  # images that cannot be read leave it short of its end
     return sorted(todo.failed)

@@ -116,7 +116,7 @@ def load_dataset(
         raise ValueError(f"data set {name!r} failed ({type(error).__name__}: {error})") from error
     if not isinstance(images, ImageSet):
         raise ValueError(f"data set {name!r} gave a {type(images).__name__}: it must return an ImageSet")
-    logger.info("%s, split %s: %s of side %d", name, split, counted(len(images)), images.image_size)
+    logger.debug("%s, split %s: %s of side %d", name, split, counted(len(images)), images.image_size)
     return images
 
 
@@ -246,8 +246,12 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     index = {name: i for i, name in enumerate(names)}
     files = [(path, place) for path, place in every if in_split(place, split)]
     if not parts and split != "all":
-        how = "no train/ and test/: a tenth of the images, by a hash of their paths, is the split test"
-        logger.info("%s; %d of %s in the split %s", how, len(files), counted(len(every)), split)
+        what = (
+            "kept for testing"
+            if split == "test"
+            else "to train on, a tenth by a hash of the paths for testing"
+        )
+        logger.info("no folders train/ and test/: %d of %s %s", len(files), counted(len(every)), what)
     if not files:
         how = "without train/ and test/ about a tenth are test images, by a hash of the path. Add images, "
         how += "sort them into train/ and test/, or take the split 'all'"
@@ -280,7 +284,7 @@ def _typical_size(paths: list[str]) -> int:
     """Choose 32, 64, 96 or 224 pixels from the median shorter side of about 32 files."""
     median = float(np.median([min(shape) for shape in _some_shapes(paths)] or [224]))
     size = next((size for limit, size in ((40, 32), (80, 64), (128, 96)) if median <= limit), 224)
-    logger.info("images resized to %d x %d: the median shorter side is %g pixels", size, size, median)
+    logger.debug("images resized to %d x %d: the median shorter side is %g pixels", size, size, median)
     return size
 
 

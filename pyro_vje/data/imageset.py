@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pyro_vje.data.decode import ImageError, decode_image
+from pyro_vje.progress import Progress
 
 logger = logging.getLogger("pyro_vje")
 
@@ -193,14 +194,16 @@ def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
     need, allowed = count * 3 * side**2, free_memory() // 2
     in_memory = residency == "memory" or (residency == "auto" and need <= allowed)
     what = f"{counted(count)} of {side} x {side}: {need / 1e9:.2f} GB decoded, {allowed / 1e9:.2f} GB allowed"
-    logger.info("%s: decoded %s (%s)", what, "into memory" if in_memory else "when read", residency)
+    logger.debug("%s: decoded %s (%s)", what, "into memory" if in_memory else "when read", residency)
     if not in_memory:
         return files
     images = torch.empty((count, 3, side, side), dtype=torch.uint8)
     good: list[int] = []
+    progress = Progress("reading", count)
     for index, batch in files.batches(256):
         images[len(good) : len(good) + len(batch)] = batch
         good += index.tolist()
+        progress.add(min(256, count - progress.done))
     if not good:
         first = ": ".join(files.failed[0])
         raise ValueError(f"not one of {count} images could be decoded; the first: {first}")

@@ -139,14 +139,14 @@ def make_loader(
     if isinstance(image_set.images, LazyImages):
         if residency == "memory":
             raise ValueError("these images are decoded when read: load them with residency='memory' first")
-        logger.info("%d images: decoded by %d worker processes when read", len(image_set), num_workers)
+        logger.debug("%d images: decoded by %d worker processes when read", len(image_set), num_workers)
         return StreamingLoader(image_set, batch_size, num_workers=num_workers, **order)
     need = image_set.images.nbytes
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     on_device = residency == "memory" or (residency == "auto" and need <= free // 2)
     place = device if on_device else torch.device("cpu")
     sizes = (len(image_set), need / 1e9, place, device, free / 1e9)
-    logger.info("%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB)", *sizes)
+    logger.debug("%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB)", *sizes)
     return ResidentLoader(image_set.images, batch_size, device=place, **order)
 
 

@@ -52,7 +52,7 @@ def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet 
     count = round((config.holdout or 0.0) * len(images))
     if count == 0:
         return images, None
-    log.info("%d of %d images are held out of training, to calibrate scores", count, len(images))
+    log.info("%d of %d images are held out of training, to compare new ones with", count, len(images))
     order = _order(len(images), "holdout", config.seed)
     return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
 

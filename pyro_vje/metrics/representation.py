@@ -189,12 +189,12 @@ def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int)
     """What is unhealthy, with thresholds and settings to change, or ``None``; ``dim`` is the number of features."""
     least_rank = max(1.5, MIN_RANK_SHARE * dim)
     signs = (
-        (spread, MIN_SPREAD, f"the representation may be collapsing: the spread of its normalised embeddings is "
-         f"{spread:.2f} (below {MIN_SPREAD}; 1 is even, 0 is collapsed): lower lr, raise warmup_epochs"),
-        (effective_rank, least_rank, f"the features fill few directions: their effective rank is {effective_rank:.1f} "
-         f"of {dim} (below {least_rank:.1f}): lower lr, or use a larger batch_size"),
-        (snr, MIN_POSTERIOR_SNR, f"the posterior is mostly noise, its mean {snr:.2f} times the norm of its noise "
-         f"(below {MIN_POSTERIOR_SNR}): lower kl_weight, or raise epochs where it is low already"),
+        (spread, MIN_SPREAD, "all images come to look the same to the model, which may be collapsing (spread "
+         f"{spread:.2f}, healthy from {MIN_SPREAD}): lower lr, raise warmup_epochs"),
+        (effective_rank, least_rank, "few of the features tell images apart (effective rank "
+         f"{effective_rank:.1f} of {dim}, healthy from {least_rank:.1f}): lower lr, or use a larger batch_size"),
+        (snr, MIN_POSTERIOR_SNR, "what the model says of an image is still mostly noise (signal-to-noise "
+         f"{snr:.2f}, healthy from {MIN_POSTERIOR_SNR}): train longer (epochs), or lower kl_weight"),
     )  # fmt: skip
     # "not >=" rather than "<", so that NaN is reported as well.
     return "; ".join(message for value, least, message in signs if not value >= least) or None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vje.model.vje import VJE
+from pyro_vje.progress import Progress, clear_line
 
 
 class Images(Protocol):
@@ -19,6 +20,9 @@ class Images(Protocol):
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
+
+    def __len__(self) -> int:
+        """Number of images."""
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices and uint8 images ``(B, 3, S, S)`` of those that can be decoded, in order."""
@@ -115,8 +119,11 @@ def encode(
     vje: VJE, images: Images, view: View, *, batch_size: int = 256, device: str | torch.device = "cpu"
 ) -> Encoded:
     """Encode all of ``images``, collected on the CPU; ``ValueError`` if not one of them could be decoded."""
-    batches = encode_batches(vje, images, view, batch_size=batch_size, device=device)
-    parts = [batch.to("cpu") for batch in batches]
+    parts, progress = [], Progress("encoding", len(images))
+    for batch in encode_batches(vje, images, view, batch_size=batch_size, device=device):
+        parts.append(batch.to("cpu"))
+        progress.add(len(batch.indices))
+    clear_line()
     if not parts:
         raise ValueError("no image could be encoded: not one of them could be decoded")
     return Encoded.cat(parts)

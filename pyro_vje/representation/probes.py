@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, derive_seed, views_for
-
-log = logging.getLogger("pyro_vje")
+from pyro_vje.progress import Progress
 
 
 def probe_views(dataset: str, view: CleanView) -> TwoViews:
@@ -62,7 +60,8 @@ def sgd_probe(
     bias = torch.zeros(len(weight), device=device, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-    for epoch in range(1, epochs + 1):
+    progress = Progress("linear probe by SGD", epochs, "epochs")
+    for _ in range(epochs):
         order = torch.randperm(len(train_set), generator=generator)
         # A reordered copy of a set in memory would double it; a streamed one is read ahead.
         parts = order.split(batch_size) if train_set.in_memory else [order]
@@ -75,8 +74,7 @@ def sgd_probe(
             loss.backward()
             optimizer.step()
         schedule.step()
-        if epoch % max(1, epochs // 5) == 0:
-            log.info("linear probe by SGD: epoch %d/%d, last loss %.3f", epoch, epochs, loss.item())
+        progress.add(1)
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise FloatingPointError(f"the linear probe by SGD diverged at lr {lr:g}: the features are too large")
     with torch.no_grad():

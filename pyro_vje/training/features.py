@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from torch import Tensor
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, derive_seed
 from pyro_vje.model import VJE, Whitening
+from pyro_vje.progress import Progress
 from pyro_vje.runs.files import read_json, write_json
 from pyro_vje.runs.folder import RunInfo, build_head
 from pyro_vje.training.module import QUIET, Pretraining, quiet_lightning
-
-log = logging.getLogger("pyro_vje")
 
 ROWS = 32
 """Images at once; their views are drawn from a seed of these rows, so that a resumed cache is the same."""
@@ -51,6 +49,7 @@ def cache_features(
         shape = (len(images), 1 + augmented, vje.feature_dim)
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     vje.eval()
+    progress = Progress("looking at the images to learn from", len(images) - done)
     for start in range(done, len(images), ROWS):
         rows = torch.arange(start, min(start + ROWS, len(images)))
         generator = torch.Generator(device).manual_seed(derive_seed("features", seed, start))
@@ -65,7 +64,7 @@ def cache_features(
         if (start // ROWS + 1) % SAVE_EVERY == 0 or end == len(images):
             array.flush()
             write_json(state, {"made": made, "done": end, "good": good.nonzero().flatten().tolist()})
-            log.info("features of %d of %d images", end, len(images))
+        progress.add(len(rows))
     features = torch.from_numpy(array)
     return (features, images) if bool(good.all()) else (features[good], images.select(good))
 
@@ -83,7 +82,7 @@ def fit_folds(config: TrainConfig, features: Tensor) -> tuple[Tensor, list[VJE]]
     """
     generator = torch.Generator().manual_seed(derive_seed("folds", config.seed))
     fold = torch.randperm(len(features), generator=generator) % config.folds
-    heads = []
+    heads, progress = [], Progress("learning without a part of the images", config.folds, "parts")
     for k in range(config.folds):
         rest = features[fold != k]
         head = build_head(config, features.shape[-1])
@@ -95,5 +94,5 @@ def fit_folds(config: TrainConfig, features: Tensor) -> tuple[Tensor, list[VJE]]
             )
             trainer.fit(Pretraining(head, settings, rest))
         heads.append(head.cpu().eval())
-        log.info("fold %d of %d", k + 1, config.folds)
+        progress.add(1)
     return fold, heads

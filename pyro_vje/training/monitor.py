@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pyro_vje.data import CleanView, ImageSet
 from pyro_vje.data.splits import evenly_spread
 from pyro_vje.model import VJE, Encoded, encode, encode_features
 from pyro_vje.pages import pictures
+from pyro_vje.progress import Progress, clear_line, duration
 from pyro_vje.runs.files import write_atomic
 from pyro_vje.runs.folder import METRICS, PICTURES
 
@@ -33,6 +33,10 @@ FEW_IMAGES = 8
 TIMED_STEPS = 10  # steps after which the time of the whole run is known well enough to be said
 CHECK_EVERY = 100  # steps between looks at whether the loss is finite: each waits for the device
 SIGNS = ("effective_rank", "spread", "posterior_snr")  # of collapse
+LITTLE_LEARNED = (
+    "little is learned from these images so far, and the scores may be weak: more good images help, or a pretrained "
+    "network (pip install 'pyro-vje[pretrained]')"
+)
 PARTS = ("loss", "log_likelihood", "log_direction", "log_radius", "kl")
 COLUMNS = ("epoch", *PARTS, "knn_accuracy", *SIGNS, "lr", "images_per_second", "seconds")
 
@@ -61,8 +65,9 @@ class EpochReport(lightning.pytorch.Callback):
         self.health_set = train_set.select(watched)
         self.health_features = None if features is None else features[watched, 0]
         self.rows: list[dict[str, Any]] = []
-        self.started = self.shown = 0.0
+        self.started = 0.0
         self.warned: set[str] = set()
+        self.progress = Progress()
 
     def _encode(self, vje: VJE, images: ImageSet) -> Encoded:
         device = next(vje.parameters()).device
@@ -88,7 +93,8 @@ class EpochReport(lightning.pytorch.Callback):
             return
         if (config.batch_size or 0) < FEW_IMAGES:
             log.warning(
-                "batch norm has %d images for its statistics: raise batch_size to %d or more",
+                "%d images at a time are too few to learn from (batch norm has no more for its statistics): raise "
+                "batch_size to %d or more",
                 *(config.batch_size, FEW_IMAGES),
             )
         labels, classes = self.health_set.labels, self.health_set.classes or ()
@@ -109,14 +115,22 @@ class EpochReport(lightning.pytorch.Callback):
             )
         if not trainer.is_global_zero:
             return
-        now, epochs = time.perf_counter(), trainer.max_epochs or 0
-        left = (now - self.started) / step * (steps - step + (epochs - trainer.current_epoch - 1) * steps)
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         if not self.rows and step == min(TIMED_STEPS, steps):
-            log.info("%d epochs of %d steps, about %s", epochs, steps, duration(left))
-        if sys.stderr.isatty() and now - self.shown > 1:
-            self.shown = now
-            part = f"epoch {trainer.current_epoch + 1}/{epochs}  step {step}/{steps}  {duration(left)} left"
-            print(f"\r{part:<78}", end="\r", file=sys.stderr, flush=True)
+            log.info(
+                "about %s, by the first %d of %d steps", self._left(epochs, step, steps), step, epochs * steps
+            )
+        if self.progress.due():
+            sums, counts = pl_module.sums, pl_module.counts
+            done = {name: float(sums[name] / counts[name]) for name in sums}  # waits for the device
+            what = f"epoch {epoch}/{epochs}  step {step}/{steps}{_said(done, pl_module.config)}"
+            self.progress.show(f"{what}  {self._left(epochs - epoch + 1, step, steps)} left")
+
+    def _left(self, epochs: int, step: int, steps: int) -> str:
+        """How long so many epochs take, of the first of which ``step`` of ``steps`` are done, by the last and this."""
+        before = self.rows[-1]["seconds"] if self.rows else 0.0
+        a_step = (before + time.perf_counter() - self.started) / (bool(self.rows) * steps + step)
+        return duration(a_step * (epochs * steps - step))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Write the row, print a line, and check the run's health; `TrainingDiverged` if the loss is not finite."""
@@ -136,15 +150,16 @@ class EpochReport(lightning.pytorch.Callback):
         if rise > MAX_RISE and "loss" not in self.warned:
             self.warned.add("loss")
             log.warning(
-                "epoch %d: the loss explodes, %.0f nats a dimension above its best (more than %g): %s",
-                *(row["epoch"], rise, MAX_RISE, gentler),
+                "epoch %d: the loss explodes, and what was learned is lost: %s", row["epoch"], gentler
             )
+            log.debug("%.0f nats a dimension above its best, where %g are too many", rise, MAX_RISE)
         last = row["epoch"] == epochs
+        clear_line()
         if last or (config.knn_every and row["epoch"] % config.knn_every == 0):
             row.update(self._measure(pl_module.vje, gentler))
             # A young posterior is noise in every run; what matters is whether it stays so.
             if last or row["epoch"] > max(config.warmup_epochs or 0, epochs / 2):
-                self._warn(row, pl_module.vje.feature_dim, pl_module.own_objective is None, config.frozen)
+                self._warn(row, pl_module.vje.feature_dim, pl_module.own_objective is None, config)
         if trainer.logger is not None:  # TensorBoard, where it is installed
             trainer.logger.log_metrics(
                 {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
@@ -153,7 +168,14 @@ class EpochReport(lightning.pytorch.Callback):
             table = pd.DataFrame(self.rows, columns=COLUMNS)
             write_atomic(self.path, table.to_csv(index=False, lineterminator="\n"))
         if last or not config.frozen or row["epoch"] % max(1, epochs // 10) == 0:  # a head has hundreds
-            log.info(_line(row, epochs))
+            log.log(level(config), self._line(row, config, epochs))
+
+    def _line(self, row: dict[str, Any], config: TrainConfig, epochs: int) -> str:
+        knn = f"  k-NN {row['knn_accuracy']:.3f}" if "knn_accuracy" in row else ""
+        left = (
+            "" if row["epoch"] == epochs else f"  {duration(row['seconds'] * (epochs - row['epoch']))} left"
+        )
+        return f"epoch {row['epoch']}/{epochs}{_said(row, config)}{knn}{left}"
 
     def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
         """Draw the curves and the embedding of held-out (else training) images into the run folder."""
@@ -182,9 +204,9 @@ class EpochReport(lightning.pytorch.Callback):
             row["knn_accuracy"] = (predicted == labels[1]).double().mean().item()
         return row
 
-    def _warn(self, row: dict[str, Any], dim: int, elbo: bool, frozen: bool) -> None:
+    def _warn(self, row: dict[str, Any], dim: int, elbo: bool, config: TrainConfig) -> None:
         # A frozen encoder cannot collapse; without the ELBO the posterior's scale has no meaning.
-        for sign in SIGNS[2 * frozen : 3 if elbo else 2]:
+        for sign in SIGNS[2 * config.frozen : 3 if elbo else 2]:
             # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
             rank, spread, snr = (row[name] if name == sign else math.inf for name in SIGNS)
             message = metrics.collapse_warning(rank, spread, snr, dim)
@@ -192,24 +214,23 @@ class EpochReport(lightning.pytorch.Callback):
                 self.warned.discard(sign)
             elif sign not in self.warned:
                 self.warned.add(sign)
-                log.warning("epoch %d: %s", row["epoch"], message)
+                plain = level(config) == logging.DEBUG
+                log.warning("%s", LITTLE_LEARNED if plain else f"epoch {row['epoch']}: {message}")
+                log.debug("%s %.3g", sign, row[sign])
 
 
 def _gentler(config: TrainConfig) -> str:
     return f"lower lr (now {config.lr:g}), raise warmup_epochs (now {config.warmup_epochs:g}), or use precision 32"
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: ``40 s``, ``3 min``, ``2 h 5 min``."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+def level(config: TrainConfig) -> int:
+    """The log's level of what tells of losses: debug where a folder's strange images are asked for, not a network."""
+    return logging.DEBUG if config.dataset == "images" else logging.INFO
 
 
-def _line(row: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['loss']:.2f}"]
-    names = [name for name in ("log_direction", "log_radius", "kl") if name in row]
-    parts += [f"{name.removeprefix('log_')} {row[name]:.2f}" for name in names]
-    parts += [f"k-NN {row['knn_accuracy']:.3f}"] if "knn_accuracy" in row else []
-    return "  ".join([*parts, f"{row['images_per_second']:.0f} images/s"])
+def _said(row: dict[str, Any], config: TrainConfig) -> str:
+    """The loss, and its parts in brackets, where they are of interest (`level`)."""
+    if level(config) == logging.DEBUG:
+        return ""
+    parts = [f"{name.removeprefix('log_')} {row[name]:.1f}" for name in PARTS[2:] if name in row]
+    return f"  loss {row['loss']:.1f}" + f" ({', '.join(parts)})" * bool(parts)

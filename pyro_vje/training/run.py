@@ -34,7 +34,7 @@ from pyro_vje.training import checkpoints
 from pyro_vje.training.distributed import CPUSyncBatchNorm
 from pyro_vje.training.features import cache_features, fit_folds, fit_whitening
 from pyro_vje.training.module import PART_EVERY, QUIET, Pretraining, quiet_lightning
-from pyro_vje.training.monitor import EpochReport
+from pyro_vje.training.monitor import EpochReport, level
 
 log = logging.getLogger("pyro_vje")
 _TRAINING = threading.Lock()
@@ -100,10 +100,12 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     vje.family.check(vje.embedding_dim, vje.settings)
     own_objective(config.objective)  # an unusable one is known before anything is written
     precision = choose_precision(config.precision)
-    log.info(
-        f"{config.encoder}, {info.stem}; likelihood {config.likelihood}; {precision}; {len(train_set)} images of "
-        f"{info.view_size}×{info.view_size} pixels, batches of {config.batch_size}"
-    )
+    processes, steps = config.devices * machines(), len(train_set) // (config.batch_size or 1)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    where = f"{processes} × {where}" if processes > 1 else where
+    what = f"{config.encoder} on {len(train_set)} images of {info.view_size}×{info.view_size} pixels"
+    log.log(level(config), f"{what}: {config.epochs} epochs of {steps} steps, on {where} ({precision})")
+    log.debug(f"{info.stem}; likelihood {config.likelihood}; batches of {config.batch_size}")
     checkpoint = folder / CHECKPOINTS / checkpoints.LAST
     knn_sets = splits.monitor_sets(config, info.image_size, train_set, info.interpolation)
     if resume and checkpoint.is_file():

@@ -141,7 +141,7 @@ def test_evaluation_order(lazy):
 
 def test_the_choice_of_loader(lazy, caplog):
     images = ImageSet(numbered(20), [str(i) for i in range(20)])
-    with caplog.at_level(logging.INFO, "pyro_vje"):
+    with caplog.at_level(logging.DEBUG, "pyro_vje"):
         assert isinstance(make_loader(images, 5, seed=1), ResidentLoader)
         assert isinstance(make_loader(images, 5, residency="stream"), ResidentLoader)
         assert isinstance(make_loader(lazy, 5, num_workers=0), StreamingLoader)

@@ -292,17 +292,15 @@ class TestHealth:
 
     def test_collapse_warning(self):
         assert metrics.collapse_warning(60.0, 0.98, 2.0, 128) is None
-        assert "spread of its normalised embeddings is 0.10 (below 0.5" in metrics.collapse_warning(
-            60.0, 0.1, 2.0, 128
-        )
+        assert "(spread 0.10, healthy from 0.5)" in metrics.collapse_warning(60.0, 0.1, 2.0, 128)
         noisy = metrics.collapse_warning(60.0, 0.98, 0.5, 128)
-        assert "0.50 times" in noisy
+        assert "(signal-to-noise 0.50, healthy from 0.7)" in noisy
         assert "lower kl_weight" in noisy
         # A noisy posterior is another ailment than a collapsed representation, and has another cure.
         assert "collaps" not in noisy
         assert "lower lr" not in noisy
         assert "kl_weight" not in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
-        assert "effective rank is 1.3 of 128" in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
+        assert "effective rank 1.3 of 128" in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
         everything = metrics.collapse_warning(1.0, 0.0, 0.0, 128)
         assert all(part in everything for part in ("rank", "spread", "kl_weight"))
         assert metrics.collapse_warning(60.0, float("nan"), 2.0, 128) is not None

@@ -72,7 +72,7 @@ def test_a_dead_posterior(train_with, said):
             likelihood="polar-student-t-exact", kl_weight=weight, epochs=20, knn_every=20, lr=2.0
         )
         message = next(line for line in said() if "mostly noise" in line)
-        assert "(below 0.7): lower kl_weight" in message
+        assert "healthy from 0.7): train longer (epochs), or lower kl_weight" in message
         saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
         ratios.append(saved["callbacks"]["EpochReport"]["rows"][-1]["posterior_snr"])
         shutil.rmtree(folder)
@@ -104,7 +104,7 @@ def test_batch_norm_of_one_or_few_images(train_with, said, tiny_config, tmp_path
     with pytest.raises(ValueError, match="training needs at least two images, and one a process, but has 1"):
         train_with(data_dir=str(one), batch_size=None)
     train_with(batch_size=3, epochs=1)
-    assert "batch norm has 3 images for its statistics: raise batch_size to 8 or more" in said()
+    assert any("raise batch_size to 8 or more" in line for line in said())
     config = read_info(tmp_path / "run").config
     module = training.Pretraining(build_model(config, 16), config, load_train_set(config)[0])
     assert len(module.train_set) % 3 == 1  # one is left over
