@@ -112,7 +112,11 @@ class TrainConfig:
     objective: str = say("elbo", "elbo, or your own as module:function on the same networks (a control).")
     epochs: int | None = say(None, "Passes over the data. [default: the data set's]", ge=1)
     batch_size: int | None = say(None, "Images in a step, over all devices. [default: the data set's]", ge=2)
-    lr: float = say(0.2, "Learning rate of SGD for 256 images, scaled with the batch.", ge=0)
+    optimizer: Literal["sgd", "adamw", "lars"] | None = say(None, "[default: sgd; for a frozen encoder adamw]")
+    lr: float | None = say(None, "For 256 images. [default: 0.2; adamw 0.001, lars 0.3]", ge=0, allow_inf_nan=False)
+    predictor_lr: Literal["schedule", "constant"] = say("schedule", "Of the posterior network, SimSiam's predictor.")
+    clip_norm: float | None = say(None, "Largest norm of a step's gradient, in nats a dimension. [default: any]", gt=0)
+    ema: float | None = say(None, "Decay of averaged weights that make the targets. [default: none do]", ge=0, lt=1)
     weight_decay: float = say(5e-4, "Decay of kernels and matrices, not biases.", ge=0)
     warmup_epochs: float | None = say(None, "Linear warm-up. [default: a tenth, at most 10]", ge=0, lt=math.inf)
     num_particles: int = say(1, "Samples of the latent an image and direction.", ge=1)
@@ -135,28 +139,17 @@ class TrainConfig:
             what = f"the data set {self.dataset!r} needs to know which folder"
             raise ValueError(f"{what}: name it (--data-dir DIR)")
         scale = float(self.weights == "none") if self.encoder_lr_scale is None else self.encoder_lr_scale
-        head = "the head of a frozen encoder"
-        for wrong, what in (
-            (scale == 0 and self.devices > 1, f"{head} trains on one device, not {self.devices} (--devices)"),
-            (
-                scale == 0 and self.local_views,
-                f"{head} sees no local_views, but {self.local_views} are asked for",
-            ),
-            (
-                scale == 0 and self.views > 1 + self.feature_views,
-                f"{head} has {self.feature_views} feature_views and the image itself, but views are {self.views}",
-            ),
-            (
-                self.targets == "mean" and self.views + self.local_views == 2,
-                "the mean of one target is that target: views 3 or more",
-            ),
-            (self.local_size and not self.local_views, "local_size does nothing without local_views"),
-        ):
-            if wrong:
-                raise ValueError(what)
+        self._refuse_idle(frozen=scale == 0)
         defaults = {"fit": "crop", **self._defaults()}
         epochs = self.epochs or defaults["epochs"]
-        values = {"warmup_epochs": min(10.0, 0.1 * epochs), "knn_every": max(1, epochs // 10), **defaults}
+        optimizer = self.optimizer or ("adamw" if scale == 0 else "sgd")
+        values = {
+            "optimizer": optimizer,
+            "lr": LR[optimizer],
+            "warmup_epochs": min(10.0, 0.1 * epochs),
+            "knn_every": max(1, epochs // 10),
+            **defaults,
+        }
         if scale == 0:
             values |= {"warmup_epochs": 0.0, "knn_every": 0, "epochs": None}
         values |= {"holdout": 0.0 if scale == 0 and self.folds else 0.05, "batch_size": None}
@@ -164,6 +157,25 @@ class TrainConfig:
         if self.projector == "auto":
             missing["projector"] = "whiten" if scale == 0 else "none"
         return dataclasses.replace(self, encoder_lr_scale=scale, **missing)
+
+    def _refuse_idle(self, *, frozen: bool) -> None:
+        head = "the head of a frozen encoder"
+        encoders = {"optimizer": self.optimizer not in (None, "adamw"), "local_views": self.local_views > 0}
+        encoders |= {"predictor_lr": self.predictor_lr == "constant"}
+        encoders |= {name: getattr(self, name) is not None for name in ("clip_norm", "ema")}
+        wrong = [f"{name} does nothing for {head}" for name, said in encoders.items() if said and frozen]
+        if frozen and self.devices > 1:
+            wrong.append(f"{head} trains on one device, not {self.devices} (--devices)")
+        if frozen and self.views > 1 + self.feature_views:
+            wrong.append(
+                f"{head} has {self.feature_views} feature_views and the image, but views are {self.views}"
+            )
+        if self.targets == "mean" and self.views + self.local_views == 2:
+            wrong.append("the mean of one target is that target: views must be 3 or more for it")
+        if self.local_size and not self.local_views:
+            wrong.append("local_size does nothing without local_views")
+        if wrong:
+            raise ValueError(wrong[0])
 
     def _defaults(self) -> dict[str, Any]:
         return DATASET_DEFAULTS["folder"] | DATASET_DEFAULTS.get(self.dataset, {})
@@ -290,6 +302,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "images": {"encoder": "resnet-small", "epochs": 100, "batch_size": 256},
 }
 
+LR = {"sgd": 0.2, "adamw": 1e-3, "lars": 0.3}
 # Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run.
 STEPS, SMALLEST_BATCH, HEAD_STEPS = 20, 16, 500
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")

@@ -68,7 +68,7 @@ def test_settings_are_checked_when_they_are_made_and_say_what_they_may_be():
 
 
 def test_settings_are_values():
-    config = TrainConfig("folder", Path("photos"), df=math.inf, radius=None)
+    config = TrainConfig("folder", Path("photos"), df=math.inf, radius=None, lr=0.2)
     assert config == pickle.loads(pickle.dumps(config)) == TrainConfig.from_dict(config.to_dict())
     assert {config: 1}[dataclasses.replace(config, lr=0.2)] == 1
     assert (config.data_dir, ScoreConfig(data="photos").data) == ("photos", Path("photos"))
@@ -85,9 +85,17 @@ def test_the_package_lists_its_api_alone():
 def test_settings_that_would_do_nothing_are_refused():
     for settings, message in (
         ({"local_size": 16}, "local_size does nothing without local_views"),
-        ({"targets": "mean"}, "the mean of one target is that target: views 3 or more"),
-        ({"encoder_lr_scale": 0.0, "local_views": 2}, "the head of a frozen encoder sees no local_views"),
-        ({"encoder_lr_scale": 0.0, "views": 8}, "has 6 feature_views and the image itself, but views are 8"),
+        ({"targets": "mean"}, "the mean of one target is that target: views must be 3 or more"),
+        (
+            {"encoder_lr_scale": 0.0, "local_views": 2},
+            "local_views does nothing for the head of a frozen encoder",
+        ),
+        ({"encoder_lr_scale": 0.0, "ema": 0.9}, "ema does nothing for the head of a frozen encoder"),
+        (
+            {"encoder_lr_scale": 0.0, "optimizer": "sgd"},
+            "optimizer does nothing for the head of a frozen encoder",
+        ),
+        ({"encoder_lr_scale": 0.0, "views": 8}, "has 6 feature_views and the image, but views are 8"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig(**settings).resolved()

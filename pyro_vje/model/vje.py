@@ -216,29 +216,32 @@ class VJE(nn.Module):
             settings = dataclasses.replace(settings, radius_scale=radius_scale)
         return (family or self.family)(z, scale, settings)
 
-    def encode_views(self, views: Views) -> ViewPairs:
-        """Posteriors and stopped targets of all pairs of views, from one pass over every view."""
+    def encode_views(self, views: Views, targets: Tensor | None = None) -> ViewPairs:
+        """Posteriors and stopped targets of all pairs of views, from one pass over every view.
+
+        ``targets`` ``(V, B, D)``, of another network, take the place of the full views' own embeddings.
+        """
         if isinstance(views, ViewPairs):
             return views
         stacks = stack_views(views)
         images = stacks[0].shape[1]
         features = [self.features(stack.flatten(0, 1)).unflatten(0, (-1, images)) for stack in stacks]
-        return self.pair(torch.cat(features), len(stacks[0]))
+        return self.pair(torch.cat(features), len(stacks[0]), targets)
 
     def _pairing(self, views: int, full: int) -> list[tuple[int, list[int]]]:
         """The context of each pair and its target, of which it may be the mean: of V + L views, V of them full."""
         others = [(context, [t for t in range(full) if t != context]) for context in range(views)]
         return others if self.targets == "mean" else [(c, [t]) for c, targets in others for t in targets]
 
-    def pair(self, features: Tensor, full: int | None = None) -> ViewPairs:
+    def pair(self, features: Tensor, full: int | None = None, targets: Tensor | None = None) -> ViewPairs:
         """`encode_views` from features of all views, ``(V + L, B, feature_dim)``: the first ``full`` are targets."""
         embeddings = self.project(features.flatten(0, 1))
         loc, scale = self.posterior(embeddings)
         loc, scale, embeddings = (x.unflatten(0, (len(features), -1)) for x in (loc, scale, embeddings))
-        contexts, targets = zip(*self._pairing(len(features), full or len(features)), strict=True)
+        contexts, others = zip(*self._pairing(len(features), full or len(features)), strict=True)
         loc, scale = (torch.stack([x[context] for context in contexts]) for x in (loc, scale))
-        views = embeddings.detach()
-        return ViewPairs(loc, scale, torch.stack([views[ts].mean(0) for ts in targets]))
+        targets = (embeddings if targets is None else targets).detach()
+        return ViewPairs(loc, scale, torch.stack([targets[ts].mean(0) for ts in others]))
 
     def model(self, views: Views) -> Tensor:
         """Pyro model of all targets ``(P, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`.

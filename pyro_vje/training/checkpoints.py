@@ -30,6 +30,7 @@ CHECK_EVERY = 5  # steps after which several processes ask each other whether on
 
 
 OPTIMISERS: dict[str, tuple[str, ...]] = {"SGD": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}
+OPTIMISERS["Lars"] = OPTIMISERS["SGD"]
 """What each keeps of a parameter, in its shape."""
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import logging
 import math
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, cast
 
 import lightning
@@ -55,6 +59,7 @@ class Pretraining(lightning.LightningModule):
         self.local = (
             views.local(config.local_size or views.image_size // 2) if views and config.local_views else None
         )
+        self.target = None if config.ema is None else copy.deepcopy(vje).requires_grad_(False)
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -70,20 +75,7 @@ class Pretraining(lightning.LightningModule):
         """Loss of uint8 images ``(B, 3, H, W)``, or of cached features ``(B, V, feature_dim)``, in nats an image."""
         rank, world_size = self.global_rank, self.trainer.world_size
         generator = self._seeded_generator(batch.device)
-        views: Views
-        if self.views is None:
-            views = self.vje.pair(_some_of(batch, self.config.views, generator))
-        else:
-            views = self.views(
-                batch, generator, num_views=self.config.views, rank=rank, world_size=world_size
-            )
-        if self.local is not None:
-            how: dict[str, Any] = {
-                "num_views": self.config.local_views,
-                "rank": rank,
-                "world_size": world_size,
-            }
-            views = [*views, *self.local(batch, generator, **how)]
+        views = self._draw_views(batch, generator, rank=rank, world_size=world_size)
         noise: GlobalNoise | nullcontext[None] = nullcontext()
         if world_size > 1:  # from the seed of the only process's latents, see below
             generator.manual_seed(derive_seed("latents", self.config.seed, self.global_step, 0))
@@ -99,24 +91,37 @@ class Pretraining(lightning.LightningModule):
         # Nats a dimension keep one learning rate right for every D: the likelihood's gradient grows with D.
         return loss / self.vje.embedding_dim
 
+    def _draw_views(self, batch: Tensor, generator: torch.Generator, **share: int) -> Views:
+        """What the objective is given: views, or pairs where features or another network's targets are."""
+        if self.views is None:
+            return self.vje.pair(_some_of(batch, self.config.views, generator))
+        how: dict[str, Any] = share
+        full = self.views(batch, generator, num_views=self.config.views, **how)
+        views: Views = full
+        if self.local is not None:
+            views = [*full, *self.local(batch, generator, num_views=self.config.local_views, **how)]
+        if self.target is None:
+            return views
+        with torch.no_grad():
+            targets = self.target.embed(full.flatten(0, 1)).unflatten(0, full.shape[:2])
+        return self.vje.encode_views(views, targets)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD with momentum, or AdamW for a head on features; decay on matrices and kernels; warm-up and cosine."""
-        config, lr = self.config, self.config.lr * self.batch_size / 256
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        """The optimiser, with decay on matrices and kernels, after warm-up and cosine but for a constant predictor."""
+        config = self.config
+        lr = HEAD_LR if config.frozen else (config.lr or 0.0) * self.batch_size / 256
+        groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.vje.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("encoder."), parameter.dim() > 1), []).append(parameter)
-        lr = HEAD_LR if config.frozen else lr
+                fixed = config.predictor_lr == "constant" and name.startswith("posterior_network.")
+                which = (name.startswith("encoder."), parameter.dim() > 1, fixed)
+                groups.setdefault(which, []).append(parameter)
         rates = {False: lr, True: lr * (config.encoder_lr_scale or 0.0)}
         named: list[Any] = [
             {"params": groups[which], "lr": rates[which[0]], "weight_decay": config.weight_decay * which[1]}
             for which in sorted(groups)  # whether of the encoder, and whether decayed
         ]
-        optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(named, fused=True)
-            if config.frozen
-            else torch.optim.SGD(named, momentum=0.9, fused=True)
-        )
+        optimizer = find_optimizer(config)(named)
         steps_per_epoch = len(self.train_set) // self.batch_size
         warmup = round((config.warmup_epochs or 0) * steps_per_epoch)
         total = (config.epochs or 1) * steps_per_epoch
@@ -126,8 +131,16 @@ class Pretraining(lightning.LightningModule):
                 return (step + 1) / warmup
             return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        schedules = [(lambda step: 1.0) if fixed else schedule for _, _, fixed in sorted(groups)]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Let the target network follow."""
+        if self.target is not None:
+            with torch.no_grad():
+                for slow, fast in zip(self.target.parameters(), self.vje.parameters(), strict=True):
+                    slow.lerp_(fast, 1 - (self.config.ema or 0.0))
 
     def train_dataloader(self) -> ResidentLoader | StreamingLoader:
         """This process's share of every global batch, in the order of (seed, epoch)."""
@@ -186,6 +199,20 @@ class Pretraining(lightning.LightningModule):
         names, means = list(self.sums), [value / self.counts[name] for name, value in self.sums.items()]
         self.sums, self.counts = {}, {}
         return dict(zip(names, self.trainer.strategy.reduce(torch.stack(means)).tolist(), strict=True))
+
+
+def find_optimizer(config: TrainConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """What makes a run's optimiser of groups of parameters; ``ValueError`` where timm, which has LARS, is missing."""
+    if config.optimizer == "adamw":
+        return partial(torch.optim.AdamW, fused=True)
+    if config.optimizer != "lars":
+        return partial(torch.optim.SGD, momentum=0.9, fused=True)
+    if not find_spec("timm"):
+        raise ValueError(
+            "the optimizer lars is timm's: pip install 'pyro-vje[pretrained]', or choose sgd or adamw"
+        )
+    lars: Any = importlib.import_module("timm.optim").Lars
+    return partial(lars, momentum=0.9)
 
 
 def _some_of(features: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -33,7 +33,7 @@ from pyro_vje.runs.stopping import Interrupted, StopRequest, follow_parent, rest
 from pyro_vje.training import checkpoints
 from pyro_vje.training.distributed import CPUSyncBatchNorm
 from pyro_vje.training.features import cache_features, fit_folds, fit_whitening
-from pyro_vje.training.module import PART_EVERY, QUIET, Pretraining, quiet_lightning
+from pyro_vje.training.module import PART_EVERY, QUIET, Pretraining, find_optimizer, quiet_lightning
 from pyro_vje.training.monitor import EpochReport, level
 
 log = logging.getLogger("pyro_vje")
@@ -99,6 +99,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
         vje.encoder.compile()
     vje.family.check(vje.embedding_dim, vje.settings)
     own_objective(config.objective)  # an unusable one is known before anything is written
+    find_optimizer(config)
     precision = choose_precision(config.precision)
     processes, steps = config.devices * machines(), len(train_set) // (config.batch_size or 1)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
@@ -289,6 +290,7 @@ def _trainer(
         callbacks=callbacks,
         logger=logger,
         log_every_n_steps=PART_EVERY,
+        gradient_clip_val=config.clip_norm,
         **QUIET,
     )
 
