@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from sklearn.covariance import LedoitWolf
+from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -33,7 +33,7 @@ class Whitening(nn.Module):
         """Take mean and covariance of ``features`` ``(N, feature_dim)``."""
         directions = normalize(features.double(), dim=-1).cpu()
         self.mean.copy_(directions.mean(0))
-        covariance = torch.from_numpy(LedoitWolf().fit(directions.numpy()).covariance_)
+        covariance = torch.from_numpy(ledoit_wolf(directions.numpy())[0])
         variances, axes = torch.linalg.eigh(covariance)  # ascending
         kept = self.matrix.shape[1]
         self.matrix.copy_((axes / variances.clamp_min(1e-12).sqrt()).flip(1)[:, :kept])

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, derive_seed
 from pyro_vje.model import VJE, Whitening
+from pyro_vje.model.encoding import cpu_rows
 from pyro_vje.progress import Progress
 from pyro_vje.runs.files import read_json, write_json
 from pyro_vje.runs.folder import RunInfo, build_head
@@ -26,12 +27,13 @@ SAVE_EVERY = 8  # of these steps, between notes of how far the cache is
 
 
 def cache_features(
-    vje: VJE, images: ImageSet, info: RunInfo, folder: Path, device: torch.device | str = "cpu"
+    vje: VJE, images: ImageSet, info: RunInfo, folder: Path, device: str = "cpu", *, bf16: bool = False
 ) -> tuple[Tensor, ImageSet]:
     """Features ``(N, 1 + feature_views, feature_dim)`` of the clean image and augmented views, and whose they are.
 
     They are written to ``folder/features.npy`` as they are made, `ROWS` images at a time, and mapped into memory; an
-    interrupted cache goes on where it was. Images that cannot be decoded are left out of both.
+    interrupted cache goes on where it was. Images that cannot be decoded are left out of both. With ``bf16`` the
+    augmented views are encoded in bfloat16 autocast; clean images never are, as they are compared with scored ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, state, seed = folder / "features.npy", folder / "features.json", info.config.seed
@@ -39,7 +41,7 @@ def cache_features(
     digest = hashlib.sha256()
     for name, tensor in vje.encoder.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    made = [images.fingerprint(), digest.hexdigest(), augmented, seed, info.view_size]
+    made = [images.fingerprint(), digest.hexdigest(), augmented, seed, info.view_size, info.fit, bf16]
     before: dict[str, Any] = read_json(state, dict) if state.is_file() and path.is_file() else {}
     done, good = 0, torch.zeros(len(images), dtype=torch.bool)
     if before.get("made") == made:
@@ -49,24 +51,32 @@ def cache_features(
         shape = (len(images), 1 + augmented, vje.feature_dim)
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     vje.eval()
+    at_once = cpu_rows(info.view_size) if device == "cpu" else ROWS
+
+    @torch.no_grad()
+    def encode(batch: Tensor, lower: bool = False) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=lower):
+            return torch.cat([vje.features(part) for part in batch.split(at_once)])
+
+    count = int(good.sum())
     progress = Progress("looking at the images to learn from", len(images) - done)
     for start in range(done, len(images), ROWS):
         rows = torch.arange(start, min(start + ROWS, len(images)))
         generator = torch.Generator(device).manual_seed(derive_seed("features", seed, start))
         for index, batch in images.select(rows).batches(ROWS):
             batch = batch.to(device)
-            with torch.no_grad():
-                found = [vje.features(view(batch))]
-                found += [vje.features(views.one(batch, generator)) for _ in range(augmented)]
-            array[rows[index].numpy()] = torch.stack(found, 1).cpu().numpy()
-            good[rows[index]] = True
+            found = [
+                encode(view(batch)),
+                *(encode(views.one(batch, generator), bf16) for _ in range(augmented)),
+            ]
+            array[count : count + len(index)] = torch.stack(found, 1).cpu().numpy()
+            good[rows[index]], count = True, count + len(index)
         end = int(rows[-1]) + 1
         if (start // ROWS + 1) % SAVE_EVERY == 0 or end == len(images):
             array.flush()
             write_json(state, {"made": made, "done": end, "good": good.nonzero().flatten().tolist()})
         progress.add(len(rows))
-    features = torch.from_numpy(array)
-    return (features, images) if bool(good.all()) else (features[good], images.select(good))
+    return torch.from_numpy(array[:count]), images if count == len(images) else images.select(good)
 
 
 def fit_whitening(vje: VJE, features: Tensor) -> None:

@@ -128,7 +128,8 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     if config.frozen:
         device = layout.default_device()
         vje.to(device)
-        features, train_set = cache_features(vje, train_set, info, folder / layout.CACHE, device)
+        lower = precision == "bf16-mixed"
+        features, train_set = cache_features(vje, train_set, info, folder / layout.CACHE, device, bf16=lower)
         fit_whitening(vje, features[:, 0])
     report = EpochReport(folder, train_set, knn_sets, info.view, features)
     views = info.views if features is None else None
