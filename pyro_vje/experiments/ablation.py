@@ -64,9 +64,8 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
         raise ValueError(f"a cell trains on one device, not {base.devices}: run parts of it side by side")
     names = (*ABLATION_AXES[:-1], *sorted(set(axes) - set(ABLATION_AXES)), ABLATION_AXES[-1])
     late = {
-        "warmup_epochs": base.warmup_epochs,
-        "knn_every": base.knn_every,
-    }  # if unset, by epochs, which may vary
+        name: getattr(base, name) for name in ("warmup_epochs", "knn_every")
+    }  # unset: by epochs, may vary
     cells = Cells(Path(out), "ablation", {**base.resolved().to_dict(), **late}, names)
     named = {_name(config, names): config for config in grid(base, axes)}
     if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:
@@ -121,9 +120,8 @@ def read_measures(path: Path) -> dict[str, float]:
         history = pd.read_csv(path)[["loss", "effective_rank", "posterior_snr", "seconds"]].astype(float)
         return {**history.iloc[-1].to_dict(), "seconds": round(float(history["seconds"].sum()), 3)}
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}): remove {path.parent} to train the cell anew"
-        ) from None
+        how = f"remove {path.parent} to train the cell anew"
+        raise ValueError(f"{path} is damaged ({error}): {how}") from None
 
 
 def shown(config: TrainConfig, name: str) -> str:
@@ -135,10 +133,8 @@ def shown(config: TrainConfig, name: str) -> str:
 
 def rows_of(cells: Sequence[Cell], names: Sequence[str]) -> pd.DataFrame:
     """A row for each cell: its settings called ``names`` as text, its measures, its status."""
-    rows = [
-        {"cell": cell.name, **vars(cell), **cell.measures} | {x: shown(cell.config, x) for x in names}
-        for cell in cells
-    ]
+    said = [{name: shown(cell.config, name) for name in names} for cell in cells]
+    rows = [{"cell": x.name, **vars(x), **x.measures, **by} for x, by in zip(cells, said, strict=True)]
     frame = pd.DataFrame(rows, columns=["cell", *names, *MEASURES, "status", "error"])
     return frame.astype(dict.fromkeys(MEASURES, float))
 

@@ -52,15 +52,13 @@ class Cell:
     @classmethod
     def from_dict(cls, values: Any) -> Cell:
         """Read `to_dict`'s form; ``ValueError`` if something is missing or of another type."""
-        values = check_form({"scores": [], **check_form(values, {})}, FORM)
+        check_form(values, FORM)
         check_form(values["measures"], dict.fromkeys(values["measures"], int | float))
         check_form(values["protocols"], dict.fromkeys(values["protocols"], dict))
         for row in values["scores"]:
             if [type(end) for end in check_form(row, SCORE_FORM)["auroc_95"]] != [float, float]:
                 raise ValueError(f"auroc_95 is {row['auroc_95']}, not two numbers")
-        return cls(
-            **{name: values[name] for name in FORM} | {"config": TrainConfig.from_dict(values["config"])}
-        )
+        return cls(**{**{x: values[x] for x in FORM}, "config": TrainConfig.from_dict(values["config"])})
 
 
 Measure = Callable[[TrainConfig, Path], dict[str, Any]]
@@ -97,19 +95,18 @@ class Cells:
         path = self.folder / f"{self.summary}.json"
         if not path.is_file() and is_begun(self.folder):
             raise FileExistsError(f"{self.folder} exists and holds no {path.name}: name another (--out)")
-        new = self._fixed({"settings": self.settings})
+        new = self._fixed({"axes": [*self.axes], "settings": self.settings})
         old = read_json(path, self._fixed) if path.is_file() else new
         default = TrainConfig().resolved().to_dict()  # of a setting that the version before did not have
         for name in sorted(old.keys() | new.keys()):
             before, now = (values.get(name, default.get(name)) for values in (old, new))
-            if before != now and (name, now) != ("batch_size", None):  # then it follows from the data
+            if before != now:
                 other = f"{self.folder} holds results with {name} {before}, not {now}"
                 raise FileExistsError(f"{other}: keep that setting, or name another folder (--out)")
 
     def _fixed(self, summary: Any) -> dict[str, Any]:
-        """The settings in a summary; the version before called them fixed, or had no axes."""
-        found = {"axes": [*self.axes], "settings": check_form(summary, {}).get("fixed"), **summary}
-        check_form(found, {"axes": list, "settings": dict})
+        """The settings in a summary."""
+        found = check_form(summary, {"axes": list, "settings": dict})
         return {**dict.fromkeys(map(str, found["axes"]), "varied"), **found["settings"]}
 
     def read(self) -> list[Cell]:
@@ -118,11 +115,8 @@ class Cells:
         def by_setting(cell: Cell) -> list[tuple[bool, Any]]:
             return [(value is None, value) for value in (getattr(cell.config, name) for name in self.axes)]
 
-        def read(values: Any) -> Cell | None:  # of the version before without a name: to be measured anew
-            return Cell.from_dict(values) if "name" in check_form(values, {}) else None
-
-        found = [read_json(path, read) for path in sorted((self.folder / CELLS).glob("*.json"))]
-        return sorted(filter(None, found), key=by_setting)
+        paths = sorted((self.folder / CELLS).glob("*.json"))
+        return sorted((read_json(path, Cell.from_dict) for path in paths), key=by_setting)
 
     def run(self, configs: Mapping[str, TrainConfig], measure: Measure, tabulate: Tabulate) -> Comparison:
         """Train and measure the cells, by name, that are not done or have failed; write the tables after each."""
@@ -201,6 +195,5 @@ def write_table(
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of strings as Markdown."""
-    return str(
-        table.map(lambda entry: entry.replace("|", "\\|")).to_markdown(index=False, disable_numparse=True)
-    )
+    escaped = table.map(lambda entry: entry.replace("|", "\\|"))
+    return str(escaped.to_markdown(index=False, disable_numparse=True))

@@ -151,10 +151,8 @@ def ood(
 
 def _judge(scores: Scores, is_anomaly: Tensor, **cell: Any) -> list[dict[str, Any]]:
     cell |= {"normal_images": int((~is_anomaly).sum()), "anomalies": int(is_anomaly.sum())}
-    return [
-        {**cell, "score": name, "on": on, **metrics.detection_metrics(values, is_anomaly)}
-        for (name, on), values in scores.items()
-    ]
+    found = {key: metrics.detection_metrics(values, is_anomaly) for key, values in scores.items()}
+    return [{**cell, "score": name, "on": on, **numbers} for (name, on), numbers in found.items()]
 
 
 def compare_scores(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
