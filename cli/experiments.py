@@ -69,9 +69,8 @@ def one_class(normal_class: Any, seed: Any, score_likelihood: Any, out: Path, **
 def ood(ckpt: Path, outside: Any, data_dir: Any, score_likelihood: Any, out: Path, **settings: Any) -> None:
     """Tell a run's own test images from those of other data sets; leaves table.csv, .json, .md and .tex."""
     known = {name: (name, data_dir) for name in DATASET_DEFAULTS if name != "folder"}
-    places = {
-        name if name in known else Path(name).name: known.get(name, ("folder", name)) for name in outside
-    }
+    folders = {Path(name).name: ("folder", name) for name in outside if name not in known}
+    places = {name: known[name] for name in outside if name in known} | folders
     if len(places) < len(outside):
         raise click.UsageError(f"--outside: two sets have one name in the table, {', '.join(outside)}")
 

@@ -71,9 +71,9 @@ def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) 
     kind = next((KINDS[part] for part in parts if part in KINDS), str)
     flag = "--" + name.replace("_", "-")
     values = default if isinstance(default, tuple) else () if default is None else (default,)
-    shown = (
-        ", ".join(map(str, values)) if kind is not bool else "" if not off else flag[2:] if default else off
-    )
+    shown = ", ".join(map(str, values))
+    if kind is bool:
+        shown = "" if not off else flag[2:] if default else off
     if repeated:
         default = values or None
     repeated = repeated or get_origin(field.annotation) is tuple
@@ -104,9 +104,8 @@ def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | Non
     ctx.default_map = {key: (value,) if several[key] else value for key, value in values.items()}
 
 
-HELP = (
-    f"A published result's settings, below the options: {', '.join(config.RECIPES)}, or a TOML file's path."
-)
+NAMES = ", ".join(config.RECIPES)
+HELP = f"A published result's settings, below the options: {NAMES}, or a TOML file's path."
 recipe = click.option(  # eager: before the options whose defaults it sets
     "--recipe", metavar="NAME", is_eager=True, expose_value=False, callback=_take_recipe, help=HELP
 )

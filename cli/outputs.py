@@ -7,9 +7,8 @@ import click
 
 from pyro_vje.cli import options
 
-FORMATS = (
-    "onnx, for ONNX Runtime (writing it needs pip install 'pyro-vje[export]'); torch, for torch.export.load."
-)
+FORMATS = "onnx, for ONNX Runtime (needs pip install 'pyro-vje[export]'); torch, for torch.export.load."
+KINDS = click.Choice(["onnx", "torch"])
 
 
 @options.command("embed")
@@ -52,9 +51,7 @@ def eval(ckpt: Path, **settings: Any) -> None:
 
 @options.command("export")
 @options.ckpt
-@click.option(
-    "--format", type=click.Choice(["onnx", "torch"]), default="onnx", show_default=True, help=FORMATS
-)
+@click.option("--format", type=KINDS, default="onnx", show_default=True, help=FORMATS)
 @options.scoring("out", help="The file. [default: model.onnx or model.pt2 in the run folder]")
 @options.scoring("score", "score_likelihood", "num_particles", "seed", "trust_plugins")
 def export(ckpt: Path, **settings: Any) -> None:

@@ -204,9 +204,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (an infinite df becomes the string ``"inf"``)."""
-        return dataclasses.asdict(self) | (
-            {"df": "inf"} if self.df == math.inf else {}
-        )  # JSON has no infinity
+        infinite = {"df": "inf"} if self.df == math.inf else {}  # which JSON lacks
+        return dataclasses.asdict(self) | infinite
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -238,9 +237,7 @@ class ScoreConfig:
     num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
     alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)
-    fdr: float | None = say(
-        None, "At most this share of anomalies is false (Benjamini-Hochberg).", gt=0, lt=1
-    )
+    fdr: float | None = say(None, "Most false ones among anomalies (Benjamini-Hochberg).", gt=0, lt=1)
     batch_size: int = say(256, "Images at once; on a CPU raised until passes of the encoder are full.", ge=1)
     out: Place | None = say(None, "The CSV. [default: scores.csv in the run folder]")
     draw: bool = say(True, "Draw pictures beside the CSV.", off="no-draw")

@@ -158,9 +158,7 @@ def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: An
     for download in (False, True)[: 1 + request.download]:
         try:
             return kind(str(request.root), download=download, **arguments)
-        except (
-            Exception
-        ) as error:  # absent, incomplete, other checksums; of a network or disk it is not one type
+        except Exception as error:  # absent, incomplete; of a network or disk it is not one type
             failure = error
     place = (request.root / folder).absolute()
     why = f"not found in {place}, and the download failed ({type(failure).__name__}: {failure})"

@@ -286,6 +286,5 @@ def _table(df: float, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def _log_sin(x: Tensor, log_x: Tensor) -> Tensor:
     """Log of sin(x) for x in [0, π], relatively accurate at 0 and where sin is 1 (its power df may be huge)."""
     cos2 = x.cos().square()
-    return torch.where(
-        cos2 < 0.5, 0.5 * torch.log1p(-cos2.clamp_max(0.5)), log_x + torch.sinc(x / math.pi).log()
-    )
+    far, near = 0.5 * torch.log1p(-cos2.clamp_max(0.5)), log_x + torch.sinc(x / math.pi).log()
+    return torch.where(cos2 < 0.5, far, near)

@@ -37,9 +37,8 @@ class SphereReparam(Reparam):
             dim = fn.event_shape[0]
             like = msg["fn"].mean if value is None else value
             square = dist.Gamma(like.new_full(fn.batch_shape, 0.5 * dim + 2), 0.5)
-            radius = dist.TransformedDistribution(
-                square, [dist.transforms.PowerTransform(like.new_tensor(0.5))]
-            )
+            root = dist.transforms.PowerTransform(like.new_tensor(0.5))
+            radius = dist.TransformedDistribution(square, [root])
             ambient, length = PolarProduct(fn, radius), (dim + 4) ** 0.5
         x = pyro.sample(
             f"{name}_ambient",

@@ -194,10 +194,8 @@ class PowerSpherical(SymmetricDistribution):
         log_cos2 = torch.where(gap < 0.5, torch.log1p(-gap.clamp_max(0.5)), other.log())
         # Γ(α+β) / Γ(α) / (2^(α+β) π^β) (1 + t)^κ, α = β + κ, β = (D-1)/2, with 2^κ drawn into (1 + t)^κ.
         beta = 0.5 * (self.dim - 1)
-        log_normalizer = log_gamma_ratio(beta + self.concentration.double(), beta) - beta * math.log(
-            4 * math.pi
-        )
-        return log_normalizer.to(value.dtype) + self.concentration * log_cos2
+        log_ratio = log_gamma_ratio(beta + self.concentration.double(), beta)
+        return (log_ratio - beta * math.log(4 * math.pi)).to(value.dtype) + self.concentration * log_cos2
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised in loc and concentration."""

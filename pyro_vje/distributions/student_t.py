@@ -71,9 +71,8 @@ class DiagonalStudentT(StudentTDistribution):
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised in df, loc and scale."""
         noise = self._standard_normal(sample_shape, self.loc)
-        return self.loc + self.scale * noise / numerics.inverse_mixing_scale(self.df, sample_shape).unsqueeze(
-            -1
-        )
+        mixing = numerics.inverse_mixing_scale(self.df, sample_shape).unsqueeze(-1)
+        return self.loc + self.scale * noise / mixing
 
     @classmethod
     def _start(cls, samples: Tensor, df: float | None) -> dict[str, Tensor]:
@@ -203,10 +202,8 @@ class ProjectedStudentT(DirectionalDistribution, DirectionalStudentT):
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised in df, loc and scale."""
         noise = self._standard_normal(sample_shape, self.loc)
-        # x is multiplied by its mixing variable, which may vanish.
-        return unit(
-            self.loc * numerics.inverse_mixing_scale(self.df, sample_shape).unsqueeze(-1) + self.scale * noise
-        )
+        mixing = numerics.inverse_mixing_scale(self.df, sample_shape).unsqueeze(-1)
+        return unit(self.loc * mixing + self.scale * noise)  # x times its mixing variable, which may vanish
 
     @classmethod
     def _start(cls, samples: Tensor, df: float | None) -> dict[str, Tensor]:
@@ -294,10 +291,8 @@ def projected_student_t_log_prob(
         a = direction.square().sum(-1).clamp_min(tiny)
         b = (direction * location).sum(-1)
         residual = (location - (b / a).unsqueeze(-1) * direction).square().sum(-1)
-    log_scale = scale.log().sum(-1)
-    return directional_log_density(df, value.shape[-1], a, b, residual, log_scale).to(
-        torch.result_type(value, loc)
-    )
+    log_density = directional_log_density(df, value.shape[-1], a, b, residual, scale.log().sum(-1))
+    return log_density.to(torch.result_type(value, loc))
 
 
 def directional_log_density(

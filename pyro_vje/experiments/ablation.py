@@ -63,9 +63,7 @@ def ablate(base: TrainConfig, axes: Mapping[str, Sequence[Any]], out: str | Path
     if base.devices != 1:
         raise ValueError(f"a cell trains on one device, not {base.devices}: run parts of it side by side")
     names = (*ABLATION_AXES[:-1], *sorted(set(axes) - set(ABLATION_AXES)), ABLATION_AXES[-1])
-    late = {
-        name: getattr(base, name) for name in ("warmup_epochs", "knn_every")
-    }  # unset: by epochs, may vary
+    late = {name: getattr(base, name) for name in ("warmup_epochs", "knn_every")}  # by epochs, which may vary
     cells = Cells(Path(out), "ablation", {**base.resolved().to_dict(), **late}, names)
     named = {_name(config, names): config for config in grid(base, axes)}
     if named.keys() - {cell.name for cell in cells.read() if cell.status != "failed"}:

@@ -90,9 +90,8 @@ def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Modul
     if name.partition(":")[0] in LIBRARIES:
         return library_model(name, weights)
     if weights == "default":
-        raise ValueError(
-            f"encoder {name!r} has no pretrained weights: name timm:... or torchvision:..., or a file"
-        )
+        how = "name timm:... or torchvision:..., or a file"
+        raise ValueError(f"encoder {name!r} has no pretrained weights: {how}")
     factory = look_up(name, ENCODERS, what="encoder", group="pyro_vje.encoders")
     if not callable(factory):
         raise ValueError(f"encoder {name!r} is no function from an image size to an nn.Module")
@@ -122,9 +121,8 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     try:
         features = encoder.eval()(images)
     except Exception as error:  # the user's code may raise anything
-        raise ValueError(
-            f"the encoder ({type(encoder).__name__}) fails on images of shape {tuple(images.shape)}: {error}"
-        ) from error
+        what = f"the encoder ({type(encoder).__name__}) fails on images of shape {tuple(images.shape)}"
+        raise ValueError(f"{what}: {error}") from error
     encoder.train(was_training)
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

@@ -52,9 +52,7 @@ class Encoded(NamedTuple):
     def cat(parts: Sequence[Encoded]) -> Encoded:
         """The images of all parts, and what each of them has."""
         columns = zip(*parts, strict=True)
-        return Encoded._make(
-            None if any(x is None for x in column) else torch.cat(column) for column in columns
-        )
+        return Encoded._make(None if any(x is None for x in part) else torch.cat(part) for part in columns)
 
 
 def cpu_rows(side: int) -> int:

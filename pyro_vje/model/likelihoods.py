@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Literal
 
 import pyro.distributions as dist
@@ -55,15 +56,13 @@ class LikelihoodFamily:
     def check(self, dim: int, settings: LikelihoodSettings) -> None:
         """Try the family on a small batch, so that an unfit one is known early, by a ``ValueError``."""
         found = self.function(torch.ones(2, 3, dim), torch.ones(2, 3, dim), settings)
+        must = f"likelihood {self.name!r} must"
         if not isinstance(found, TorchDistributionMixin):  # Pyro's Normal, Independent, ... share only this
-            raise ValueError(
-                f"likelihood {self.name!r} must give a Pyro distribution, but gave {type(found).__name__}"
-            )
+            raise ValueError(f"{must} give a Pyro distribution, but gave {type(found).__name__}")
         if (found.batch_shape, found.event_shape) != ((2, 3), (dim,)):
             raise ValueError(
-                f"likelihood {self.name!r} must have batch shape (2, 3) and event shape ({dim},) for loc of shape "
-                f"(2, 3, {dim}), but has {tuple(found.batch_shape)} and {tuple(found.event_shape)}: "
-                "is a .to_event(1) missing?"
+                f"{must} have batch shape (2, 3) and event shape ({dim},) for loc of shape (2, 3, {dim}), but has "
+                f"{tuple(found.batch_shape)} and {tuple(found.event_shape)}: is a .to_event(1) missing?"
             )
 
 
@@ -96,45 +95,36 @@ def get_family(name: str) -> LikelihoodFamily:
 
 
 POLAR = ("df", "unit_radius", "radius_scale")
+_register = partial(register, is_normalized=True)
+_subdensity = partial(register, is_normalized=False)
 
 
-@register(
-    "polar-student-t", "direction and radius apart, restricted Student-t (the paper's)", is_normalized=False
-)
+@_subdensity("polar-student-t", "direction and radius apart, restricted Student-t (the paper's)")
 def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
     return own.PolarStudentT(loc=loc, scale=scale, **vars(settings))
 
 
-@register(
-    "polar-student-t-exact", "projected Student-t times log-radius Student-t", is_normalized=True, uses=POLAR
-)
+@_register("polar-student-t-exact", "projected Student-t times log-radius Student-t", uses=POLAR)
 def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """The same two ideas with factors that integrate to one (ours); the radial factor cannot be dropped."""
     settings = replace(settings, radius="log-student-t")
     return own.PolarStudentT(loc=loc, scale=scale, direction="projected", **vars(settings))
 
 
-@register("polar-normal", "the Gaussian limit of polar-student-t", is_normalized=False, uses=SETTINGS[1:])
+@_subdensity("polar-normal", "the Gaussian limit of polar-student-t", uses=SETTINGS[1:])
 def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
     return polar_student_t(loc, scale, replace(settings, df=math.inf))
 
 
-@register(
-    "student-t",
-    "multivariate Student-t with diagonal scale, no polar split",
-    is_normalized=True,
-    uses=("df",),
-)
+@_register("student-t", "multivariate Student-t with diagonal scale, no polar split", uses=("df",))
 def student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """One heavy tail for all features together."""
     return own.DiagonalStudentT(settings.df, loc, scale)
 
 
-@register(
-    "student-t-independent", "a univariate Student-t for each feature", is_normalized=True, uses=("df",)
-)
+@_register("student-t-independent", "a univariate Student-t for each feature", uses=("df",))
 def student_t_independent(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """A product of univariate Student-t."""
     if math.isinf(settings.df):
@@ -142,38 +132,31 @@ def student_t_independent(loc: Tensor, scale: Tensor, settings: LikelihoodSettin
     return dist.StudentT(settings.df, loc, scale).to_event(1)
 
 
-@register("normal", "diagonal Gaussian, no polar split", is_normalized=True, uses=())
+@_register("normal", "diagonal Gaussian, no polar split", uses=())
 def normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Independent Normal for each feature."""
     return dist.Normal(loc, scale).to_event(1)
 
 
-@register("laplace", "a Laplace for each feature, no polar split", is_normalized=True, uses=())
+@_register("laplace", "a Laplace for each feature, no polar split", uses=())
 def laplace(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Independent Laplace for each feature."""
     return dist.Laplace(loc, scale).to_event(1)
 
 
-@register(
-    "power-spherical", "power spherical direction times log-radius Student-t", is_normalized=True, uses=POLAR
-)
+@_register("power-spherical", "power spherical direction times log-radius Student-t", uses=POLAR)
 def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration κ is 2/σ² for the mean variance σ² of the unit direction.
 
     Near its mode the density falls as exp(-κθ²/4), a tangent variance of 2/κ.
     """
-    direction = own.PowerSpherical(
-        functional.normalize(loc, dim=-1), 2 / _direction_variance(scale, settings)
+    concentration = 2 / _direction_variance(scale, settings)
+    return _product(
+        own.PowerSpherical(functional.normalize(loc, dim=-1), concentration), loc, scale, settings
     )
-    return own.PolarProduct(direction, _log_radius(loc, scale, settings))
 
 
-@register(
-    "spherical-cauchy",
-    "spherical Cauchy direction times log-radius Student-t",
-    is_normalized=True,
-    uses=POLAR,
-)
+@_register("spherical-cauchy", "spherical Cauchy direction times log-radius Student-t", uses=POLAR)
 def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Isotropic: the concentration ρ solves (1-ρ)²/ρ = (D-1) σ² for the mean variance σ² of the unit direction.
 
@@ -181,19 +164,18 @@ def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -
     """
     a = (loc.shape[-1] - 1) * _direction_variance(scale, settings)
     rho = 1 / (1 + a / 2 + (a + a.square() / 4).sqrt())  # the root below one, without cancellation
-    # Rounding must not put a tiny scale's ρ on the excluded end of [0, 1).
-    direction = own.SphericalCauchy(
-        functional.normalize(loc, dim=-1), rho.clamp(max=1 - torch.finfo(rho.dtype).eps)
-    )
-    return own.PolarProduct(direction, _log_radius(loc, scale, settings))
+    rho = rho.clamp(max=1 - torch.finfo(rho.dtype).eps)  # rounding must not put it on the end of [0, 1)
+    return _product(own.SphericalCauchy(functional.normalize(loc, dim=-1), rho), loc, scale, settings)
 
 
 def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:
     return scale.square().mean(-1) / settings.unit_radius**2
 
 
-def _log_radius(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
-    """Student-t in log-radius around log ‖loc‖, its scale that of ``PolarStudentT(radius="log-student-t")``."""
+def _product(
+    direction: TorchDistribution, loc: Tensor, scale: Tensor, settings: LikelihoodSettings
+) -> TorchDistribution:
+    """A direction, and a Student-t in log-radius as of ``PolarStudentT(radius="log-student-t")``."""
     norm = torch.linalg.vector_norm(loc, dim=-1)
     if settings.radius_scale is not None:
         log_scale = settings.radius_scale / norm
@@ -203,4 +185,5 @@ def _log_radius(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> Tor
         base: TorchDistribution = dist.Normal(norm.log(), log_scale)
     else:
         base = dist.StudentT(settings.df, norm.log(), log_scale)
-    return dist.TransformedDistribution(base, [dist.transforms.ExpTransform()])
+    radius = dist.TransformedDistribution(base, [dist.transforms.ExpTransform()])
+    return own.PolarProduct(direction, radius)

@@ -52,9 +52,8 @@ def stack_views(views: Tensor | Sequence[Tensor]) -> list[Tensor]:
         stacks.append(torch.stack(tuple(alike)))
     shapes = [tuple(stack.shape) for stack in stacks]
     if not shapes or any(len(shape) < 3 or shape[1] != shapes[0][1] for shape in shapes) or shapes[0][0] < 2:
-        raise ValueError(
-            f"views must be two or more of one shape (B, C, H, W), then smaller ones, not {shapes}"
-        )
+        must = "views must be two or more of one shape (B, C, H, W), then smaller ones"
+        raise ValueError(f"{must}, not {shapes}")
     return stacks
 
 
@@ -143,15 +142,13 @@ class VJE(nn.Module):
     ) -> None:
         super().__init__()
         if embedding_dim is None:
-            embedding_dim = (
-                DEFAULT_DIM.get(projector, feature_dim) if isinstance(projector, str) else feature_dim
-            )
+            known = DEFAULT_DIM if isinstance(projector, str) else {}
+            embedding_dim = known.get(projector, feature_dim)  # type: ignore[arg-type]
             embedding_dim = min(embedding_dim, feature_dim) if projector == "whiten" else embedding_dim
         df = float(max(1, embedding_dim - 2)) if df is None else df
         if embedding_dim < 2:
-            raise ValueError(
-                f"embedding_dim must be at least 2, for directions to exist, not {embedding_dim}"
-            )
+            least = "at least 2, for directions to exist"
+            raise ValueError(f"embedding_dim must be {least}, not {embedding_dim}")
         if not df > 0:
             raise ValueError(f"df must be positive (inf for the Gaussian limit), not {df}")
         units = {"1": 1.0, "sqrt-d": math.sqrt(embedding_dim)}  # √D is the typical norm of z ~ Normal(0, I)
@@ -258,9 +255,7 @@ class VJE(nn.Module):
         with pyro.plate("direction", len(origin), dim=-2), pyro.plate("image", origin.shape[1], dim=-1):
             with poutine.trace() as sampled:
                 z = pyro.sample("z", dist.Normal(origin, 1.0).to_event(1))
-            site: Any = next(
-                iter(sampled.trace.nodes.values())
-            )  # replay brings the guide's `infer` with its value
+            site: Any = next(iter(sampled.trace.nodes.values()))  # replay brings the guide's `infer` along
             given, encoded = site["infer"].get("encoded", (None, None))
             _, scale, target = encoded if given is views else self.encode_views(views)
             return pyro.sample("target", self.likelihood(z, scale), obs=target)

@@ -37,9 +37,7 @@ MARKERS = ("o", "^", "s")
 MOST_CLASSES, MOST_POINTS = 20, 5000
 
 Labels: TypeAlias = Array | None
-Group: TypeAlias = tuple[
-    str, str, NDArray[np.bool_]
-]  # name, colour and members of images that are told apart
+Group: TypeAlias = tuple[str, str, NDArray[np.bool_]]  # name, colour, members of what is told apart
 
 _PANELS = (
     ("loss", "Loss (negative ELBO)", "nats an image", None),
@@ -310,9 +308,8 @@ def plot_strangest(images: Array, scores: Array, path: Path, k: int = 12) -> Non
             for place, i in enumerate(chosen, start=1):
                 axes = part.add_subplot(down, across, place)
                 # Small images keep their pixels; large ones are filtered as they shrink.
-                axes.imshow(
-                    pixels[i], interpolation="nearest" if max(pixels[i].shape) <= 96 else "antialiased"
-                )
+                how = "nearest" if max(pixels[i].shape) <= 96 else "antialiased"
+                axes.imshow(pixels[i], interpolation=how)
                 axes.set_title(f"{values[i]:.4g}", fontsize=8, pad=2)
                 axes.set_axis_off()
 

@@ -65,9 +65,8 @@ def render_report(
         labels = np.array([-1 if pd.isna(value) else int(value) for value in read["is_anomaly"]])
     held_out = np.asarray([] if held_out is None else held_out, dtype=np.float64)
     settings: dict[str, Any] = {"autoescape": True, "lstrip_blocks": True, "trim_blocks": True}
-    environment = Environment(
-        loader=PackageLoader("pyro_vje.pages", ""), undefined=StrictUndefined, **settings
-    )
+    settings |= {"loader": PackageLoader("pyro_vje.pages", ""), "undefined": StrictUndefined}
+    environment = Environment(**settings)
     environment.filters.update(number=_number, counted=_counted, sha256=_sha256)
     page = environment.get_template("report.html").render(
         summary=summary,

@@ -35,6 +35,7 @@ _COLUMNS = {
 
 Data: TypeAlias = Sequence[Tensor]  # features (N, F), labels (N,) of training images, then of test images
 Found: TypeAlias = dict[str, tuple[Any, dict[str, Any]]]  # what was found by name, and the protocol behind it
+Accuracies: TypeAlias = tuple[dict[str, Any], dict[str, Any]]  # by name, and the protocols
 
 
 def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
@@ -47,9 +48,7 @@ def _encode(vje: VJE, images: ImageSet, view: CleanView, batch_size: int = 256) 
     return encode(vje, images, view, batch_size=batch_size, device=next(vje.parameters()).device)
 
 
-def probe(
-    vje: VJE, view: CleanView, train_set: ImageSet, test_set: ImageSet
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def probe(vje: VJE, view: CleanView, train_set: ImageSet, test_set: ImageSet) -> Accuracies:
     """Accuracies ``knn`` and ``linear`` (logistic) of an encoder's features on labelled images; their protocols."""
     data = []
     for images in (train_set.labelled(), test_set.labelled()):
@@ -58,7 +57,7 @@ def probe(
     return _split(_knn(data, [200], [0.1]) | _logistic(data))
 
 
-def _split(found: Found) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(found: Found) -> Accuracies:
     protocols = {name: protocol for name, (_, protocol) in found.items() if protocol}
     return {name: value for name, (value, _) in found.items()}, protocols
 

@@ -149,9 +149,8 @@ class EpochReport(lightning.pytorch.Callback):
         rise = (row["loss"] - best) / pl_module.vje.embedding_dim
         if rise > MAX_RISE and "loss" not in self.warned:
             self.warned.add("loss")
-            log.warning(
-                "epoch %d: the loss explodes, and what was learned is lost: %s", row["epoch"], gentler
-            )
+            lost = "epoch %d: the loss explodes, and what was learned is lost: %s"
+            log.warning(lost, row["epoch"], gentler)
             log.debug("%.0f nats a dimension above its best, where %g are too many", rise, MAX_RISE)
         last = row["epoch"] == epochs
         clear_line()
@@ -161,9 +160,7 @@ class EpochReport(lightning.pytorch.Callback):
             if last or row["epoch"] > max(config.warmup_epochs or 0, epochs / 2):
                 self._warn(row, pl_module.vje.feature_dim, pl_module.own_objective is None, config)
         if trainer.logger is not None:  # TensorBoard, where it is installed
-            trainer.logger.log_metrics(
-                {name: row[name] for name in COLUMNS if name in row}, step=row["epoch"]
-            )
+            trainer.logger.log_metrics({x: row[x] for x in COLUMNS if x in row}, step=row["epoch"])
         if last or not config.frozen:
             table = pd.DataFrame(self.rows, columns=COLUMNS)
             write_atomic(self.path, table.to_csv(index=False, lineterminator="\n"))
