@@ -166,10 +166,7 @@ class SimSiam(nn.Module):
     def __init__(self, encoder: nn.Module, feature_dim: int) -> None:
         super().__init__()
         from lightly.loss import NegativeCosineSimilarity  # type: ignore[import-not-found]
-        from lightly.models.modules import (  # type: ignore[import-not-found]
-            SimSiamPredictionHead,
-            SimSiamProjectionHead,
-        )
+        from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead  # type: ignore[import-not-found]
 
         self.encoder = encoder
         self.projector = SimSiamProjectionHead(feature_dim)

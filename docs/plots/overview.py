@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from pyro_vje import TrainConfig, load_run, train
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, load_dataset, views_for
-from pyro_vje.metrics.conformal import conformal_p_values
+from pyro_vje.metrics.detection import conformal_p_values
 from pyro_vje.model.encoding import encode
 from pyro_vje.runs.folder import CALIBRATION, REFERENCE, load_posteriors
 

@@ -27,7 +27,7 @@ from pyro_vje.anomaly.calibration import Calibration
 from pyro_vje.anomaly.rows import HOW, PARTS, Rows, prepare, score_batches, score_images
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
-from pyro_vje.metrics.conformal import benjamini_hochberg
+from pyro_vje.metrics.detection import benjamini_hochberg
 from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
 from pyro_vje.pages.report import render_report

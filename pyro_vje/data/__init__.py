@@ -6,10 +6,3 @@ from pyro_vje.data.imageset import ImageSet, LazyImages, counted, free_memory
 from pyro_vje.data.loaders import ResidentLoader, StreamingLoader, derive_seed, make_loader
 from pyro_vje.data.splits import load_train_set, warn_if_shared
 from pyro_vje.data.views import RECIPES, CleanView, Recipe, TwoViews
-
-__all__ = [
-    "DATASETS", "RECIPES", "CleanView", "Dataset", "ImageError", "ImageSet", "LazyImages", "Recipe", "Request",
-    "ResidentLoader", "StreamingLoader", "TwoViews", "counted", "decode_image", "derive_seed", "find_dataset",
-    "free_memory", "list_images", "load_dataset", "load_train_set", "make_loader", "views_for",
-    "warn_if_shared",
-]  # fmt: skip

@@ -12,14 +12,7 @@ from torch.distributions import transform_to
 
 from pyro_vje.distributions.backend import TorchDistribution, constraints
 from pyro_vje.distributions.base import VectorDistribution
-from pyro_vje.distributions.numerics import (
-    Scalar,
-    first_accepted,
-    log_gamma_ratio,
-    match,
-    row_products,
-    unit,
-)
+from pyro_vje.distributions.numerics import Scalar, first_accepted, log_gamma_ratio, match, row_products, unit
 from pyro_vje.distributions.quadrature import PolarLaw, cosine_power_law, exponential_law, rational_law
 
 

@@ -3,5 +3,3 @@
 from pyro_vje.experiments.ablation import ablate
 from pyro_vje.experiments.cells import Cell, Cells, Comparison
 from pyro_vje.experiments.protocols import DETECTORS, all_scores, one_class, ood
-
-__all__ = ["DETECTORS", "Cell", "Cells", "Comparison", "ablate", "all_scores", "one_class", "ood"]

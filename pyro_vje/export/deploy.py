@@ -32,7 +32,7 @@ from pyro_vje.anomaly.scores import Score
 from pyro_vje.anomaly.table import describe_calibration
 from pyro_vje.config import ScoreConfig
 from pyro_vje.distributions.numerics import _stirling
-from pyro_vje.metrics.conformal import conformal_p_values
+from pyro_vje.metrics.detection import conformal_p_values
 from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.representation.evaluation import format_table

@@ -1,16 +1,16 @@
-"""How well anomaly scores ``(N,)``, higher for stranger images, tell anomalies from normal images.
+"""Whether scores ``(N,)`` tell anomalies from normal images, and uncertainties mistakes; scores into decisions.
 
-Each takes the scores and the truth ``is_anomaly`` ``(N,)``, and raises ``ValueError`` if lengths differ, a score is not
-finite, one of the two classes is missing, or a setting is out of range.
+Higher is stranger, or less certain. ``ValueError``: lengths differ, a vector is empty or not finite, one of the two
+classes is missing, or a setting is out of range.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import false_discovery_control, rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from pyro_vje.metrics.arrays import Array, as_booleans, as_vector
@@ -85,3 +85,75 @@ def detection_metrics(scores: Array, is_anomaly: Array) -> dict[str, Any]:
         "aupr_normal_positive": aupr(scores, is_anomaly, positive="normal"),
         "fpr_at_95_tpr_normal_positive": fpr_at_tpr(scores, is_anomaly, positive="normal"),
     }
+
+
+def conformal_p_values(scores: Array, calibration_scores: Array) -> NDArray[np.float64]:
+    """P-value of each score ``(N,)``, higher for stranger images: (1 + #{calibration scores ≥ score}) / (n + 1).
+
+    ``calibration_scores`` ``(n,)`` are those of held-out normal images by the same model and score. For a new normal
+    image, P(p ≤ α) ≤ α for every α, at any n and whatever the score (Vovk et al. 2005; Bates et al. 2023, "Testing
+    for outliers with conformal p-values"). This holds on average over calibration sets, and as long as the normal
+    images that are scored are exchangeable with the calibration images. It is **void** when the calibration images
+    were trained on, were chosen by their scores, come from another camera, time or preprocessing than the scored ones,
+    or hold anomalies (then p-values are too large, and anomalies are missed); and when the model or the score was
+    picked on them. No p-value is below 1 / (n + 1): decisions at α need n ≥ 1/α - 1.
+    """
+    values = as_vector(scores, "scores")
+    reference = np.sort(as_vector(calibration_scores, "calibration_scores"))
+    at_least = len(reference) - np.searchsorted(reference, values, side="left")
+    return (1 + at_least) / (len(reference) + 1)
+
+
+def benjamini_hochberg(p_values: Array, fdr: float) -> NDArray[np.bool_]:
+    """True for each image that is selected, ``(N,)``, by the p-values ``(N,)`` of all that are tested together.
+
+    The expected share of normal images among the selected ones is at most ``fdr``, in (0, 1): the step-up procedure of
+    Benjamini & Hochberg 1995. It holds for `conformal_p_values`, although these share a calibration set (Bates et al.
+    2023, theorem 2), under the conditions named there. With n calibration images nothing is selected unless about
+    N / (fdr · (n + 1)) images are as strange as p-values can say. Equal p-values are selected or left together.
+    """
+    values = as_vector(p_values, "p_values")
+    if values.min() < 0 or values.max() > 1:
+        raise ValueError(f"p_values must lie in [0, 1], got {values.min():g} to {values.max():g}")
+    if not 0 < fdr < 1:
+        raise ValueError(f"fdr must lie between 0 and 1, got {fdr}")
+    # Conformal p-values are fractions and meet their limits exactly: rounding must not decide.
+    return false_discovery_control(values) <= fdr * (1 + 1e-12)
+
+
+class RejectionCurve(NamedTuple):
+    """Accuracy ``(N,)`` of the images kept after rejecting the share ``rejected`` ``(N,)``, and its mean ``area``."""
+
+    rejected: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    area: float
+
+
+def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
+    """Accuracy of the images that remain as the most uncertain ones are rejected, from none to all but one.
+
+    The area is the mean over the curve, one minus the AURC of Geifman & El-Yaniv 2017. Images of equal uncertainty are
+    rejected in random order, in expectation: constant uncertainty gives a flat curve. Raises ``ValueError`` if lengths
+    differ or an uncertainty is not finite.
+    """
+    vector = as_vector(uncertainty, "uncertainty")
+    right = as_booleans(correct, "correct", vector.size)
+    _, level = np.unique(vector, return_inverse=True)
+    expected = (np.bincount(level, weights=right) / np.bincount(level))[level]
+    kept = np.arange(1, vector.size + 1)
+    accuracy = (expected[np.argsort(level, kind="stable")].cumsum() / kept)[::-1]
+    return RejectionCurve(1 - kept[::-1] / vector.size, accuracy, float(accuracy.mean()))
+
+
+def r_auroc(correct: Array, uncertainty: Array) -> float:
+    """AUROC of an uncertainty for retrieval failing; 0.5 says that it knows nothing of where.
+
+    R-AUROC of Kirchhof et al. 2023 ("URL: a representation learning benchmark for transferable uncertainty
+    estimates"), where an image is retrieved correctly if its nearest neighbour is of its class (Recall@1; `knn_predict`
+    with k = 1). Raises as `rejection_curve`; also if retrieval never fails or always does.
+    """
+    vector = as_vector(uncertainty, "uncertainty")
+    right = as_booleans(correct, "correct", vector.size)
+    if right.all() or not right.any():
+        raise ValueError(f"retrieval {'never' if right.all() else 'always'} fails: R-AUROC does not exist")
+    return auroc(vector, ~right)

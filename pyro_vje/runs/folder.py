@@ -32,14 +32,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import (
-    CleanView,
-    ImageSet,
-    TwoViews,
-    find_dataset,
-    load_dataset,
-    load_train_set,
-)
+from pyro_vje.data import CleanView, ImageSet, TwoViews, find_dataset, load_dataset, load_train_set
 from pyro_vje.data.datasets import recipe_for
 from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
 from pyro_vje.model.encoding import Encoded

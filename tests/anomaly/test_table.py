@@ -24,7 +24,7 @@ from pyro_vje.anomaly.rows import make_scorer
 from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import decode_image, imageset
-from pyro_vje.metrics.conformal import benjamini_hochberg
+from pyro_vje.metrics.detection import benjamini_hochberg
 from pyro_vje.model import encoding
 from pyro_vje.runs.folder import CALIBRATION, REFERENCE, load_posteriors, read_info
 

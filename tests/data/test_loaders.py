@@ -7,14 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyro_vje.data import (
-    ImageSet,
-    ResidentLoader,
-    StreamingLoader,
-    derive_seed,
-    load_dataset,
-    make_loader,
-)
+from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, derive_seed, load_dataset, make_loader
 
 
 def numbered(count: int) -> torch.Tensor:

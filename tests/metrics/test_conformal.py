@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from pyro_vje.metrics.conformal import benjamini_hochberg, conformal_p_values
+from pyro_vje.metrics.detection import benjamini_hochberg, conformal_p_values
 
 
 @pytest.fixture

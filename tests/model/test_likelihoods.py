@@ -13,11 +13,7 @@ from torch.nn import functional
 
 from pyro_vje import VJE, SymmetricELBO
 from pyro_vje.distributions import PolarProduct, PowerSpherical, ProjectedStudentT
-from pyro_vje.model.likelihoods import (
-    FAMILIES,
-    LikelihoodSettings,
-    get_family,
-)
+from pyro_vje.model.likelihoods import FAMILIES, LikelihoodSettings, get_family
 
 D = 4
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -14,8 +14,15 @@ from pyro_vje import evaluate, load_run, metrics
 from pyro_vje.cli import main
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, load_dataset, views_for
 from pyro_vje.model.encoding import encode
-from pyro_vje.representation.evaluation import _split, _uncertainty, control_name, format_table, probe
-from pyro_vje.representation.probes import probe_views, sgd_probe
+from pyro_vje.representation.evaluation import (
+    _split,
+    _uncertainty,
+    control_name,
+    format_table,
+    probe,
+    probe_views,
+    sgd_probe,
+)
 
 MEASURES = ("effective_rank", "alignment", "uniformity", "recall_at_1", "r_auroc", "rejection")
 

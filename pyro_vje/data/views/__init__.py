@@ -1,5 +1,3 @@
 """Random views of an image, drawn and computed a batch at once."""
 
 from pyro_vje.data.views.two_views import RECIPES, CleanView, Recipe, TwoViews
-
-__all__ = ["RECIPES", "CleanView", "Recipe", "TwoViews"]
