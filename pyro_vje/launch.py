@@ -37,14 +37,7 @@ def machines() -> int:
 
 
 def check_launch(devices: int) -> None:
-    """Compare what was asked with what runs, before anything is loaded.
-
-    Raises
-    ------
-    ValueError
-        If a launcher started another number of processes than ``devices`` on each machine, or a rank is set and no
-        launcher is to be seen.
-    """
+    """Compare what was asked with what runs, before anything is loaded; a ``ValueError`` says how they differ."""
     name = launcher()
     size = os.environ.get({"torchrun": "WORLD_SIZE", "srun": "SLURM_NTASKS"}.get(name, "WORLD_SIZE"))
     stale = [rank for rank in ("RANK", "LOCAL_RANK") if rank in os.environ]

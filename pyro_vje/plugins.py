@@ -33,10 +33,7 @@ def import_reference(reference: str) -> object:
 
 
 def look_up(name: str, known: Mapping[str, object], *, what: str, group: str | None = None) -> object:
-    """Resolve ``name`` among ``known`` names, ``module:attribute`` references and an entry-point ``group``.
-
-    Raises ``ValueError`` if nothing has that name; the message lists what is known.
-    """
+    """What ``name`` is: among ``known``, ``module:attribute``, or entry point of ``group``; else ``ValueError``."""
     if name in known:
         return known[name]
     if is_reference(name):

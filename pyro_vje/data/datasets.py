@@ -41,10 +41,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One entry of :data:`DATASETS`: a function of a :class:`Request`, and how its images are seen.
+    """A function of a :class:`Request`, and how its images are seen.
 
-    ``mean`` and ``std`` are of each channel, in [0, 1]; by default ImageNet's, which are nearly right for photographs,
-    and the same for every folder, so that an encoder reads a second one as it read the first.
+    ``mean`` and ``std`` are of each channel, in [0, 1]: by default ImageNet's, so that every folder is read alike.
     """
 
     load: Callable[[Request], ImageSet]
@@ -57,10 +56,7 @@ class Dataset:
 
 
 def find_dataset(name: str) -> Dataset:
-    """Return a data set by name, by ``module:function``, or by an entry point of the group ``pyro_vje.datasets``.
-
-    One's own is a :class:`Dataset`, or a function of a :class:`Request` alone. Raises ``ValueError`` if there is none.
-    """
+    """A data set by name, ``module:function`` (a `Dataset`, or its function), or entry point; else ``ValueError``."""
     found = look_up(name, DATASETS, what="data set", group="pyro_vje.datasets")
     if not isinstance(found, Dataset) and not callable(found):
         raise ValueError(f"data set {name!r} is no function from a Request to an ImageSet")
@@ -124,10 +120,7 @@ Arrays = tuple[Tensor, Tensor, tuple[str, ...]]  # uint8 images (N, 3, H, W), la
 
 
 def _digits(request: Request, split: str) -> Arrays:
-    """scikit-learn's 1,797 handwritten digits, enlarged to 16 x 16 so that a random crop has pixels to work on.
-
-    In each class every fifth image is a test image: the file's order mixes the writers, and no seed is involved.
-    """
+    """scikit-learn's 1,797 digits, enlarged to 16 x 16 for a random crop; in each class every fifth is a test image."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

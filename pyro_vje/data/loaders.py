@@ -1,7 +1,4 @@
-"""Batches of uint8 images: from the device's memory, or decoded by worker processes.
-
-The order of an epoch is a function of (seed, epoch) alone: a resumed run sees what an uninterrupted one would.
-"""
+"""Batches of uint8 images, from memory or worker processes; an epoch's order is a function of (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -129,10 +126,9 @@ def make_loader(
 ) -> ResidentLoader | StreamingLoader:
     """Choose the loader for a set of images, in batches of ``batch_size`` over all processes, and log the choice.
 
-    Images in memory lie on the ``device`` of the training where ``residency`` says ``"memory"``, or ``"auto"`` and they
-    take at most half of what is free there; else in host memory. A lazy set is decoded by ``num_workers`` processes (0:
-    this one). ``order``: ``device``, ``seed``, ``rank`` and ``world_size`` of this process, for its part of a batch.
-    Raises ``ValueError`` if the batch is larger than the data or no multiple of ``world_size``.
+    Images in memory lie on the ``device`` of training where ``residency`` says ``"memory"``, or ``"auto"`` and they take
+    at most half of what is free; else in host memory. A lazy set is decoded by ``num_workers`` processes (0: this one).
+    ``order``: ``device``, ``seed``, ``rank``, ``world_size``. ``ValueError``: no batch, or no equal parts of one.
     """
     check_residency(residency)
     device = torch.device(order.pop("device", "cpu"))

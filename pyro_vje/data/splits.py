@@ -31,8 +31,7 @@ def load_train_set(
 ) -> tuple[ImageSet, ImageSet | None]:
     """Load the images that a run with these (resolved) settings pretrains on, and those it keeps out (`hold_out`).
 
-    What identifies them is ``train_set.fingerprint()`` and ``held_out.names``. Raises ``ValueError`` or
-    ``FileNotFoundError`` if there is no such data set or class, or it has fewer images than a batch.
+    ``ValueError`` or ``FileNotFoundError``: there is no such data set or class, or it has fewer images than a batch.
     """
     train_set = _load(config, "pretrain", image_size or config.image_size, interpolation)
     if config.normal_class is not None:

@@ -1,7 +1,6 @@
-"""Cells: the runs that a comparison trains, measures and writes down, each once, side by side in a folder.
+"""Runs that a comparison trains, measures and writes down, each once, side by side in a folder.
 
-``cells/NAME`` is a run folder as `train` leaves it; ``cells/NAME.json``, written last, says what came of it. Beside it
-are ``SUMMARY.json`` (settings in common, what varies, every cell, versions, date) and the table, .csv, .md and .tex.
+``cells/NAME`` is a run folder, ``cells/NAME.json``, written last, what came of it; beside them lie summary and table.
 """
 
 from __future__ import annotations

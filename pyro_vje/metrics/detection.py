@@ -41,8 +41,7 @@ def auroc(scores: Array, is_anomaly: Array) -> float:
 def auroc_interval(scores: Array, is_anomaly: Array) -> tuple[float, float]:
     """95 % interval of `auroc` by the variance of DeLong et al. 1988, computed by ranks (Sun & Xu 2014), within [0, 1].
 
-    It says how much the number depends on which test images were drawn, not on the training seed; a class of one
-    image says nothing of that, and the interval is (0, 1).
+    It says how much depends on which test images were drawn, not on the seed; with a class of one image it is (0, 1).
     """
     vector, labels = _two_classes(scores, is_anomaly)
     ranks, classes = rankdata(vector), (labels, ~labels)
@@ -108,9 +107,8 @@ def benjamini_hochberg(p_values: Array, fdr: float) -> NDArray[np.bool_]:
     """True for each image that is selected, ``(N,)``, by the p-values ``(N,)`` of all that are tested together.
 
     The expected share of normal images among the selected ones is at most ``fdr``, in (0, 1): the step-up procedure of
-    Benjamini & Hochberg 1995. It holds for `conformal_p_values`, although these share a calibration set (Bates et al.
-    2023, theorem 2), under the conditions named there. With n calibration images nothing is selected unless about
-    N / (fdr · (n + 1)) images are as strange as p-values can say. Equal p-values are selected or left together.
+    Benjamini & Hochberg 1995, which holds for `conformal_p_values` (Bates et al. 2023, theorem 2). With n calibration
+    images nothing is selected unless about N / (fdr · (n + 1)) images are as strange as p-values can say.
     """
     values = as_vector(p_values, "p_values")
     if values.min() < 0 or values.max() > 1:
@@ -133,8 +131,7 @@ def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
     """Accuracy of the images that remain as the most uncertain ones are rejected, from none to all but one.
 
     The area is the mean over the curve, one minus the AURC of Geifman & El-Yaniv 2017. Images of equal uncertainty are
-    rejected in random order, in expectation: constant uncertainty gives a flat curve. Raises ``ValueError`` if lengths
-    differ or an uncertainty is not finite.
+    rejected in random order, in expectation: constant uncertainty gives a flat curve.
     """
     vector = as_vector(uncertainty, "uncertainty")
     right = as_booleans(correct, "correct", vector.size)
@@ -146,11 +143,9 @@ def rejection_curve(correct: Array, uncertainty: Array) -> RejectionCurve:
 
 
 def r_auroc(correct: Array, uncertainty: Array) -> float:
-    """AUROC of an uncertainty for retrieval failing; 0.5 says that it knows nothing of where.
+    """R-AUROC of Kirchhof et al. 2023 ("URL: a representation learning benchmark for transferable uncertainty ...").
 
-    R-AUROC of Kirchhof et al. 2023 ("URL: a representation learning benchmark for transferable uncertainty
-    estimates"), where an image is retrieved correctly if its nearest neighbour is of its class (Recall@1; `knn_predict`
-    with k = 1). Raises as `rejection_curve`; also if retrieval never fails or always does.
+    AUROC of an uncertainty for retrieval failing (Recall@1; `knn_predict` with k = 1); 0.5 knows nothing of where.
     """
     vector = as_vector(uncertainty, "uncertainty")
     right = as_booleans(correct, "correct", vector.size)

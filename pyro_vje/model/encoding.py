@@ -61,11 +61,10 @@ def cpu_rows(side: int) -> int:
 
 
 def in_equal_parts(function: Callable[..., Sequence[Tensor]], *tensors: Tensor, rows: int) -> list[Tensor]:
-    """``function(*tensors)``, on a CPU computed for ``rows`` rows at a time, the last ones filled up.
+    """``function`` of tensors, one row an image, on a CPU ``rows`` at a time, the last ones filled up.
 
-    Kernels choose their order of summation by the shape of their input, so that an image encoded alone or among 7
-    others comes out different in its last digits. In batches of one shape it does not, whatever its neighbours.
-    ``function`` takes tensors with one row an image, and returns such.
+    Kernels choose their order of summation by the shape of their input: in batches of one shape an image comes out the
+    same in its last digits, whatever its neighbours.
     """
     if tensors[0].device.type != "cpu":
         return list(function(*tensors))

@@ -82,10 +82,7 @@ def register(
 
 
 def get_family(name: str) -> LikelihoodFamily:
-    """Look a family up by registered name, ``module:function``, or entry point in ``pyro_vje.likelihoods``.
-
-    Raises ``ValueError``, which lists the known ones, if the name is unknown.
-    """
+    """A family by registered name, ``module:function``, or entry point; a ``ValueError`` lists the known ones."""
     found = look_up(name, FAMILIES, what="likelihood family", group="pyro_vje.likelihoods")
     if isinstance(found, LikelihoodFamily):
         return found

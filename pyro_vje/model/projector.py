@@ -15,9 +15,8 @@ DEFAULT_DIM = {"linear": 128, "mlp": 128, "whiten": 256}
 class Whitening(nn.Module):
     """Normalised features, whitened along the leading directions of their shrunk covariance; nothing is learned here.
 
-    For features of a frozen encoder, which are fixed data: `fit` takes the mean and Ledoit & Wolf's covariance of
-    f / ‖f‖ over normal images, and the embedding is its leading principal components at unit variance, the unit of
-    the prior. Shapes: ``(N, feature_dim)`` → ``(N, embedding_dim)``.
+    For a frozen encoder: `fit` takes mean and Ledoit & Wolf's covariance of f / ‖f‖ over normal images, the embedding
+    are the leading principal components at unit variance. ``(N, feature_dim)`` → ``(N, embedding_dim)``.
     """
 
     mean: Tensor
@@ -46,8 +45,7 @@ class Whitening(nn.Module):
 def build_projector(kind: str, feature_dim: int, hidden_dim: int, embedding_dim: int) -> nn.Module:
     """Features ``(N, feature_dim)`` to embeddings ``(N, embedding_dim)`` by name.
 
-    All but ``whiten`` (`Whitening`) close with a batch norm without parameters, which puts every embedding feature at
-    unit variance, hence the embedding's radius near √D: the unit of the prior z ~ Normal(0, I).
+    All but ``whiten`` close with a batch norm without parameters: the embedding's radius is near √D, the prior's unit.
     """
     if kind not in PROJECTORS:
         raise ValueError(f"projector must be one of {', '.join(PROJECTORS)}, not {kind!r}")

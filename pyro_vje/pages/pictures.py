@@ -1,8 +1,6 @@
-"""Pictures of runs and scores: each function writes one PNG.
+"""Pictures of runs and scores, a PNG each; one that cannot be drawn is a warning that names it (`drawing`).
 
-Matplotlib through its object interface, without pyplot (and so without seaborn, which is built on it): no window, no
-global state, safe in threads. Tensors on any device and NumPy arrays are accepted alike. A picture never ends the run
-that it shows: what cannot be drawn is a warning that names it (`drawing`).
+Matplotlib without pyplot (and so without seaborn): no window, no global state, safe in threads.
 """
 
 from __future__ import annotations
@@ -197,10 +195,7 @@ def draw_direction_radius(axes: Axes, direction: Array, radius: Array, is_anomal
 
 
 def plot_training(history: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Training curves: loss, its parts, k-NN accuracy and health, one panel for each column that has a number.
-
-    Takes the columns of ``metrics.csv``, all of one length; missing columns, NaN, ``None`` and empty text are left out.
-    """
+    """Training curves, one panel for each column of ``metrics.csv`` that has a number."""
     with picture(path) as figure:
         columns = pd.DataFrame(history).apply(pd.to_numeric).astype(float)
         panels = [panel for panel in _PANELS if panel[0] in columns and columns[panel[0]].notna().any()]
@@ -224,10 +219,7 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: Path) -> None:
 
 
 def plot_embedding(embeddings: Array, labels: Labels, classes: Sequence[str] | None, path: Path) -> None:
-    """First two principal components of normalised embeddings ``(N, D)``, at most 5,000, coloured by class.
-
-    Labels ``(N,)`` are integers, negative ones unlabelled and grey; more than 20 classes are not told apart.
-    """
+    """First two principal components of normalised embeddings ``(N, D)``, coloured by labels ``(N,)``, or grey."""
     with picture(path, 6.4, 5.0) as figure:
         points = as_numpy(embeddings).astype(np.float64)
         chosen = _some(_finite(points))
@@ -253,10 +245,7 @@ def plot_embedding(embeddings: Array, labels: Labels, classes: Sequence[str] | N
 
 
 def plot_score_histogram(scores: Array, is_anomaly: Labels, path: Path) -> None:
-    """Histogram of scores ``(N,)``, normal images against anomalies ``(N,)`` where known, with the AUROC.
-
-    Scores that are not finite are left out, and unlabelled images (-1) of the AUROC.
-    """
+    """Histogram of the finite scores ``(N,)``, normal images against anomalies ``(N,)`` where known, with the AUROC."""
     with picture(path, 6.4, 3.6) as figure:
         values, axes = as_numpy(scores).astype(np.float64), figure.subplots()
         groups = split_by_label(is_anomaly, _finite(values))
@@ -283,10 +272,9 @@ def plot_direction_radius(direction: Array, radius: Array, is_anomaly: Labels, p
 
 
 def plot_strangest(images: Array, scores: Array, path: Path, k: int = 12) -> None:
-    """Grid of the ``k`` most normal and the ``k`` strangest images with their scores ``(N,)``.
+    """Grid of the ``k`` most normal and the ``k`` strangest images ``(N, 3, H, W)`` with their scores ``(N,)``.
 
-    Images are ``(N, 3, H, W)``, uint8 or float in [0, 1]; one channel is shown as grey. Images whose score is not
-    finite are left out; with fewer than 2k images each half shows half of them.
+    They are uint8 or float in [0, 1]; with fewer than 2k finite scores each half shows half of them.
     """
     with picture(path) as figure:
         pixels, values = as_numpy(images), as_numpy(scores).astype(np.float64)
@@ -315,10 +303,7 @@ def plot_strangest(images: Array, scores: Array, path: Path, k: int = 12) -> Non
 
 
 def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path, *, ylabel: str) -> None:
-    """Accuracy of the images kept against the rejected share, up to 90 %, a line for each name.
-
-    The dotted lines are the accuracy without rejecting, where a curve stays whose uncertainty knows nothing.
-    """
+    """Accuracy of the images kept against the rejected share, up to 90 %, a line each; dotted: without rejecting."""
     with picture(path, 6.0, 3.8) as figure:
         axes = figure.subplots()
         for (rejected, accuracy, _), colour in zip(curves.values(), PALETTE, strict=False):

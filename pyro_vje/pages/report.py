@@ -1,7 +1,6 @@
 """One self-contained HTML page about scored images, to send to someone who has never seen this package.
 
-A table and a summary in, text out: it knows no model and no run. The page loads nothing from anywhere; its one script
-sorts the images; what comes from file names is escaped by the template, ``report.html``.
+It loads nothing from anywhere; what comes from file names is escaped by the template, ``report.html``.
 """
 
 from __future__ import annotations

@@ -23,10 +23,7 @@ LEFTOVERS = ".*.tmp"  # temporary files of `write_atomic`, which only a kill lea
 
 
 def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:
-    """Write ``content`` beside ``path``, sync it, and rename it into place; the old file stays until then.
-
-    An ``OSError`` is of the kind that the system gave, and names ``path``.
-    """
+    """Write ``content`` beside ``path``, sync it, rename it into place; an ``OSError`` names ``path``."""
     # A path from a folder may hold bytes that are not UTF-8; they go out as they came in.
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     temporary = None
@@ -58,10 +55,9 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:
 
 @contextmanager
 def locked(what: Path) -> Iterator[None]:
-    """Keep other processes off a run folder, or off a file that is being written, while this one is at work.
+    """Keep other processes off a run folder, or a file being written; ``BlockingIOError`` if one is at work on it.
 
-    The system lets go when the process dies, however it dies. Where there are no such locks, nothing is kept off. If
-    another process is at work on it, that is a ``BlockingIOError``.
+    The system lets go when the process dies, however it dies. Where there are no such locks, nothing is kept off.
     """
     path = what / LOCK if what.is_dir() else what.with_name(f".{what.name}{LOCK}")
     with _open_locked(path, what) as file:

@@ -177,8 +177,7 @@ def build_model(
 ) -> VJE:
     """A freshly initialised model for views of ``image_size`` pixels; the same configuration gives the same weights.
 
-    ``features``, the width of the encoder's output, is measured where it is not known; ``weights`` are those of the
-    encoder (`pyro_vje.model.build_encoder`): a run that is loaded brings its own.
+    ``features``, the encoder's width, is measured if not known; ``weights`` are as in `pyro_vje.model.build_encoder`.
     """
     if config.encoder is None:
         raise ValueError("the configuration names no encoder: use TrainConfig.resolved()")
@@ -337,10 +336,7 @@ def default_device() -> str:
 
 @contextmanager
 def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
-    """Let PyTorch use only kernels that give the same bits every time, and raise where it has none.
-
-    To be entered before anything is computed on a GPU: cuBLAS reads its setting when it is first used.
-    """
+    """Kernels of the same bits every time, or an error; before the first use of cuBLAS, which reads its setting."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -398,10 +394,7 @@ def load_run(
 def load_split(
     run: LoadedRun, split: str, dataset: str | None = None, data_dir: str | Path | None = None, **how: Any
 ) -> ImageSet:
-    """Load a split of the run's own data set, or of another one, as the run's encoder wants its images.
-
-    ``how`` as in `pyro_vje.data.load_dataset`: download, residency.
-    """
+    """A split of the run's own or another data set, as its encoder wants images; ``how`` as in `load_dataset`."""
     config, info = run.info.config, run.info
     if dataset in (None, config.dataset) and data_dir is None:
         data_dir = config.data_dir

@@ -1,8 +1,7 @@
 """Checkpoints of a training run: when they are written, and how, so that nothing is lost.
 
-Lightning's own ModelCheckpoint is not enough: it writes to the system's temporary folder, maybe another file system,
-without syncing; what it saves after an epoch's last step makes a resumed run skip the epoch's end, and its row of
-metrics; and Lightning's handling of SIGTERM sends a collective from within the signal handler.
+Lightning's ModelCheckpoint writes to the system's temporary folder, without syncing; what it saves after an epoch's
+last step makes a resumed run skip the epoch's end; and on SIGTERM Lightning sends a collective from the handler.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""What makes several processes compute what one would: latent noise and batch statistics of the global batch.
-
-Both take the processes' shares of a batch to be equal, as the loaders of `pyro_vje.data` make them; so does
-averaging gradients.
-"""
+"""What makes processes with equal shares of a batch compute what one would: latent noise, batch statistics."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ from pyro_vje.distributions.numerics import at_least_float32
 class GlobalNoise(Messenger):
     """Pyro handler in which a normal latent of plate ``image`` gets this process's part of the global batch's noise.
 
-    ``generator`` is in the same state in every process. Latents that are not normal are drawn as without the handler:
-    correctly, but dependent on how many processes there are.
+    ``generator`` is in the same state in every process. Other latents are drawn correctly, but by how many processes.
     """
 
     def __init__(self, generator: torch.Generator, rank: int, world_size: int) -> None:
@@ -47,10 +42,7 @@ class GlobalNoise(Messenger):
 
 
 class CPUSyncBatchNorm(LayerSync):
-    """Batch norm over the global batch on CPUs, for which `torch.nn.SyncBatchNorm` is not made.
-
-    Only the modules' ``forward`` is another: parameters and buffers do not change.
-    """
+    """Batch norm over the global batch on CPUs, which `SyncBatchNorm` lacks: only ``forward`` is another."""
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
         """Synchronise all batch norms of the model."""

@@ -67,9 +67,8 @@ pixels, factors, a shift of the hue in turns, sigma in pixels, and whether to fl
 class CleanView:
     """Images for evaluation, uint8 to normalised float, without any randomness.
 
-    ``image_size`` is the side S of the output: images of another size are resized (bilinear, antialiased), or cut to
-    their central square with ``crop``. ``mean`` and ``std`` are of each channel, in [0, 1]. Raises ``ValueError`` if
-    there is no image of this side, or the statistics are not those of three channels.
+    Images of another side than ``image_size`` are resized (bilinear, antialiased), or cut to their central square with
+    ``crop``. ``mean`` and ``std`` are of each channel, in [0, 1]. ``ValueError``: no such side, or not three channels.
     """
 
     def __init__(
@@ -178,8 +177,7 @@ class TwoViews(CleanView):
 def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recipe) -> ViewParameters:
     """Turn uniform numbers (V, B, 32) in [0, 1) into the parameters of V views of each of B images, (V, B).
 
-    A crop follows torchvision's ``RandomResizedCrop``: of ten proposals of an area and a ratio the first that
-    fits into the image, else the largest central box whose ratio is in the range.
+    As in ``RandomResizedCrop``, of ten proposed crops the first that fits, else the largest central one in the range.
     """
     full_height, full_width = image_shape
     area, ratio, rest = uniform.split((_PROPOSALS, _PROPOSALS, _DRAWS - 2 * _PROPOSALS), dim=-1)
