@@ -126,7 +126,7 @@ def make_loader(
 ) -> ResidentLoader | StreamingLoader:
     """Choose the loader for a set of images, in batches of ``batch_size`` over all processes, and log the choice.
 
-    Images in memory lie on the ``device`` of training where ``residency`` says ``"memory"``, or ``"auto"`` and they take
+    Images in memory lie on the training ``device`` where ``residency`` says ``"memory"``, or ``"auto"`` and they take
     at most half of what is free; else in host memory. A lazy set is decoded by ``num_workers`` processes (0: this one).
     ``order``: ``device``, ``seed``, ``rank``, ``world_size``. ``ValueError``: no batch, or no equal parts of one.
     """

@@ -19,7 +19,7 @@ SMALL_IMAGE = 64
 
 
 def torchvision_resnet(name: str, image_size: int) -> nn.Module:
-    """A torchvision ResNet without classifier; small images get a 3×3 stem of stride 1 (He et al. 2016, section 4.2)."""
+    """A torchvision ResNet without classifier; small images get a 3×3 stem of stride 1 (He et al. 2016, §4.2)."""
     network = getattr(models, name)(weights=None)
     network.fc = nn.Identity()
     if image_size <= SMALL_IMAGE:

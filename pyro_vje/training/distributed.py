@@ -42,7 +42,7 @@ class GlobalNoise(Messenger):
 
 
 class CPUSyncBatchNorm(LayerSync):
-    """Batch norm over the global batch on CPUs, which `SyncBatchNorm` lacks: only ``forward`` is another."""
+    """Batch norm over the global batch on CPUs, which ``SyncBatchNorm`` lacks: only ``forward`` is another."""
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
         """Synchronise all batch norms of the model."""

@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, grid_sample, pad
 def crop_resize(
     images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, flip: Tensor, size: int
 ) -> Tensor:
-    """`resized_crop(antialias=True)` of boxes in pixels to (B, 3, S, S), `horizontal_flip` where ``flip`` (B,)."""
+    """``resized_crop(antialias=True)`` of boxes in pixels to (B, 3, S, S), ``horizontal_flip`` where ``flip`` (B,)."""
     batch, channels, rows, columns = images.shape
     out = (torch.arange(size, device=images.device) + 0.5) / size  # of a box of length 1
     down, across = out.expand(batch, -1), torch.where(flip[:, None], 1 - out, out)
@@ -95,7 +95,7 @@ def greyscale_(images: Tensor, apply: Tensor) -> Tensor:
 
 
 def blur_(images: Tensor, sigma: Tensor, apply: Tensor, kernel: int) -> Tensor:
-    """`gaussian_blur` of ``sigma`` pixels where wanted, by an odd ``kernel`` smaller than twice the image."""
+    """``gaussian_blur`` of ``sigma`` pixels where wanted, by an odd ``kernel`` smaller than twice the image."""
     offset = torch.arange(kernel, device=images.device) - kernel // 2
     weights = (-0.5 * (offset / sigma[:, None]).square()).exp_()
     weights /= weights.sum(1, keepdim=True)
