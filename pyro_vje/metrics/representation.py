@@ -34,7 +34,7 @@ def _similarities(rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
 
 
 def _top_k(similarity: Tensor, k: int) -> Tensor:
-    """Columns ``(rows, k)`` of the largest entries, largest first; of equal ones the first (``topk`` leaves it open)."""
+    """Columns ``(rows, k)`` of the largest entries, largest first; of equal ones the first, unlike ``topk``."""
     values, index = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     tied = (values[:, k:] == values[:, k - 1 : k]).nonzero()[:, 0]  # one more entry equals the last one taken
     index = index[:, :k]
