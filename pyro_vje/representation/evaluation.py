@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pandas as pd
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
@@ -284,36 +285,27 @@ def evaluate(
     return result
 
 
-def _text(rows: Mapping[str, Sequence[str]], width: int) -> list[str]:
-    """Lines of a table, headings first: cells to the right in columns of ``width`` or more."""
-    first = max(20, *map(len, rows))
-    widths = [max(width, len(heading) + 1) for heading in next(iter(rows.values()))]
-    filled = ((name, zip(cells, widths, strict=True)) for name, cells in rows.items())
-    return [f"{name:<{first}}" + "".join(f"{cell:>{wide}}" for cell, wide in cells) for name, cells in filled]
-
-
 def format_table(result: dict[str, Any]) -> str:
     """`evaluate`'s result as text: a row for each representation, tables, then the protocols."""
-    rows, protocols = {row["representation"]: row for row in result["rows"]}, result["protocols"]
+    rows, protocols = pd.DataFrame(result["rows"]).set_index("representation"), result["protocols"]
+    rows.index.name = None
     shown = {name: column for name, column in _COLUMNS.items() if name in protocols}
-    table = {f"{'representation':<20}   dim": [heading for heading, _ in shown.values()]}
-    for of, row in rows.items():
-        cells = ["" if row[name] is None else f"{row[name]:.{n}f}" for name, (_, n) in shown.items()]
-        table[f"{of:<20}{row['dim']:>6}"] = cells
+    numbers = {x: rows[name].map(f"{{:.{n}f}}".format, na_action="ignore") for name, (x, n) in shown.items()}
     images = f"{result['train_images']} training and {result['test_images']} test images"
-    lines = [f"{result['dataset']}: {images}, weights of {result['weights']}", *_text(table, 9)]
+    lines = [f"{result['dataset']}: {images}, weights of {result['weights']}"]
+    lines.append(pd.DataFrame({"dim": rows["dim"], **numbers}).fillna("").to_string())
     if "knn_sweep" in protocols:
-        sweep = {"k-NN for each k and T": [*rows]}
-        for found in zip(*(row["knn_sweep"] for row in rows.values()), strict=True):
-            sweep["k {k}, T {temperature}".format(**found[0])] = [f"{one['accuracy']:.4f}" for one in found]
-        lines += ["", *_text(sweep, 9)]
-    curves = {name: row["rejection"] for name, row in rows.items() if row["rejection"] is not None}
-    shares = [f"{share:.0%}" for share in next(iter(curves.values()))["rejected"]]
-    kept = {of: [f"{x:.3f}" for x in (*curve["accuracy"], curve["area"])] for of, curve in curves.items()}
-    lines += ["", *_text({"R@1, share rejected": [*shares, "area"], **kept}, 7), ""]
+        name = "k {k}, T {temperature}".format
+        sweeps = {of: {name(**x): x["accuracy"] for x in found} for of, found in rows["knn_sweep"].items()}
+        lines += ["", pd.DataFrame(sweeps).to_string(float_format="{:.4f}".format)]
+    curves = rows["rejection"].dropna()
+    shares = [f"{share:.0%}" for share in curves.iloc[0]["rejected"]]
+    kept = [[*curve["accuracy"], curve["area"]] for curve in curves]
+    table = pd.DataFrame(kept, curves.index, [*shares, "area"]).rename_axis(columns="R@1, share rejected")
+    lines += ["", table.to_string(float_format="{:.3f}".format), ""]
     for name, (heading, _) in {**shown, "rejection": ("rejected", 0)}.items():
         protocol = ", ".join(f"{key} {value}" for key, value in protocols[name].items())
-        unfit = [of for of, row in rows.items() if name == "linear" and not row["linear_converged"]]
-        protocol += f"; NOT CONVERGED for {', '.join(unfit)}" if unfit else ""
+        unfit = rows.index[~rows["linear_converged"].astype(bool)] if name == "linear" else ()
+        protocol += f"; NOT CONVERGED for {', '.join(unfit)}" if len(unfit) else ""
         lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", 110, subsequent_indent=" " * 10)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())
