@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 S = TypeVar("S", bound=type)
 Text = Annotated[str, BeforeValidator(lambda path: str(path) if isinstance(path, Path) else path)]
 Place = Annotated[Path, BeforeValidator(lambda path: Path(path) if isinstance(path, str) else path)]
+Loggers = Literal["auto", "csv", "tensorboard", "wandb", "mlflow"]
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
@@ -127,6 +128,7 @@ class TrainConfig:
     residency: Literal["auto", "memory", "stream"] = say("auto", "Images in memory or decoded as they come.")
     workers: int = say(2, "Decoding processes of a streamed data set.", ge=0)
     knn_every: int | None = say(None, "Epochs between k-NN evaluations, 0: never. [default: ten a run]", ge=0)
+    logger: Loggers = say("auto", "Of metrics, which metrics.csv has too; auto: tensorboard if installed, else csv.")
     seed: int = say(0, "Seed of every random draw.", ge=0, le=2**31 - 1)
     # fmt: on
 

@@ -63,6 +63,7 @@ def tiny_config(image_folder):
         knn_every=1,
         precision="32",
         image_size=16,
+        logger="csv",
     )
 
 

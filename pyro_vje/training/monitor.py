@@ -159,13 +159,23 @@ class EpochReport(lightning.pytorch.Callback):
             # A young posterior is noise in every run; what matters is whether it stays so.
             if last or row["epoch"] > max(config.warmup_epochs or 0, epochs / 2):
                 self._warn(row, pl_module.vje.feature_dim, pl_module.own_objective is None, config)
-        if trainer.logger is not None:  # TensorBoard, where it is installed
-            trainer.logger.log_metrics({x: row[x] for x in COLUMNS if x in row}, step=row["epoch"])
         if last or not config.frozen:
+            self._log(trainer.logger, self.rows if config.frozen else [row])
             table = pd.DataFrame(self.rows, columns=COLUMNS)
             write_atomic(self.path, table.to_csv(index=False, lineterminator="\n"))
         if last or not config.frozen or row["epoch"] % max(1, epochs // 10) == 0:  # a head has hundreds
             log.log(level(config), self._line(row, config, epochs))
+
+    def _log(self, logger: Any, rows: list[dict[str, Any]]) -> None:
+        """Hand rows to the logger; a server that is gone costs its log, not the run."""
+        try:
+            for row in rows if logger is not None else ():
+                numbers = {name: row[name] for name in COLUMNS[1:] if name in row}
+                logger.log_metrics({"epoch": float(row["epoch"]), **numbers}, step=row["epoch"])
+        except Exception as error:
+            log.warning(
+                "epoch %d is not in the log of %s: %s", rows[-1]["epoch"], type(logger).__name__, error
+            )
 
     def _line(self, row: dict[str, Any], config: TrainConfig, epochs: int) -> str:
         knn = f"  k-NN {row['knn_accuracy']:.3f}" if "knn_accuracy" in row else ""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import lightning
 import torch
 from lightning.fabric.plugins import environments
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from pyro_vje.config import TrainConfig
@@ -33,6 +33,7 @@ from pyro_vje.runs.stopping import Interrupted, StopRequest, follow_parent, rest
 from pyro_vje.training import checkpoints
 from pyro_vje.training.distributed import CPUSyncBatchNorm
 from pyro_vje.training.features import cache_features, fit_folds, fit_whitening
+from pyro_vje.training.loggers import choose_logger, close_logger, open_logger
 from pyro_vje.training.module import PART_EVERY, QUIET, Pretraining, find_optimizer, quiet_lightning
 from pyro_vje.training.monitor import EpochReport, level
 
@@ -98,6 +99,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     if config.compile:
         vje.encoder.compile()
     vje.family.check(vje.embedding_dim, vje.settings)
+    choose_logger(config.logger)
     own_objective(config.objective)  # an unusable one is known before anything is written
     find_optimizer(config)
     precision = choose_precision(config.precision)
@@ -124,6 +126,8 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
             _empty(folder)
         write_json(folder / CONFIG, info.to_dict())
         write_json(folder / layout.HELD_OUT, [] if held_out is None else held_out.names)
+    with quiet_lightning():
+        logger = open_logger(folder, config)
     features = None
     if config.frozen:
         device = layout.default_device()
@@ -134,7 +138,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     report = EpochReport(folder, train_set, knn_sets, info.view, features)
     views = info.views if features is None else None
     module = Pretraining(vje, config, train_set if features is None else features, views)
-    _fit(module, folder, report, precision, resume=resume)
+    _fit(module, folder, report, precision, logger, resume=resume)
     if is_first_process():
         _keep(folder, vje, info, train_set, held_out, features)
         report.draw(vje, info.classes)
@@ -167,13 +171,21 @@ def _keep(
     save_weights(folder, vje, info)
 
 
-def _fit(module: Pretraining, folder: Path, report: EpochReport, precision: str, *, resume: bool) -> None:
+def _fit(
+    module: Pretraining,
+    folder: Path,
+    report: EpochReport,
+    precision: str,
+    logger: Logger | None,
+    *,
+    resume: bool,
+) -> None:
     """Run the epochs, from the last checkpoint if there is one to resume."""
     checkpoint = folder / CHECKPOINTS / checkpoints.LAST
     stop = StopRequest()
     with quiet_lightning():
         callbacks = [report, checkpoints.Checkpoints(checkpoint, stop)]
-        trainer = _trainer(folder, module.config, callbacks, precision)
+        trainer = _trainer(module.config, callbacks, precision, logger)
         begun = resume and checkpoint.is_file()
         try:
             trainer.fit(module, ckpt_path=checkpoint if begun else None, weights_only=True)
@@ -195,6 +207,8 @@ def _fit(module: Pretraining, folder: Path, report: EpochReport, precision: str,
                     f"{folder} cannot be gone on with ({type(error).__name__}: {error}): train anew with --overwrite"
                 ) from error
             raise
+        finally:
+            close_logger(logger)
     if stop.signum:
         raise Interrupted("stopped", stop.signum)
 
@@ -243,7 +257,7 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-FREE = ("download", "workers", "residency", "devices", "data_dir", "epochs")
+FREE = ("download", "workers", "residency", "devices", "data_dir", "epochs", "logger")
 """Settings that may be others when a run goes on: they change no number (the data have a fingerprint) or extend it."""
 
 
@@ -267,12 +281,8 @@ def _to_resume(config: TrainConfig, before: RunInfo, folder: Path) -> TrainConfi
 
 
 def _trainer(
-    folder: Path, config: TrainConfig, callbacks: list[lightning.pytorch.Callback], precision: str
+    config: TrainConfig, callbacks: list[lightning.pytorch.Callback], precision: str, logger: Logger | None
 ) -> lightning.Trainer:
-    try:
-        logger: Any = TensorBoardLogger(folder, name="", version="tensorboard")
-    except ModuleNotFoundError:  # neither tensorboard nor tensorboardX is installed
-        logger = False
     several, cuda = config.devices * machines() > 1, torch.cuda.is_available()
     plugins: list[Any] = [checkpoints.AtomicCheckpointIO(), _environment()]
     if several and not cuda:  # PyTorch has synchronised batch norm for GPUs only
@@ -289,7 +299,7 @@ def _trainer(
         plugins=plugins,
         precision=precision,  # type: ignore[arg-type]
         callbacks=callbacks,
-        logger=logger,
+        logger=logger or False,
         log_every_n_steps=PART_EVERY,
         gradient_clip_val=config.clip_norm,
         **QUIET,
