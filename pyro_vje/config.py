@@ -97,6 +97,7 @@ class TrainConfig:
     local_size: int | None = say(None, "Side of those in pixels. [default: half of a view's]", ge=4)
     crop_scale: float | None = say(None, "Least share of the area in a view. [default: the data set's]", gt=0, le=1)
     targets: Literal["each", "mean"] = say("each", "Of more than two views: each other one, or the others' mean.")
+    rotations: float = say(0.0, "Above 0, four turns of each image; weight of the turn as a target.", ge=0)
     feature_views: int = say(6, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
     folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
     projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say("auto", "auto: whiten if frozen, else none.")
@@ -163,6 +164,7 @@ class TrainConfig:
     def _refuse_idle(self, *, frozen: bool) -> None:
         head = "the head of a frozen encoder"
         encoders = {"optimizer": self.optimizer not in (None, "adamw"), "local_views": self.local_views > 0}
+        encoders |= {"rotations": self.rotations > 0}
         encoders |= {"predictor_lr": self.predictor_lr == "constant"}
         encoders |= {name: getattr(self, name) is not None for name in ("clip_norm", "ema")}
         wrong = [f"{name} does nothing for {head}" for name, said in encoders.items() if said and frozen]
@@ -174,6 +176,8 @@ class TrainConfig:
             )
         if self.targets == "mean" and self.views + self.local_views == 2:
             wrong.append("the mean of one target is that target: views must be 3 or more for it")
+        if self.rotations and self.objective != "elbo":
+            wrong.append(f"rotations are a target of the elbo, not of the objective {self.objective}")
         if self.local_size and not self.local_views:
             wrong.append("local_size does nothing without local_views")
         if wrong:
@@ -193,7 +197,7 @@ class TrainConfig:
         A batch size that was asked for stays. A frozen encoder's head gets `HEAD_STEPS` steps unless epochs are said.
         Raises ``ValueError`` if there are too few images for any batch.
         """
-        most, default = self.batch_size, self._defaults()["batch_size"]
+        most, default = self.batch_size, self._defaults()["batch_size"] // (4 if self.rotations else 1)
         if most is None:
             most = min(default, max(images // STEPS, min(SMALLEST_BATCH, images)))
             most -= most % processes

@@ -196,6 +196,25 @@ class LikelihoodParts:
         loc, scale = self.encoded.loc, self.encoded.scale
         return 0.5 * (scale**2 + loc**2 - 1 - 2 * scale.log()).sum(-1).double()
 
+    @property
+    def log_rotation(self) -> Tensor:
+        """Mean log-probability of the image's own turn, of four; ``ValueError`` if its turns were not encoded."""
+        if self.encoded.log_rotation is None:
+            raise ValueError(
+                "a score by rotations needs a run with them (train --rotations 1); pairs and exported files have none"
+            )
+        return self.encoded.log_rotation.double()
+
+    @property
+    def log_joint(self) -> Tensor:
+        """Log-density of the embedding, a Gaussian fitted to the references, and of the rotation at its weight.
+
+        Up to a constant.
+        """
+        vje = self.scorer.vje
+        weight = vje.rotations * vje.embedding_dim
+        return weight * self.log_rotation - 0.5 * self.by_detector("mahalanobis")
+
     @cached_property
     def variance(self) -> Tensor:
         """Mean posterior variance over features, in squared units of the latent."""

@@ -180,7 +180,9 @@ def score_batches(judge: Judge, images: ImageSet) -> Iterator[tuple[Tensor, Floa
         batches = images.batches(images_at_once(images, size, device))
         found = ((index, draw(batch.to(device)), None) for index, batch in batches)
     else:
-        clean = encode_batches(run.vje, images, run.info.view, batch_size=size, device=device)
+        clean = encode_batches(
+            run.vje, images, run.info.view, batch_size=size, device=device, rotations=run.vje.rotations > 0
+        )
         found = ((batch.indices, [batch], batch.features) for batch in clean)
     for index, posteriors, features in found:
         rows = torch.stack([_row(score, scorer.parts(each)) for each in posteriors])

@@ -53,6 +53,11 @@ _SCORES = [
           lambda parts: parts.by_detector("nearest_neighbour"), True, "embeddings"),
     Score("kde", "negative log-density of the embedding's direction, by equal Gaussian kernels at the references",
           lambda parts: parts.by_detector("kernel_density"), True, "embeddings"),
+    # Golan & El-Yaniv (arXiv 1805.10917), Hendrycks et al. (arXiv 1906.12340)
+    Score("rotation", "negative log-probability of the image's own rotation, mean over its four turns (--rotations)",
+          lambda parts: -parts.log_rotation, of="rotations"),
+    Score("rotation-joint", "rotation at its trained weight, and half of mahalanobis: both in nats (--rotations)",
+          lambda parts: -parts.log_joint, True, "rotations"),
 ]
 # fmt: on
 SCORES = {score.name: score for score in _SCORES}

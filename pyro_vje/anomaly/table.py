@@ -309,7 +309,7 @@ def embed(
     run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=device)
     images = runs.load_split(run, "all", "folder", data, residency="stream")
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
-    arrays = {name: x.numpy() for name, x in encoded._asdict().items() if name != "indices"}
+    arrays = {name: x.numpy() for name, x in encoded._asdict().items() if name != "indices" and x is not None}
     arrays["paths"] = np.array([images.paths[i] for i in encoded.indices.tolist()])
     if images.labels is not None:
         arrays["labels"] = images.labels[encoded.indices].numpy()

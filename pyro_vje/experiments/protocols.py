@@ -59,7 +59,11 @@ def all_scores(run: runs.LoadedRun, sets: Sequence[ImageSet], *, likelihoods: Na
     sets = [reference_images(runs.training_images(run)[0], config.seed), *sets]
     untrained = runs.build_model(config, run.info.view_size).to(device).eval()
     models = {"trained features": run.vje, "untrained features": untrained}
-    encoded = {on: [encode(vje, x, view, device=device) for x in sets] for on, vje in models.items()}
+    turned = run.vje.rotations > 0
+    encoded = {
+        on: [encode(vje, x, view, device=device, rotations=turned) for x in sets]
+        for on, vje in models.items()
+    }
     features = {on: [images.features for images in of] for on, of in encoded.items()}
     features["raw pixels"] = [pixels(images, view)[1] for images in sets]
     found: list[Scores] = [{} for _ in sets[1:]]
@@ -69,6 +73,8 @@ def all_scores(run: runs.LoadedRun, sets: Sequence[ImageSet], *, likelihoods: Na
         for scores, images in zip(found, encoded["trained features"][1:], strict=True):
             parts = [scorer.parts(part) for part in images.split(256)]
             for name, score in SCORES.items():
+                if score.of == "rotations" and not turned:
+                    continue
                 values = torch.cat([score(part) for part in parts]).cpu()
                 if values.isfinite().all():  # not every family splits direction and radius
                     on = f"likelihood {family}" if score.of == "likelihood" else score.of

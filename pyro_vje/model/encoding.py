@@ -39,6 +39,7 @@ class Encoded(NamedTuple):
     scale: Tensor
     features: Any = None  # the encoder's, (N, F), where it was run
     indices: Any = None  # int64 (N,), positions in the image set: one that could not be decoded is missing
+    log_rotation: Any = None  # (N,), of a model with rotations: `VJE.log_rotation`
 
     def to(self, device: str | torch.device) -> Encoded:
         """The same on another device."""
@@ -88,16 +89,28 @@ def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
 
 
 def encode_batches(
-    vje: VJE, images: Images, view: View, *, batch_size: int = 256, device: str | torch.device = "cpu"
+    vje: VJE,
+    images: Images,
+    view: View,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    rotations: bool = False,
 ) -> Iterator[Encoded]:
     """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device.
 
     On a CPU they do not depend on ``batch_size``, which is raised to a multiple of `cpu_rows`, nor on the other images.
+    With ``rotations`` four turns of each image are encoded too, for `VJE.log_rotation`.
     """
 
     def forward(batch: Tensor) -> tuple[Tensor, ...]:
         features = vje.features(view(batch))
-        return *_head(vje, features), features
+        head = _head(vje, features)
+        if not rotations:
+            return *head, features
+        turned = (view(batch.rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
+        locs = [head[1], *(vje.posterior(vje.embed(images))[0] for images in turned)]
+        return *head, features, vje.log_rotation(locs)
 
     @torch.no_grad()
     def run(batch: Tensor) -> list[Tensor]:
@@ -107,17 +120,27 @@ def encode_batches(
     vje.eval()
     try:
         for indices, batch in images.batches(images_at_once(images, batch_size, device)):
-            yield Encoded._make([*run(batch), indices])
+            embeddings, loc, scale, features, *log_rotation = run(batch)
+            yield Encoded(embeddings, loc, scale, features, indices, *log_rotation)
     finally:
         vje.train(was_training)
 
 
 def encode(
-    vje: VJE, images: Images, view: View, *, batch_size: int = 256, device: str | torch.device = "cpu"
+    vje: VJE,
+    images: Images,
+    view: View,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    rotations: bool = False,
 ) -> Encoded:
-    """Encode all of ``images``, collected on the CPU; ``ValueError`` if not one of them could be decoded."""
+    """Encode all of ``images``, collected on the CPU; ``ValueError`` if not one of them could be decoded.
+
+    With ``rotations`` as `encode_batches`.
+    """
     parts, progress = [], Progress("encoding", len(images))
-    for batch in encode_batches(vje, images, view, batch_size=batch_size, device=device):
+    for batch in encode_batches(vje, images, view, batch_size=batch_size, device=device, rotations=rotations):
         parts.append(batch.to("cpu"))
         progress.add(len(batch.indices))
     clear_line()
@@ -133,4 +156,5 @@ def encode_features(vje: VJE, features: Tensor) -> Encoded:
     vje.eval()
     parts = in_equal_parts(partial(_head, vje), features, rows=128)
     vje.train(was_training)
-    return Encoded._make([*parts, features, torch.arange(len(features))])
+    embeddings, loc, scale = parts
+    return Encoded(embeddings, loc, scale, features, torch.arange(len(features)))

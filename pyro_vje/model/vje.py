@@ -114,6 +114,9 @@ class VJE(nn.Module):
         ``"shared"``, borrowed from the posterior's, to which training sacrifices a few features (an ablation).
     shared_variance
         If false, the likelihood has one learned scale per feature instead of the posterior's (an ablation).
+    rotations
+        Above 0, an image's quarter turns are a further target: a categorical site ``rotation`` given z, of this weight
+        times D (Hendrycks et al., arXiv 1906.12340; as images of their own: Sohn et al., arXiv 2011.02578).
     targets
         With more than two views: ``"each"`` other view is a target by itself, or the ``"mean"`` of their embeddings is
         one, as in FastSiam (Pototzky et al., GCPR 2022); then P = V + L.
@@ -137,6 +140,7 @@ class VJE(nn.Module):
         radius: str | None = "student-t",
         radius_scale: str = "learned",
         shared_variance: bool = True,
+        rotations: float = 0.0,
         targets: str = "each",
         name: str = "vje",
     ) -> None:
@@ -169,6 +173,8 @@ class VJE(nn.Module):
         self.feature_dim, self.embedding_dim = feature_dim, embedding_dim
         self.family = get_family(likelihood)
         self.settings = LikelihoodSettings(df, units[unit_radius], cast(Any, radius))
+        self.rotations = rotations
+        self.rotation_network = nn.Linear(embedding_dim, 4) if rotations else None
         self.likelihood_raw_scale = None if shared_variance else nn.Parameter(torch.zeros(embedding_dim))
         learned = radius_scale == "learned" and _uses_radius_scale(self.family, self.settings, embedding_dim)
         self.raw_radius_scale = nn.Parameter(torch.tensor(0.5413)) if learned else None  # softplus gives 1
@@ -213,6 +219,16 @@ class VJE(nn.Module):
             settings = dataclasses.replace(settings, radius_scale=radius_scale)
         return (family or self.family)(z, scale, settings)
 
+    def log_rotation(self, locs: Sequence[Tensor]) -> Tensor:
+        """Mean log-probability ``(N,)`` of the turn of images turned by 0, 1, 2, 3 quarters, of loc ``(N, D)`` each.
+
+        Of the latent's posterior the mean is taken, without noise. ``ValueError`` if the model has no rotations.
+        """
+        if self.rotation_network is None:
+            raise ValueError("this model was trained without rotations (--rotations)")
+        found = [self.rotation_network(loc).log_softmax(-1) for loc in locs]
+        return torch.stack([log_prob[:, turn] for turn, log_prob in enumerate(found)]).mean(0)
+
     def encode_views(self, views: Views, targets: Tensor | None = None) -> ViewPairs:
         """Posteriors and stopped targets of all pairs of views, from one pass over every view.
 
@@ -240,8 +256,10 @@ class VJE(nn.Module):
         targets = (embeddings if targets is None else targets).detach()
         return ViewPairs(loc, scale, torch.stack([targets[ts].mean(0) for ts in others]))
 
-    def model(self, views: Views) -> Tensor:
+    def model(self, views: Views, turns: Tensor | None = None) -> Tensor:
         """Pyro model of all targets ``(P, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`.
+
+        ``turns`` ``(B,)`` are the quarter turns, 0 to 3, by which the images lie, for a model with ``rotations``.
 
         Replayed against a trace of `guide` on the same views, as Pyro's objectives do, it encodes nothing itself.
         """
@@ -258,9 +276,12 @@ class VJE(nn.Module):
             site: Any = next(iter(sampled.trace.nodes.values()))  # replay brings the guide's `infer` along
             given, encoded = site["infer"].get("encoded", (None, None))
             _, scale, target = encoded if given is views else self.encode_views(views)
+            if self.rotation_network is not None and turns is not None:
+                with poutine.scale(scale=self.rotations * self.embedding_dim):
+                    pyro.sample("rotation", dist.Categorical(logits=self.rotation_network(z)), obs=turns)
             return pyro.sample("target", self.likelihood(z, scale), obs=target)
 
-    def guide(self, views: Views) -> Tensor:
+    def guide(self, views: Views, turns: Tensor | None = None) -> Tensor:
         """Pyro guide: the amortised posterior of each pair's latent given its context view; ``views`` as above."""
         self._register_for_svi()
         pairs = self.encode_views(views)

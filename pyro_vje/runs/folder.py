@@ -202,7 +202,7 @@ def build_head(config: TrainConfig, features: int) -> VJE:
 def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
     names = ("embedding_dim", "hidden_dim", "likelihood", "df", "unit_radius", "radius", "radius_scale")
     settings: dict[str, Any] = {
-        name: getattr(config, name) for name in (*names, "shared_variance", "targets")
+        name: getattr(config, name) for name in (*names, "shared_variance", "targets", "rotations")
     }
     projector = "none" if config.projector == "auto" else config.projector
     return VJE(encoder, features, projector=projector, **settings)
@@ -241,7 +241,8 @@ def save_weights(folder: Path, vje: VJE, info: RunInfo) -> Path:
 
 def save_posteriors(path: Path, posteriors: Encoded) -> Path:
     """Write embeddings and posteriors of a run's images: 12 bytes a feature and image."""
-    return _save(path, dict(zip(POSTERIOR, posteriors, strict=False)))
+    kept = {name: x for name, x in posteriors._asdict().items() if name in (*POSTERIOR, "log_rotation")}
+    return _save(path, {name: x for name, x in kept.items() if x is not None})
 
 
 def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor) -> Path:
@@ -279,7 +280,8 @@ def load_posteriors(run: LoadedRun, name: str) -> Encoded | None:
     _, tensors = _read(path, lambda values: migrate(values or {"schema_version": 1}))  # 1 had no header
     images = len(next(iter(tensors.values()))) if tensors and all(t.dim() for t in tensors.values()) else 0
     wanted = torch.empty(images, run.vje.embedding_dim, device="meta")
-    check_state(path, tensors, dict.fromkeys(POSTERIOR, wanted))
+    turns = {"log_rotation": wanted[:, 0]} if run.vje.rotations else {}
+    check_state(path, tensors, {**dict.fromkeys(POSTERIOR, wanted), **turns})
     if not images or not (tensors["scale"] > 0).all():
         raise ValueError(f"{path} holds no image, or a scale that is not positive")
     return Encoded(**tensors)

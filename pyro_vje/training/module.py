@@ -75,6 +75,10 @@ class Pretraining(lightning.LightningModule):
         """Loss of uint8 images ``(B, 3, H, W)``, or of cached features ``(B, V, feature_dim)``, in nats an image."""
         rank, world_size = self.global_rank, self.trainer.world_size
         generator = self._seeded_generator(batch.device)
+        given: list[Tensor] = []
+        if self.config.rotations:
+            given = [torch.arange(4, device=batch.device).repeat(len(batch))]
+            batch = torch.stack([batch.rot90(quarters, (-2, -1)) for quarters in range(4)], 1).flatten(0, 1)
         views = self._draw_views(batch, generator, rank=rank, world_size=world_size)
         noise: GlobalNoise | nullcontext[None] = nullcontext()
         if world_size > 1:  # from the seed of the only process's latents, see below
@@ -83,7 +87,11 @@ class Pretraining(lightning.LightningModule):
         self.objective.monitor = self._record_parts if batch_idx % PART_EVERY == 0 else None
         # Validation reads back from the device at every site; the shapes it checks do not change after step one.
         with pyro.validation_enabled(not self._validated), noise:
-            loss = self.elbo(views) if self.own_objective is None else self.own_objective(self.vje, views)
+            loss = (
+                self.elbo(views, *given)
+                if self.own_objective is None
+                else self.own_objective(self.vje, views)
+            )
         self._validated = True
         self._add("loss", loss.detach())
         if self.global_step == 0:
@@ -109,7 +117,11 @@ class Pretraining(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with decay on matrices and kernels, after warm-up and cosine but for a constant predictor."""
         config = self.config
-        lr = HEAD_LR if config.frozen else (config.lr or 0.0) * self.batch_size / 256
+        lr = (
+            HEAD_LR
+            if config.frozen
+            else (config.lr or 0.0) * self.batch_size * (4 if config.rotations else 1) / 256
+        )
         groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.vje.named_parameters():
             if parameter.requires_grad:

@@ -156,11 +156,11 @@ def _keep(
     """Write what a finished run is scored with: calibration, reference images, and last the weights."""
     device = next(vje.parameters()).device
     if held_out is not None:
-        calibration = encode(vje, held_out, info.view, device=device)
+        calibration = encode(vje, held_out, info.view, device=device, rotations=vje.rotations > 0)
         layout.save_posteriors(folder / layout.CALIBRATION, calibration)
     if features is None:
         shown = splits.reference_images(images, info.config.seed)
-        reference = encode(vje, shown, info.view, device=device)
+        reference = encode(vje, shown, info.view, device=device, rotations=vje.rotations > 0)
     else:
         kept = splits.evenly_spread(len(features), splits.REFERENCE_IMAGES)
         reference = encode_features(vje, features[kept, 0].to(device))
