@@ -77,7 +77,7 @@ def _open_locked(path: Path, what: Path) -> TextIO:
         file = open(path, "a+")  # noqa: SIM115 (closed by the caller)
         try:
             if fcntl is not None:
-                # Of the two kinds of lock the one that forked workers do not inherit, and so do not keep.
+                # Of the two kinds of lock the one that forked workers do not inherit (filelock's is the other).
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
