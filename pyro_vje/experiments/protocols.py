@@ -25,7 +25,7 @@ from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.data.splits import reference_images
 from pyro_vje.experiments.cells import Cell, Cells, Comparison, Table
-from pyro_vje.model.encoding import encode
+from pyro_vje.model.encoding import Encoded, encode, encode_features
 from pyro_vje.representation.evaluation import pixels
 from pyro_vje.runs import folder as runs
 
@@ -53,24 +53,42 @@ DETECTORS |= {"feature norm": feature_norm}
 """What a likelihood has to beat: cheap detectors on features, as in `pyro_vje.anomaly.detectors`."""
 
 
-def all_scores(run: runs.LoadedRun, sets: Sequence[ImageSet], *, likelihoods: Names = ()) -> list[Scores]:
-    """Every score, by the trained and the named likelihoods, and every detector, fitted on the run's reference."""
+def all_scores(
+    run: runs.LoadedRun,
+    sets: Sequence[ImageSet],
+    *,
+    likelihoods: Names = (),
+    known: dict[tuple[int, str], Encoded] | None = None,
+) -> list[Scores]:
+    """Every score, by the trained and the named likelihoods, and every detector, fitted on the run's reference.
+
+    ``known`` keeps what a frozen encoder made of the sets, for the next run with it; controls without any training are
+    measured where weights are not pretrained.
+    """
     view, config, device = run.info.view, run.info.config, next(run.vje.parameters()).device
-    sets = [reference_images(runs.training_images(run)[0], config.seed), *sets]
-    untrained = runs.build_model(config, run.info.view_size).to(device).eval()
-    models = {"trained features": run.vje, "untrained features": untrained}
-    turned = run.vje.rotations > 0
-    encoded = {
-        on: [encode(vje, x, view, device=device, rotations=turned) for x in sets]
-        for on, vje in models.items()
-    }
-    features = {on: [images.features for images in of] for on, of in encoded.items()}
-    features["raw pixels"] = [pixels(images, view)[1] for images in sets]
-    found: list[Scores] = [{} for _ in sets[1:]]
+    known, turned = {} if known is None else known, run.vje.rotations > 0
+    look_at = partial(encode, view=view, device=device, rotations=turned)
+
+    def look(images: ImageSet) -> Encoded:
+        key = config.seed, images.fingerprint()
+        if key not in known:
+            known[key] = look_at(run.vje, images)
+        seen = known[key] if config.frozen else known.pop(key)
+        return encode_features(run.vje, seen.features.to(device)) if config.frozen else seen
+
+    normal_images = reference_images(runs.training_images(run)[0], config.seed)
+    encoded = [look_at(run.vje, normal_images), *map(look, sets)]
+    features = {"trained features": [images.features for images in encoded]}
+    if config.weights == "none":
+        untrained = runs.build_model(config, run.info.view_size).to(device).eval()
+        every = [normal_images, *sets]
+        features["untrained features"] = [look_at(untrained, x).features for x in every]
+        features["raw pixels"] = [pixels(images, view)[1] for images in every]
+    found: list[Scores] = [{} for _ in sets]
     reference = runs.load_posteriors(run, runs.REFERENCE)
     for family in (config.likelihood, *likelihoods):
         scorer = Scorer(run.vje, reference=reference, likelihood=family, kl_weight=config.kl_weight)
-        for scores, images in zip(found, encoded["trained features"][1:], strict=True):
+        for scores, images in zip(found, encoded[1:], strict=True):
             parts = [scorer.parts(part) for part in images.split(256)]
             for name, score in SCORES.items():
                 if score.of == "rotations" and not turned:
@@ -104,6 +122,7 @@ def one_class(
     for name in names:
         train.of_class(name)
         test.class_index(name)
+    known: dict[tuple[int, str], Encoded] = {}
     configs = {
         f"{name.replace(os.sep, '-')}_seed-{seed}": dataclasses.replace(base, normal_class=name, seed=seed)
         for seed in seeds
@@ -115,7 +134,7 @@ def one_class(
         images = runs.load_split(run, "test", download=config.download).labelled()
         normal = images.class_index(config.normal_class or "")
         is_anomaly = images.labels_at(torch.arange(len(images))) != normal
-        (found,) = all_scores(run, [images], likelihoods=likelihoods)
+        (found,) = all_scores(run, [images], likelihoods=likelihoods, known=known)
         return {"scores": _judge(found, is_anomaly, normal=config.normal_class, seed=config.seed)}
 
     settings = {"protocol": "one-class", **base.resolved().to_dict()}

@@ -17,9 +17,10 @@ from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import main
 from pyro_vje.data import load_dataset
 from pyro_vje.data.splits import reference_images
-from pyro_vje.experiments import cells
+from pyro_vje.experiments import cells, protocols
 from pyro_vje.experiments.cells import markdown
 from pyro_vje.experiments.protocols import DETECTORS, compare_scores, one_class, ood
+from pyro_vje.model import encode
 
 ROTATIONS = {name for name, score in SCORES.items() if score.of == "rotations"}  # of runs that have them
 
@@ -225,3 +226,20 @@ def test_commands(image_folder, trained_run, tmp_path):
     )
     assert found.exit_code == 2
     assert "two sets have one name in the table, a/test, b/test" in found.stderr
+
+
+def test_a_frozen_encoder_sees_the_test_images_once(base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        protocols,
+        "encode",
+        lambda vje, images, *rest, **how: seen.append(len(images)) or encode(vje, images, *rest, **how),
+    )
+    frozen = dataclasses.replace(base, encoder_lr_scale=0.0, feature_views=2, folds=0, weights="none")
+    found = one_class(frozen, tmp_path / "out", classes=["normal", "stripes"])
+    assert seen.count(18) == 3  # twice for the untrained control, whose weights may be others
+    for normal in ("normal", "stripes"):
+        how = {"score": "aggregate", "out": tmp_path / "scores.csv", "draw": False}
+        alone = score(found.folder / "cells" / f"{normal}_seed-0", **how)
+        (row,) = [row for row in found.rows if (row["normal"], row["score"]) == (normal, "aggregate")]
+        assert alone.auroc == pytest.approx(row["auroc"], abs=1e-12)
