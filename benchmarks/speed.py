@@ -36,10 +36,11 @@ from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, ResidentLoader, views_for
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.encoding import Encoded, encode_batches
-from pyro_vje.runs.folder import build_model
+from pyro_vje.runs.folder import build_model, describe_run
 from pyro_vje.runs.stopping import StopRequest
 from pyro_vje.training import run as training
 from pyro_vje.training.checkpoints import LAST, Checkpoints
+from pyro_vje.training.features import cache_features
 from pyro_vje.training.module import Pretraining, quiet_lightning
 from pyro_vje.training.monitor import EpochReport
 
@@ -317,6 +318,39 @@ def scoring(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     ours = score_images(vje, images, batch, settings)
     what = f"scoring, {encoder}, batch {batch}, 16 particles"
     yield versus(settings, what, "bare forward pass", ours, bare, 1 / 0.95, len(images), precision=FLOAT32)
+
+
+FROZEN, FROZEN_SIZE = "timm:tf_efficientnet_lite0", 224
+
+
+@benchmark("features")
+def features(settings: Settings) -> Iterator[Result]:
+    """What `inspect` lets a frozen encoder make of an image, clean and in views, against as many float32 passes."""
+    count, side = (8, 64) if settings.quick else (32, FROZEN_SIZE)
+    what = f"features of an image and 6 views, {side} pixels, views in {settings.precision}"
+    if not installed("timm"):
+        yield missing(what, "bare forward pass", "timm")
+        return
+    images = random_images(count, side)
+    config = TrainConfig("images", ".", encoder=FROZEN, encoder_lr_scale=0.0, image_size=side).resolved()
+    vje, info = build_model(config, side).to(settings.device).eval(), describe_run(config, images)
+    views = config.feature_views
+    noise = torch.randn(8, 3, side, side, device=settings.device).contiguous(
+        memory_format=torch.channels_last
+    )
+
+    @torch.inference_mode()
+    def bare() -> None:
+        for _ in range(count // 8 * (1 + views)):
+            vje.encoder(noise)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            how = {"bf16": settings.precision != FLOAT32}
+            cache_features(vje, images, info, Path(folder), settings.device.type, **how)
+
+    name = f"bare forward pass of {FROZEN}, float32"
+    yield versus(settings, what, name, ours, bare, 1.1, count * (1 + views))
 
 
 def score_images(vje: VJE, images: ImageSet, batch: int, settings: Settings) -> Work:
