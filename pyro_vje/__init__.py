@@ -7,6 +7,7 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     likelihoods                              named families, and how to register your own
     TrainConfig, ScoreConfig, load_recipe    settings, and those of published results
     train, evaluate, score, embed, export, load_run, ablate
+    BatchScorer, BatchEmbedder               the same of batches, for an engine over many machines
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_vje import distributions
+    from pyro_vje.anomaly.batches import BatchEmbedder, BatchScorer
     from pyro_vje.anomaly.inspection import calibrate, inspect
     from pyro_vje.anomaly.table import embed, score
     from pyro_vje.config import ScoreConfig, TrainConfig, load_recipe
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "VJE", "PosteriorNetwork", "ScoreConfig", "SymmetricELBO", "TrainConfig", "ablate", "build_encoder", "calibrate",
-    "distributions", "embed", "evaluate", "export", "inspect", "likelihoods", "load_recipe", "load_run", "score",
-    "train",
+    "VJE", "BatchEmbedder", "BatchScorer", "PosteriorNetwork", "ScoreConfig", "SymmetricELBO", "TrainConfig", "ablate",
+    "build_encoder", "calibrate", "distributions", "embed", "evaluate", "export", "inspect", "likelihoods",
+    "load_recipe", "load_run", "score", "train",
 ]  # fmt: skip
 _HOMES = {
-    "anomaly.inspection": "calibrate inspect", "anomaly.table": "embed score", "experiments.ablation": "ablate",
+    "anomaly.batches": "BatchEmbedder BatchScorer", "anomaly.inspection": "calibrate inspect",
+    "anomaly.table": "embed score", "experiments.ablation": "ablate",
     "config": "ScoreConfig TrainConfig load_recipe", "export.deploy": "export", "model.encoders": "build_encoder",
     "model.objective": "SymmetricELBO", "model.vje": "VJE PosteriorNetwork", "training.run": "train",
     "representation.evaluation": "evaluate", "runs.folder": "load_run", "model": "likelihoods",

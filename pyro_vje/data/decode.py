@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 logger = logging.getLogger("pyro_vje")
-Source = str | os.PathLike[str] | bytes
+Source = str | os.PathLike[str] | bytes | NDArray[np.uint8]
 
 with contextlib.suppress(ImportError):
     import_module("pillow_heif").register_heif_opener()
@@ -40,7 +41,7 @@ MAX_PIXELS = 89_478_485  # where Pillow warns (268 MB as RGB); a small file can 
 
 
 class ImageError(ValueError):
-    """An image that cannot be decoded: its ``path`` (or ``"<bytes>"``), and the ``reason`` in one line."""
+    """An image that cannot be decoded: its ``path`` (or ``"<bytes>"``, ...), and the ``reason`` in one line."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -53,14 +54,14 @@ class ImageError(ValueError):
 def decode_image(
     source: Source, size: int | None = None, interpolation: str = "bilinear", fit: str = "crop"
 ) -> Tensor:
-    """Decode one image file, a path or its bytes, to RGB: uint8 (3, H, W).
+    """Decode one image file, a path or its bytes, or an array (H, W, 3) of pixels to RGB: uint8 (3, H, W).
 
     With ``size`` it becomes uint8 (3, size, size), resized by ``interpolation`` (``"bilinear"`` or ``"bicubic"``,
     antialiased): of an image that is not square ``fit`` leaves the centre square (``"crop"``), or the whole, between
     grey margins (``"pad"``) or with other proportions (``"squeeze"``). Raises :class:`ImageError` for whatever reason
     that fails.
     """
-    path = "<bytes>" if isinstance(source, bytes) else os.fspath(source)
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else f"<{type(source).__name__}>"
     try:
         with _open(source) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -113,6 +114,8 @@ def image_shape(path: str | os.PathLike[str]) -> tuple[int, int] | None:
 def _open(source: Source) -> Image.Image:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=FORMATS)
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
     if stat.S_IFMT(os.stat(source).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # opening a pipe waits
         raise OSError("not a regular file")
     return Image.open(source, formats=FORMATS)
@@ -139,11 +142,12 @@ def _to_8_bit(grey: np.ndarray, path: str) -> np.ndarray:
 
 
 def _not_an_image(source: Source) -> str:
-    if not source if isinstance(source, bytes) else os.path.getsize(source) == 0:
-        return "empty file"
-    if "HEIF" not in FORMATS and not isinstance(source, bytes) and _extension(os.fspath(source)) in _HEIC:
+    unknown = f"not an image of a known format ({', '.join(FORMATS)})"
+    if isinstance(source, bytes | np.ndarray):
+        return unknown if len(source) else "empty file"
+    if "HEIF" not in FORMATS and os.path.getsize(source) and _extension(os.fspath(source)) in _HEIC:
         return "HEIC can be read where pillow-heif is installed: pip install pillow-heif"
-    return f"not an image of a known format ({', '.join(FORMATS)})"
+    return unknown if os.path.getsize(source) else "empty file"
 
 
 def list_images(root: str | os.PathLike[str]) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyro_vje.data.decode import ImageError, decode_image
+from pyro_vje.data.decode import ImageError, Source, decode_image
 from pyro_vje.progress import Progress
 
 logger = logging.getLogger("pyro_vje")
@@ -29,7 +29,7 @@ _WARNINGS = 10  # damaged files named one by one in the log; all of them are in 
 class LazyImages:
     """Image files that are decoded (`decode_image`) to uint8 (3, size, size) when indexed, or raise ImageError."""
 
-    paths: Sequence[str]
+    paths: Sequence[Source]
     size: int
     interpolation: str = "bilinear"
     fit: str = "crop"
