@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,24 +16,28 @@ Floats = NDArray[np.float64]
 
 
 class Calibration:
-    """Scores of images that the model has not seen, in folds; each fold of several is ``judged`` by a model of its own.
+    """Scores of images that the model has not seen, in folds; each of several has a model of its own, in ``scorers``.
 
     Of K folds, a new image is scored by each model, and its p-value (1 + Σ_k #{i in fold k: s_k(i) ≥ s_k(x)}) / (n + 1)
     is cross-conformal (Vovk 2015, "Cross-conformal predictors"). For a normal image P(p ≤ α) ≤ 2 α + 2 (1 - 1/K) /
     (n/K + 1) always (Barber et al. 2021, theorem 4 on CV+), and near α in practice; with one fold, P(p ≤ α) ≤ α.
     """
 
-    def __init__(self, folds: Sequence[Floats], judged: Sequence[Callable[[Tensor], Floats]] = ()) -> None:
-        self.folds, self.scores, self._judged = len(folds), np.concatenate(folds), judged
-        self._sorted = [np.sort(fold) for fold in folds]
+    def __init__(self, folds: Sequence[Floats], scorers: Sequence[Scorer] = (), score: str = "") -> None:
+        self.folds, self.scores, self.scorers = len(folds), np.concatenate(folds), scorers
+        self.sorted, self._score = [np.sort(fold) for fold in folds], score
 
     def at_least(self, scores: Floats, features: Tensor | None = None) -> Floats:
         """How many calibration images look at least as strange as images of ``scores`` (N,) and ``features`` (N, F)."""
-        found = [judge(features) for judge in self._judged if features is not None] or [scores]
-        ranks = [
-            len(x) - np.searchsorted(x, s, side="left") for x, s in zip(self._sorted, found, strict=True)
-        ]
+        found = [scores]
+        if features is not None and self.scorers:
+            found = [_judge(own, self._score, features) for own in self.scorers]
+        ranks = [len(x) - np.searchsorted(x, s, side="left") for x, s in zip(self.sorted, found, strict=True)]
         return np.sum(ranks, axis=0, dtype=np.float64)
+
+
+def _judge(scorer: Scorer, score: str, features: Tensor) -> Floats:
+    return scorer.scores(score, encode_features(scorer.vje, features)).cpu().numpy()
 
 
 def cross_calibration(
@@ -41,13 +45,6 @@ def cross_calibration(
 ) -> Calibration:
     """From each training image's fold ``(n,)`` and features ``(n, F)``, and the head that has not seen each fold."""
     features, fold = features.to(scorer.device), fold.to(scorer.device)
-    known, judged = [], []
-    for k, head in enumerate(heads):
-        own = scorer.of(head, encode_features(head, features[fold != k]))
-
-        def judge(features: Tensor, own: Scorer = own) -> Floats:
-            return own.scores(score, encode_features(own.vje, features)).cpu().numpy()
-
-        known.append(judge(features[fold == k]))
-        judged.append(judge)
-    return Calibration(known, judged)
+    scorers = [scorer.of(head, encode_features(head, features[fold != k])) for k, head in enumerate(heads)]
+    known = [_judge(own, score, features[fold == k]) for k, own in enumerate(scorers)]
+    return Calibration(known, scorers, score)

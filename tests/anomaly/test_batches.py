@@ -149,11 +149,9 @@ def test_on_a_ray_cluster_a_killed_worker_costs_nothing(run, mixed, wanted, tmp_
                 os.kill(os.getpid(), signal.SIGKILL)
             return {**super().__call__(batch), "worker": np.full(len(batch["path"]), os.getpid())}
 
-    # For the workers: where the encoder is; and no token in the home folder.
-    for name, value in (
-        ("PYTHONPATH", os.pathsep.join(filter(None, sys.path))),
-        ("RAY_AUTH_MODE", "disabled"),
-    ):
+    # Of the workers: where the encoder is, no token in the home folder, and no yielding to other processes.
+    path = os.pathsep.join(filter(None, sys.path))
+    for name, value in (("PYTHONPATH", path), ("RAY_AUTH_MODE", "disabled"), ("RAY_worker_niceness", "0")):
         monkeypatch.setenv(name, value)
     place = tempfile.mkdtemp(prefix="ray")  # short, as names of sockets must be
     how = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}

@@ -1,25 +1,29 @@
 """Exported files: they compute what the package computes, without the package; the card says what was measured."""
 
 import csv
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pyro
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch import nn
 
-from pyro_vje import embed, evaluate, export, load_run, score
+from pyro_vje import embed, evaluate, export, load_run, score, train
 from pyro_vje.anomaly.parts import LikelihoodParts
-from pyro_vje.anomaly.rows import make_scorer
+from pyro_vje.anomaly.rows import make_scorer, prepare
 from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import main
 from pyro_vje.config import ScoreConfig
-from pyro_vje.data import load_dataset
+from pyro_vje.data import decode_image, load_dataset
 from pyro_vje.export import deploy as exporting
 from pyro_vje.model import encoders
 from pyro_vje.model.encoding import Encoded
@@ -56,45 +60,116 @@ def run_alone(code, *arguments):
     assert done.returncode == 0, done.stderr
 
 
-RUN_ONNX = """
-import numpy, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
-images = numpy.load(sys.argv[2])
-names = [output.name for output in session.get_outputs()]
-numpy.savez(sys.argv[3], **dict(zip(names, session.run(None, {"images": images}))))
+RUN_CARD = """
+import os, re
+card, out, *files = sys.argv[1:]
+os.chdir(os.path.dirname(card))
+preprocessing, use = re.findall("```python\\n(.*?)```", open(card).read(), re.DOTALL)
+exec(preprocessing)
+images = np.stack([preprocess(file) for file in files])
+exec(use)
+np.savez(out, **outputs)
 """
-RUN_TORCH = """
-import numpy, torch
-program = torch.export.load(sys.argv[1])
-outputs = program.module()(torch.from_numpy(numpy.load(sys.argv[2])))
-numpy.savez(sys.argv[3], **{name: value.numpy() for name, value in outputs.items()})
-"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Image files of every mode and of many sizes."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    for i, (mode, size) in enumerate(
+        (
+            *[("RGB", (16, 16)), ("L", (40, 23)), ("RGBA", (23, 41)), ("LA", (8, 5)), ("I;16", (31, 57))],
+            *[("F", (20, 20)), ("P", (33, 64)), ("1", (50, 49)), ("clear", (19, 30)), ("CMYK", (64, 90))],
+        )
+    ):
+        noise = (
+            rng.random((size[1] // 3 + 1, size[0] // 3 + 1, 4))
+            .repeat(3, 0)
+            .repeat(3, 1)[: size[1], : size[0]]
+        )
+        image = Image.fromarray((255 * noise).astype(np.uint8), "RGBA")
+        if mode == "I;16":
+            image = Image.fromarray((65535 * noise[..., 0]).astype(np.uint16))
+        elif mode == "F":
+            image = Image.fromarray(noise[..., 0].astype(np.float32))
+        elif mode == "clear":
+            image.putalpha(0)
+        elif mode == "P":
+            image = image.quantize(8)
+        else:
+            image = image.convert(mode)
+        image.save(folder / f"{i}.{'tif' if mode in ('F', 'CMYK') else 'png'}")
+    large = Image.fromarray(rng.integers(0, 255, (30, 70, 3), dtype=np.uint8)).resize((700, 300))
+    for name, mode in (("large", "RGB"), ("grey", "L")):
+        large.convert(mode).save(folder / f"{name}.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    large.save(folder / "turned.jpg", exif=exif)
+    return sorted(folder.iterdir())
 
 
 @pytest.mark.parametrize(
     ("format", "name", "kind"), [("onnx", "model.onnx", "aggregate"), ("torch", "model.pt2", "conditional")]
 )
 def test_without_the_package_a_file_computes_what_score_and_embed_write(
-    run_copy, image_folder, images, tmp_path, format, name, kind
+    run_copy, files, tmp_path, format, name, kind
 ):
+    """From image files, by the code of the model card."""
     if format == "onnx":
         pytest.importorskip("onnxscript")
     result = export(run_copy, format=format, score=kind, num_particles=6, seed=3)
     assert result.path == run_copy / name
-    np.save(tmp_path / "images.npy", images.numpy())
-    code, absent = (RUN_ONNX, ["torch"]) if format == "onnx" else (RUN_TORCH, ["onnxruntime", "torchvision"])
-    run_alone(code, result.path, tmp_path / "images.npy", tmp_path / "found.npz", absent)
+    absent = ["torch"] if format == "onnx" else ["onnxruntime", "torchvision"]
+    run_alone(RUN_CARD, result.card, tmp_path / "found.npz", *files, absent)
     found = dict(np.load(tmp_path / "found.npz"))
     assert list(found) == OUTPUTS
 
-    wanted = columns(score(run_copy, score=kind, num_particles=6, seed=3, draw=False).csv)
+    how = {"score": kind, "num_particles": 6, "seed": 3, "draw": False, "data": files[0].parent}
+    wanted = columns(score(run_copy, out=tmp_path / "s.csv", **how).csv)
     np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found["p_value"], wanted["p_value"], atol=1e-6)  # of six digits in the CSV
     assert len(set(found["p_value"])) > 1
-    embed(run_copy, image_folder / "test", tmp_path / "embedded.npz")
+    embed(run_copy, files[0].parent, tmp_path / "embedded.npz")
     embedded = np.load(tmp_path / "embedded.npz")
     for ours, theirs in (("embedding", "embeddings"), ("loc", "loc"), ("scale", "scale")):
         np.testing.assert_allclose(found[ours], embedded[theirs], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fit", "interpolation"), [("crop", "bilinear"), ("pad", "bicubic"), ("squeeze", "bilinear")]
+)
+def test_the_cards_preprocessing_reads_files_as_the_package_does(trained_run, files, fit, interpolation):
+    run = load_run(trained_run)
+    config = dataclasses.replace(run.info.config, fit=fit)
+    for size in (16, 37):
+        info = dataclasses.replace(
+            run.info, image_size=size, view_size=size, interpolation=interpolation, config=config
+        )
+        judge = prepare(dataclasses.replace(run, info=info), ScoreConfig())
+        card = exporting.model_card(judge, {}, file="model.onnx", format="onnx")
+        names = {}
+        exec(re.search("```python\n(.*?)```", card, re.DOTALL)[1], names)
+        for file in files:
+            wanted = decode_image(file, size, interpolation, fit).numpy()
+            np.testing.assert_array_equal(names["preprocess"](file), wanted, err_msg=file.name)
+
+
+def test_p_values_by_folds_have_their_heads_in_the_file(tiny_config, images, tmp_path):
+    config = dataclasses.replace(
+        tiny_config, encoder_lr_scale=0.0, embedding_dim=None, feature_views=2, folds=2, holdout=None
+    )
+    run = train(config, tmp_path / "run")
+    result = export(run, format="torch")
+    assert "training images, each by one of 2 heads" in result.card.read_text()
+    wanted = columns(score(run, draw=False).csv)
+    found = torch.export.load(result.path).module()(images)
+    np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found["p_value"], wanted["p_value"], atol=1.01 / 49
+    )  # a score may move past one
+    assert np.mean(np.abs(found["p_value"].numpy() - wanted["p_value"]) < 1e-6) > 0.8
+    assert len(set(wanted["p_value"])) > 5
 
 
 class Everything(nn.Module):
@@ -104,8 +179,8 @@ class Everything(nn.Module):
         super().__init__()
         self.scorer, self.posterior = scorer, scorer.vje.posterior_network
 
-    def forward(self, embeddings):
-        encoded = Encoded(embeddings, *self.posterior(embeddings))
+    def forward(self, images):
+        encoded = Encoded(images, *self.posterior(images))
         parts = LikelihoodParts(self.scorer, encoded, at_once=True)
         return {name: score(parts) for name, score in SCORES.items() if name not in ROTATIONS}
 
@@ -119,10 +194,14 @@ def test_every_score_can_be_exported(trained_run):
         everything(embeddings)  # what is computed once is there before tracing
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(everything, (embeddings[:2],), dynamic_shapes=shapes, strict=False)
-        found = program.module()(embeddings)
+        found = {"torch": program.module()(embeddings)}
+        if find_spec("onnxscript"):
+            found["onnx"] = exporting._write_onnx(program, list(found["torch"]), "{}")[1](embeddings)
     encoded = Encoded(embeddings, *run.vje.posterior(embeddings))
     for name in SCORES.keys() - ROTATIONS:
-        torch.testing.assert_close(found[name], scorer.scores(name, encoded), rtol=1e-5, atol=1e-4)
+        for values in found.values():
+            value = torch.as_tensor(values[name])
+            torch.testing.assert_close(value, scorer.scores(name, encoded), rtol=1e-5, atol=1e-4)
 
 
 # Operations that ONNX lacks or computes too coarsely are in the first three; the other families are arithmetic alone.
@@ -241,8 +320,7 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run_copy, image_folde
     # what was scored with other weights is not this model's
     summary = json.loads((run_copy / "scores_summary.json").read_text())
     (run_copy / "scores_summary.json").write_text(json.dumps({**summary, "weights_sha256": "0"}))
-    card = exporting.model_card(
-        load_run(run_copy), ScoreConfig(score="knn"), SCORES["knn"], None, {}, file="model", format="onnx"
-    )
+    judge = prepare(load_run(run_copy), ScoreConfig(score="knn"))
+    card = exporting.model_card(judge, {}, file="model", format="onnx")
     assert 'onnxruntime.InferenceSession("model")' in card
     assert "Detection of anomalies: **not measured**" in card
