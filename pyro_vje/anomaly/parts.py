@@ -201,7 +201,7 @@ class LikelihoodParts:
         """Mean log-probability of the image's own turn, of four; ``ValueError`` if its turns were not encoded."""
         if self.encoded.log_rotation is None:
             raise ValueError(
-                "a score by rotations needs a run with them (train --rotations 1); pairs and exported files have none"
+                "a score by rotations needs a run with them (train --rotations 1); pairs have none"
             )
         return self.encoded.log_rotation.double()
 

@@ -74,6 +74,10 @@ class Deployed(nn.Module):
         def judged(scorer: Scorer) -> tuple[Encoded, Tensor]:
             embedding = scorer.vje.project(features)
             encoded = Encoded(embedding, *scorer.vje.posterior(embedding))
+            if self.score.of == "rotations":  # four passes, where the others need one
+                turned = [self.vje.embed(self.view(images.rot90(turn, (-2, -1)))) for turn in (1, 2, 3)]
+                locs = [encoded.loc, *(self.vje.posterior(embedding)[0] for embedding in turned)]
+                encoded = encoded._replace(log_rotation=self.vje.log_rotation(locs))
             return encoded, self.score(LikelihoodParts(scorer, encoded, at_once=at_once))
 
         encoded, score = judged(self.scorer)

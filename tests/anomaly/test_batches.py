@@ -155,8 +155,8 @@ def test_on_a_ray_cluster_a_killed_worker_costs_nothing(run, mixed, wanted, tmp_
         monkeypatch.setenv(name, value)
     place = tempfile.mkdtemp(prefix="ray")  # short, as names of sockets must be
     how = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
-    # Two workers, and as many cores to read with: who waits for the other would wait for ever.
-    ray.init(num_cpus=4, object_store_memory=80 * 2**20, _temp_dir=place, **how)
+    # Two workers, and a core to read with: they would wait for it for ever.
+    ray.init(num_cpus=3, object_store_memory=80 * 2**20, _temp_dir=place, **how)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         images = ray.data.read_binary_files(str(mixed), include_paths=True, override_num_blocks=10)
@@ -173,8 +173,11 @@ def test_on_a_ray_cluster_a_killed_worker_costs_nothing(run, mixed, wanted, tmp_
             for i, name in enumerate(names):
                 shard.add(name, f"{i:02d}.png")
         for column, source in (
-            ("photo", ray.data.read_parquet(str(tmp_path / "photos.parquet"))),
-            ("png", ray.data.read_webdataset(str(tmp_path / "shard.tar"), decoder=False)),
+            ("photo", ray.data.read_parquet(str(tmp_path / "photos.parquet"), override_num_blocks=1)),
+            (
+                "png",
+                ray.data.read_webdataset(str(tmp_path / "shard.tar"), decoder=None, override_num_blocks=1),
+            ),
         ):
             batch = source.take_batch(len(names))
             agrees(

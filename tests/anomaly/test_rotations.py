@@ -11,7 +11,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from pyro_vje import VJE, SymmetricELBO, load_run, score, train
+from pyro_vje import VJE, SymmetricELBO, export, load_run, score, train
 from pyro_vje.data import TwoViews
 from pyro_vje.experiments import one_class
 from pyro_vje.runs.folder import REFERENCE, load_posteriors, load_split
@@ -94,6 +94,9 @@ def test_a_run_scores_by_its_rotations(turned_run, tmp_path):
             embedded = run.vje.embed(view(images)).detach().double().numpy()
             np.testing.assert_allclose(half, LedoitWolf().fit(reference).mahalanobis(embedded), rtol=1e-3)
         assert all(0 < float(row["p_value"]) <= 1 for row in rows)
+    exported = export(turned_run, format="torch", score="rotation-joint", out=tmp_path / "model.pt2").path
+    scores = torch.export.load(exported).module()(images)["score"]
+    np.testing.assert_allclose(scores, found, rtol=1e-4)
 
 
 def test_a_run_without_rotations_says_so(trained_run, tmp_path):
