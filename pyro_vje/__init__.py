@@ -10,8 +10,6 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     BatchScorer, BatchEmbedder               the same of batches, for an engine over many machines
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

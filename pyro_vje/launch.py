@@ -1,7 +1,5 @@
 """Who started this process, and how many of them train together. Imports nothing heavy."""
 
-from __future__ import annotations
-
 import os
 
 

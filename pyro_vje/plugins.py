@@ -1,7 +1,5 @@
 """Look a name up among the built-in choices, a user's ``module:attribute``, or installed entry points."""
 
-from __future__ import annotations
-
 import pkgutil
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How far long work is: a line that is rewritten in a terminal, a line of the log a minute elsewhere."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import sys

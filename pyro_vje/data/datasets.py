@@ -1,7 +1,5 @@
 """The data sets by name. A new one is one function from a Request to an ImageSet, and one entry in DATASETS."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Batches of uint8 images, from memory or worker processes; an epoch's order is a function of (seed, epoch) alone."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import weakref

@@ -1,7 +1,5 @@
 """The images of a run: those trained on, held out for calibration, kept as reference, watched by k-NN."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

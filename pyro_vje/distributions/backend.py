@@ -1,7 +1,5 @@
 """Pyro's base class and constraints where Pyro is installed, else PyTorch's with the little that is missing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What all distributions here share: parameters and their shapes, densities of values and of all pairs, fits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import partial

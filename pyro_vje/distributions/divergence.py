@@ -1,7 +1,5 @@
 """Kullback-Leibler divergences, registered with ``torch.distributions.kl_divergence`` (ours)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributions.kl import kl_divergence, register_kl

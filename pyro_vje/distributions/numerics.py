@@ -1,7 +1,5 @@
 """Numbers under the distributions: precision, unit vectors, matrix products, searches, scalar functions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Densities over R^D of a direction on the sphere times a radius: the paper's likelihood, and the general case."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -6,8 +6,6 @@ geometrically; t = mode + width * sinh(tau) follows the peak (of relative width 
 length 1/df) with the same nodes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial

@@ -1,7 +1,5 @@
 """A reparameterisation of latent directions, for Pyro's autoguides and Hamiltonian Monte Carlo."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyro

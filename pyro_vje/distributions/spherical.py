@@ -1,7 +1,5 @@
 """Rotationally symmetric distributions on the unit sphere S^(D-1), in any dimension."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

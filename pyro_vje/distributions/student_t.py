@@ -1,7 +1,5 @@
 """Student-t vectors, the Student-t density on the sphere, and the law of a Student-t vector's direction."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

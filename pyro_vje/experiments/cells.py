@@ -3,8 +3,6 @@
 ``cells/NAME`` is a run folder, ``cells/NAME.json``, written last, what came of it; beside them lie summary and table.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import textwrap
@@ -12,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -49,7 +47,7 @@ class Cell:
         return {**vars(self), "config": self.config.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: Any) -> Cell:
+    def from_dict(cls, values: Any) -> Self:
         """Read `to_dict`'s form; ``ValueError`` if something is missing or of another type."""
         check_form(values, FORM)
         check_form(values["measures"], dict.fromkeys(values["measures"], int | float))

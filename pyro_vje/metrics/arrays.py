@@ -1,7 +1,5 @@
 """Arguments of the metrics: tensors on any device and NumPy arrays alike, checked before anything is computed."""
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 import numpy as np

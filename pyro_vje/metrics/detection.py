@@ -4,8 +4,6 @@ Higher is stranger, or less certain. ``ValueError``: lengths differ, a vector is
 classes is missing, or a setting is out of range.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How well anomaly maps tell defective pixels from normal ones, counted picture by picture in bounded memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

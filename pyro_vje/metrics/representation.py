@@ -3,8 +3,6 @@
 All raise ``ValueError`` if shapes disagree, values are not finite, labels are negative, or a setting is not positive.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Encoders: image batch to feature vector, by name or from the user's own code."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ A family is a function ``(loc, scale, settings) -> Distribution`` over R^D and o
 family is such a function in a file of theirs, named as ``module:function``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -93,10 +91,10 @@ def get_family(name: str) -> LikelihoodFamily:
 
 POLAR = ("df", "unit_radius", "radius_scale")
 _register = partial(register, is_normalized=True)
-_subdensity = partial(register, is_normalized=False)
+_register_subdensity = partial(register, is_normalized=False)
 
 
-@_subdensity("polar-student-t", "direction and radius apart, restricted Student-t (the paper's)")
+@_register_subdensity("polar-student-t", "direction and radius apart, restricted Student-t (the paper's)")
 def polar_student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """Oji & Fieguth (arXiv 2602.05639): a spherical subdensity times a radial Student-t."""
     return own.PolarStudentT(loc=loc, scale=scale, **vars(settings))
@@ -109,7 +107,7 @@ def polar_student_t_exact(loc: Tensor, scale: Tensor, settings: LikelihoodSettin
     return own.PolarStudentT(loc=loc, scale=scale, direction="projected", **vars(settings))
 
 
-@_subdensity("polar-normal", "the Gaussian limit of polar-student-t", uses=SETTINGS[1:])
+@_register_subdensity("polar-normal", "the Gaussian limit of polar-student-t", uses=SETTINGS[1:])
 def polar_normal(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """`polar_student_t` at ``df = inf``: the paper reports that it fails."""
     return polar_student_t(loc, scale, replace(settings, df=math.inf))

@@ -1,7 +1,5 @@
 """The symmetric ELBO: `pyro.infer.Trace_ELBO` over all pairs of a batch's views, without device syncs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Pretrained encoders: models of timm and torchvision, their weights, and how they want their images."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple

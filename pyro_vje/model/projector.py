@@ -1,7 +1,5 @@
 """What lies between the encoder's features and the embedding: nothing but a batch norm, unless one asks for more."""
 
-from __future__ import annotations
-
 import torch
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Evaluation of frozen representations: probes, geometry, uncertainty; trained against untrained against raw pixels."""
 
-from __future__ import annotations
-
 import logging
 import textwrap
 import warnings
@@ -295,8 +293,8 @@ def format_table(result: dict[str, Any]) -> str:
     lines = [f"{result['dataset']}: {images}, weights of {result['weights']}"]
     lines.append(pd.DataFrame({"dim": rows["dim"], **numbers}).fillna("").to_string())
     if "knn_sweep" in protocols:
-        name = "k {k}, T {temperature}".format
-        sweeps = {of: {name(**x): x["accuracy"] for x in found} for of, found in rows["knn_sweep"].items()}
+        said = "k {k}, T {temperature}".format
+        sweeps = {of: {said(**x): x["accuracy"] for x in found} for of, found in rows["knn_sweep"].items()}
         lines += ["", pd.DataFrame(sweeps).to_string(float_format="{:.4f}".format)]
     curves = rows["rejection"].dropna()
     shares = [f"{share:.0%}" for share in curves.iloc[0]["rejected"]]

@@ -1,7 +1,5 @@
 """Writing files so that a reader never sees half of one, reading JSON that may be damaged, one writer a folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

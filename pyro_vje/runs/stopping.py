@@ -1,7 +1,5 @@
 """SIGINT and SIGTERM as one exception, raised at once, or noted until a step of training is done."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -9,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 GOES_ON = "stopped: what is finished is kept, and the same command goes on from it"
 
@@ -22,7 +20,7 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
     @classmethod
-    def after(cls, stop: KeyboardInterrupt, message: str) -> Interrupted:
+    def after(cls, stop: KeyboardInterrupt, message: str) -> Self:
         """The same request to stop, with another message."""
         return cls(message, getattr(stop, "signum", signal.SIGINT))
 

@@ -4,8 +4,6 @@ Lightning's ModelCheckpoint writes to the system's temporary folder, without syn
 last step makes a resumed run skip the epoch's end; and on SIGTERM Lightning sends a collective from the handler.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import time

@@ -1,7 +1,5 @@
 """What makes processes with equal shares of a batch compute what one would: latent noise, batch statistics."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

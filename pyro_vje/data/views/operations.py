@@ -4,8 +4,6 @@ Each takes float32 images (B, 3, H, W) in [0, 1] and parameters (B,), and gives 
 ``torchvision.transforms.v2.functional`` in its docstring gives for each; those ending in ``_`` change them in place.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, grid_sample, pad
