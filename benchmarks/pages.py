@@ -246,7 +246,7 @@ def soak(name: str) -> str:
 
 
 def render(page: Path) -> str:
-    """The page with its tables between their marks; what has no result yet says so."""
+    """The page with its tables between their marks; what has no result yet shows nothing."""
 
     def fill(mark: re.Match[str]) -> str:
         if mark[2] not in TABLES:
@@ -257,7 +257,7 @@ def render(page: Path) -> str:
         try:
             return f"{mark[1]}{TABLES[mark[2]](*names, **options)}\n"
         except FileNotFoundError:
-            return f"{mark[1]}Not measured yet.\n"
+            return f"{mark[1]}"
 
     return MARK.sub(fill, page.read_text())
 

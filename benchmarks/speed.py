@@ -240,9 +240,7 @@ def vje_epoch(encoder: str, train_set: ImageSet, batch: int, settings: Settings)
         with tempfile.TemporaryDirectory() as folder, quiet_lightning():
             report = EpochReport(Path(folder), train_set, None, view)
             checkpoints = Checkpoints(Path(folder) / LAST, StopRequest())
-            trainer = training._trainer(
-                Path(folder), config, [report, checkpoints, clock], settings.precision
-            )
+            trainer = training._trainer(config, [report, checkpoints, clock], settings.precision, None)
             trainer.fit(Pretraining(vje, config, train_set, views))
         return clock.seconds
 

@@ -1,11 +1,14 @@
 """Commands that make something of a finished run: its features, an evaluation, a file for deployment."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pyro_vje.cli import options
+
+log = logging.getLogger("pyro_vje")
 
 FORMATS = "onnx, for ONNX Runtime (needs pip install 'pyro-vje[export]'); torch, for torch.export.load."
 KINDS = click.Choice(["onnx", "torch"])
@@ -23,6 +26,9 @@ def embed(ckpt: Path, data: Path, out: Path, **settings: Any) -> None:
 
     path, written, failed = embed(ckpt, data, out, **settings)
     click.echo(f"{counted(written)} embedded: {path}")
+    log.info(
+        "to read it: numpy.load(%r), with the arrays features, embeddings, loc, scale and paths", str(path)
+    )
     if failed:
         click.echo(f"{counted(failed)} could not be read and left out", err=True)
         raise SystemExit(1)
@@ -46,7 +52,12 @@ def eval(ckpt: Path, **settings: Any) -> None:
     from pyro_vje import evaluate
     from pyro_vje.representation import format_table
 
-    click.echo(format_table(evaluate(ckpt, **settings)))
+    result = evaluate(ckpt, **settings)
+    click.echo(format_table(result))
+    trained, untrained, *_ = result["rows"]
+    found = f"k-NN {trained['knn']:.3f}, and {untrained['knn']:.3f} of the {untrained['representation']}"
+    better = trained["knn"] > untrained["knn"]
+    log.info(f"training has {'helped' if better else 'not helped yet (more --epochs may)'}: {found}")
 
 
 @options.command("export")

@@ -1,5 +1,6 @@
 """Commands that tell strange images from normal ones."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import options
 from pyro_vje.config import ScoreConfig, fields_of
 
+log = logging.getLogger("pyro_vje")
 NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.values())
 _, _, DEFAULT = (fields_of(ScoreConfig)["score"].description or "").partition(", or ")
 
@@ -44,7 +46,7 @@ def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
 
     from pyro_vje import inspect
 
-    _say(inspect(good, new, out, settings=config, **how))
+    _say(inspect(good, new, out, settings=config, **how), plain=True)
 
 
 @options.command("calibrate")
@@ -59,26 +61,45 @@ def calibrate(ckpt: Path, data: Path, name: str, **settings: Any) -> None:
 
     path, images = calibrate(ckpt, data, name, **settings)
     click.echo(f"calibrated with {counted(images)}: {path}")
+    log.info("to score with it: pyro-vje score --ckpt %s --calibration %s", ckpt, name)
 
 
-def _say(result: Any) -> None:
-    """Print what a `pyro_vje.anomaly.ScoreResult` tells; exit code 1 if images could not be read."""
+def _say(result: Any, *, plain: bool = False) -> None:
+    """Print what a `pyro_vje.anomaly.ScoreResult` tells: what, how sure, what to do; exit code 1 if images are unread.
+
+    ``plain`` is for one with a folder of images: how the scores were made is for ``--log-level debug``.
+    """
     from pyro_vje.data import counted
 
-    config = result.settings
+    config, scored, flagged = result.settings, result.scored, result.flagged
     passes = f"{result.passes} forward pass{'es' if result.passes > 1 else ''} an image"
     how = f"{config.score} ({passes}, {config.num_particles} particles, seed {config.seed})"
-    click.echo(f"{counted(result.scored)} scored by {how}: {result.csv}")
+    log.debug("scored by %s", how)
+    if not plain:
+        click.echo(f"{counted(scored)} scored by {how}: {result.csv}")
+    said = []
+    if flagged is not None:
+        rule = f"Benjamini-Hochberg at a false-discovery rate of {config.fdr}"
+        sure = f"at most {100 * (config.fdr or 0):g} % of those are normal, on average"
+        if config.alpha is not None:
+            rule = f"p-value ≤ {config.alpha}"
+            sure = f"about {100 * config.alpha:g} % of normal images are marked by mistake, here "
+            sure += f"{config.alpha * scored:.0f} if all {scored} were normal"
+        called = "look strange" if plain else "called anomalies"
+        said.append(f"{flagged} of {scored} {called} ({rule})\nhow sure: {sure}")
+    elif plain:
+        said.append(f"{counted(scored)}, ordered by how strange they look; none is called strange")
     if result.auroc is not None:
         counts = f"anomalies positive: {result.anomalies}, normal: {result.normal}"
         counts += f"; left out, without a label: {result.unlabelled}" if result.unlabelled else ""
-        click.echo(f"AUROC {result.auroc:.4f} ({counts})")
-    if result.flagged is not None:
-        rule = f"Benjamini-Hochberg at a false-discovery rate of {config.fdr}"
-        rule = rule if config.alpha is None else f"p-value ≤ {config.alpha}"
-        click.echo(f"{result.flagged} of {result.scored} called anomalies ({rule})")
+        means = "by the names of the folders, 1 is perfect: " if plain else ""
+        said.insert(len(said) if plain else 0, f"{means}AUROC {result.auroc:.4f} ({counts})")
+    for line in said:
+        click.echo(line)
     if result.report:
-        click.echo(f"report: {result.report}")
+        click.echo(f"look at them: {result.report}" if plain else f"report: {result.report}")
+    if plain:
+        click.echo(f"all numbers: {result.csv}")
     if result.failed:
         click.echo(f"{counted(result.failed)} could not be read: see the column error", err=True)
         raise SystemExit(1)

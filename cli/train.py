@@ -1,4 +1,5 @@
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from click.core import ParameterSource
 
 from pyro_vje.cli import options
 from pyro_vje.launch import is_first_process
+
+log = logging.getLogger("pyro_vje")
 
 
 @options.command("train")
@@ -38,4 +41,6 @@ def train(ctx: click.Context, out: Path | None, resume: bool, overwrite: bool, *
         config = dataclasses.replace(stored, **{name: settings[name] for name in given})
     folder = train(config, out, resume=resume, overwrite=overwrite)
     if is_first_process():
+        log.info("which images are strange: pyro-vje score --ckpt %s --data FOLDER", folder)
+        log.info("how good the features are: pyro-vje eval --ckpt %s", folder)
         click.echo(folder)

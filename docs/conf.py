@@ -119,6 +119,16 @@ def _block_math(translator: HTML5Translator, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def _keep_together(app: Sphinx, *where: object) -> None:
+    """A deviation stays in the line of its mean."""
+    content: list[str] = where[-1]  # type: ignore[assignment]
+    content[0] = (
+        content[0]
+        .replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+        .replace("| ± ", "| ±\N{NO-BREAK SPACE}")
+    )
+
+
 def _copy_math_font(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
         font = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
@@ -129,3 +139,5 @@ def setup(app: Sphinx) -> None:
     """MathML at build time and its font beside it: the site needs no network and no script to show a formula."""
     app.add_html_math_renderer("mathml", (_inline_math, None), (_block_math, None))
     app.connect("build-finished", _copy_math_font)
+    app.connect("source-read", _keep_together)
+    app.connect("include-read", _keep_together)

@@ -235,7 +235,7 @@ def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -
         log.info("no p-values: %s", no)
         return
     least = 1 / (count + 1)
-    log.info("p-values against %d normal images: none is below %.3g", count, least)
+    log.info("compared with %d normal images, so that no p-value is below %.3g", count, least)
     if level is not None and level < least:
         raise ValueError(
             f"with {count} calibration images no p-value is below {least:.3g}, so nothing could be called an anomaly "
@@ -243,7 +243,8 @@ def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -
         )
     if fdr is not None and (least_called := math.ceil(images * least / fdr)) > 1:
         log.warning(
-            "at fdr %g, among %d images and with %d to calibrate, fewer than %d strange ones cannot be called",
+            "at fdr %g, among %d images and with %d to compare with, fewer than %d strange ones cannot be called: "
+            "raise it, or compare with more (pyro-vje calibrate)",
             *(fdr, images, count, least_called),
         )
 

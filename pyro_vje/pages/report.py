@@ -87,8 +87,9 @@ def _cards(
     read: pd.DataFrame, scores: Floats, labels: Kinds, thumbnails: Thumbnails, folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """All flagged images, or at least the strangest, and the most normal ones; none twice, none without a score."""
-    order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
     flagged, p_values = read["decision"].eq("anomaly").to_numpy(), read["p_value"].to_numpy(np.float64)
+    # Flagged ones first: with folds, p-values do not follow the scores exactly.
+    order = np.lexsort((-scores, ~flagged))[: np.count_nonzero(~np.isnan(scores))]
     strange = min(max(int(flagged.sum()), min(SHOWN, (len(order) + 1) // 2)), MOST_FLAGGED)
     shown = [*order[:strange], *order[strange:][-SHOWN:][::-1]]
     images = thumbnails(read.index[shown].tolist()) if shown else []
@@ -132,7 +133,10 @@ def _charts(read: pd.DataFrame, scores: Floats, labels: Kinds, held_out: Floats)
     charts: list[dict[str, Any]] = []
     p_values = read["p_value"].to_numpy(np.float64)
     parts = read[["log_direction", "log_radius"]].to_numpy(np.float64)
-    threshold = scores[read["decision"].eq("anomaly")].min(initial=np.inf)
+    flagged = read["decision"].eq("anomaly")
+    threshold = scores[flagged].min(initial=np.inf)
+    if (scores[~flagged] >= threshold).any():  # with folds no score is a limit
+        threshold = np.inf
     steps = len(held_out) + 1
 
     def draw_scores(axes: Axes) -> None:

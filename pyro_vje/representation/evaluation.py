@@ -297,13 +297,13 @@ def format_table(result: dict[str, Any]) -> str:
         sweeps = {of: {said(**x): x["accuracy"] for x in found} for of, found in rows["knn_sweep"].items()}
         lines += ["", pd.DataFrame(sweeps).to_string(float_format="{:.4f}".format)]
     curves = rows["rejection"].dropna()
-    shares = [f"{share:.0%}" for share in curves.iloc[0]["rejected"]]
-    kept = [[*curve["accuracy"], curve["area"]] for curve in curves]
+    shares = [f"{share:.0%}" for share in curves.iloc[0]["rejected"][::2]]
+    kept = [[*curve["accuracy"][::2], curve["area"]] for curve in curves]
     table = pd.DataFrame(kept, curves.index, [*shares, "area"]).rename_axis(columns="R@1, share rejected")
     lines += ["", table.to_string(float_format="{:.3f}".format), ""]
     for name, (heading, _) in {**shown, "rejection": ("rejected", 0)}.items():
         protocol = ", ".join(f"{key} {value}" for key, value in protocols[name].items())
         unfit = rows.index[~rows["linear_converged"].astype(bool)] if name == "linear" else ()
         protocol += f"; NOT CONVERGED for {', '.join(unfit)}" if len(unfit) else ""
-        lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", 110, subsequent_indent=" " * 10)
+        lines += textwrap.wrap(f"{heading + ':':<10}{protocol}", 79, subsequent_indent=" " * 10)
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines())

@@ -237,7 +237,7 @@ def level(config: TrainConfig) -> int:
 
 def _said(row: dict[str, Any], config: TrainConfig) -> str:
     """The loss, and its parts in brackets, where they are of interest (`level`)."""
-    if level(config) == logging.DEBUG:
+    if not log.isEnabledFor(level(config)):
         return ""
     parts = [f"{name.removeprefix('log_')} {row[name]:.1f}" for name in PARTS[2:] if name in row]
     return f"  loss {row['loss']:.1f}" + f" ({', '.join(parts)})" * bool(parts)

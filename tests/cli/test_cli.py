@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import click
 import pytest
@@ -329,14 +330,34 @@ def test_a_data_set_of_ones_own(image_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("level", "rule"),
+    ("level", "rule", "sure"),
     [
-        ("--alpha", r"(p-value \u2264 0.5)"),
-        ("--fdr", "(Benjamini-Hochberg at a false-discovery rate of 0.5)"),
+        ("--alpha", r"(p-value \u2264 0.5)", "normal images are marked by mistake, here 9 if all 18 were"),
+        ("--fdr", "(Benjamini-Hochberg at a false-discovery rate of 0.5)", "those are normal, on average"),
     ],
 )
-def test_decisions_are_counted(trained_run, tmp_path, level, rule):
+def test_decisions_are_counted(trained_run, tmp_path, level, rule, sure):
     arguments = ["score", "--ckpt", trained_run, level, "0.5", "--no-draw", "--out", tmp_path / "s.csv"]
     result = CliRunner(charset="cp1252").invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert re.search(rf"^\d+ of 18 called anomalies {re.escape(rule)}$", result.stdout, re.MULTILINE)
+    assert re.search(rf"^how sure: .*\b50 % of {sure}", result.stdout, re.MULTILINE)
+
+
+JARGON = r"\bnats?\b|\bkl\b|radius|posterior|likelihood|kl_weight|particles|batch norm|loss|epoch"
+
+
+def test_inspect_speaks_of_images_and_the_rest_is_for_debug(image_folder, tmp_path, monkeypatch):
+    """Its words are for one with a folder: what, how sure, what to do."""
+    monkeypatch.setattr("pyro_vje.anomaly.inspection.TrainConfig", partial(TrainConfig, epochs=2))
+    out = ["inspect", image_folder / "train", image_folder / "test", "--encoder", "tiny", "--image-size", 16]
+    out += ["--alpha", 0.3]
+    result = run(*out, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    for line in result.output.replace(str(tmp_path), "").splitlines():
+        assert not re.search(JARGON, line, re.IGNORECASE), line
+    for what in ("look strange", "how sure: ", "look at them: ", "all numbers: "):
+        assert what in result.stdout
+    told = run("--log-level", "debug", *out, "--out", tmp_path / "b").stderr
+    for what in ("loss", "kl ", "likelihood", "particles"):
+        assert what in told

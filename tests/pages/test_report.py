@@ -198,6 +198,26 @@ def test_charts_and_grids():
     assert "P-values" not in charts(render(few, held_out))
 
 
+@pytest.mark.usefixtures("_no_charts")
+def test_flagged_images_come_first_whatever_their_scores():
+    """With folds a p-value is no function of the score."""
+    decisions = np.where(np.arange(60) % 3 == 0, "anomaly", "normal")
+    table, held_out = rows(decision=decisions)
+    asked = []
+    html = render(table, held_out, asked=asked, folds=5)
+    assert html.count('class="flagged"') == 20
+    assert set(asked[:20]) == set(range(0, 60, 3))
+    assert (np.diff(table["anomaly_score"].to_numpy()[asked[:20]]) <= 0).all()
+    assert "All 20 that are marked." in Page(html).text
+
+
+def test_no_limit_is_drawn_where_scores_are_none():
+    table, held_out = rows()
+    assert "Flagged from" in render(table, held_out)
+    table.loc[table["anomaly_score"].idxmax(), "decision"] = "normal"
+    assert "Flagged from" not in render(table, held_out, folds=5)
+
+
 def test_every_flagged_image_is_shown_up_to_a_bound_and_100_000_make_a_small_page():
     failed = [(f"bad/{i}.png", "truncated") for i in range(50_000)]
     table, held_out = rows(100_000, calibration=999, failed=failed)

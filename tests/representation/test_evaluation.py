@@ -66,7 +66,7 @@ def test_command_with_everything(trained_run, tmp_path):
     printed = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert printed.exit_code == 0, printed.output
     lines = printed.stdout.splitlines()
-    assert max(map(len, lines)) <= 110
+    assert max(map(len, lines)) <= 84  # with both probes; 80 with one
     result = json.loads(out.read_text())
     separate = evaluate(trained_run, out=tmp_path / "one.json", k=3, temperature=0.05, batch_size=16)
     for row, one in zip(result["rows"], separate["rows"], strict=True):
