@@ -357,7 +357,7 @@ def score_images(vje: VJE, images: ImageSet, batch: int, settings: Settings) -> 
     scorer = Scorer(vje)
 
     def run() -> None:
-        for encoded in encode_batches(vje, images, view, batch_size=batch, device=settings.device):
+        for encoded in encode_batches(vje, images, view, batch_size=batch):
             scorer.scores("conditional", encoded).cpu()
 
     return run

@@ -143,6 +143,6 @@ class BatchEmbedder(_OverBatches):
         self.shapes = {"features": features, "embeddings": shape, "loc": shape, "scale": shape}
 
     def _found(self, images: ImageSet) -> Iterator[tuple[Tensor, Columns]]:
-        size, device = self.settings.batch_size, default_device()
-        for each in encode_batches(self.run.vje, images, self.run.info.view, batch_size=size, device=device):
+        size = self.settings.batch_size
+        for each in encode_batches(self.run.vje, images, self.run.info.view, batch_size=size):
             yield each.indices, {name: getattr(each, name).cpu().numpy() for name in self.shapes}

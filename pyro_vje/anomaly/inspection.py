@@ -135,6 +135,6 @@ def calibrate(
         raise ValueError(f"{ckpt} is a weights file: a calibration is kept in a run folder")
     path = run.folder / runs.calibration_file(name)
     images = runs.load_split(run, "all", "folder", data, residency="stream")
-    how: dict[str, Any] = {"device": runs.default_device(), "rotations": run.vje.rotations > 0}
-    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, **how)
+    turned = run.vje.rotations > 0
+    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, rotations=turned)
     return runs.save_posteriors(path, encoded), len(encoded.indices)

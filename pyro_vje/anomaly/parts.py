@@ -66,7 +66,7 @@ class Scorer:
         self.vje, self.kl_weight = vje, kl_weight
         self.family = vje.family if likelihood is None else get_family(likelihood)
         self.family.check(vje.embedding_dim, vje.settings)
-        self.device = next(vje.parameters()).device
+        self.device = vje.device
         self._reference = None if reference is None else reference.to(self.device)
         self.noise = latent_noise(num_particles, vje.embedding_dim, seed).to(self.device)
         self._fitted: dict[str, detectors.Fitted] = {}

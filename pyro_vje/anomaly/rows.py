@@ -83,11 +83,10 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
     reference, config = folder.load_posteriors(run, folder.REFERENCE), run.info.config
     if settings.reference_views:
         train_set, _ = _training_images(run, "kernels at augmented views of the training images need these")
-        views, device = run.info.views, next(run.vje.parameters()).device
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        images = reference_images(train_set, config.seed)
+        views, images = run.info.views, reference_images(train_set, config.seed)
+        generator = torch.Generator(run.vje.device).manual_seed(settings.seed)
         drawn = [
-            encode(run.vje, images, lambda batch: views(batch, generator)[0], device=device)
+            encode(run.vje, images, lambda batch: views(batch, generator)[0])
             for _ in range(settings.reference_views)
         ]
         reference = Encoded.cat([*drawn, *([] if reference is None else [reference])])
@@ -180,9 +179,8 @@ def score_batches(judge: Judge, images: ImageSet) -> Iterator[tuple[Tensor, Floa
         batches = images.batches(images_at_once(images, size, device))
         found = ((index, draw(batch.to(device)), None) for index, batch in batches)
     else:
-        clean = encode_batches(
-            run.vje, images, run.info.view, batch_size=size, device=device, rotations=run.vje.rotations > 0
-        )
+        turned = run.vje.rotations > 0
+        clean = encode_batches(run.vje, images, run.info.view, batch_size=size, rotations=turned)
         found = ((batch.indices, [batch], batch.features) for batch in clean)
     for index, posteriors, features in found:
         rows = torch.stack([_row(score, scorer.parts(each)) for each in posteriors])

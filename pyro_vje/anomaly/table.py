@@ -306,10 +306,10 @@ def embed(
     ``labels`` (N,), -1 for none, with ``classes`` where the folder has class folders. Returns the file, the number of
     images in it, and the number that could not be decoded. Raises as `score` does.
     """
-    target, device = _target(out), runs.default_device()
-    run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=device)
+    target = _target(out)
+    run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
     images = runs.load_split(run, "all", "folder", data, residency="stream")
-    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, device=device)
+    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size)
     arrays = {name: x.numpy() for name, x in encoded._asdict().items() if name != "indices" and x is not None}
     arrays["paths"] = np.array([images.paths[i] for i in encoded.indices.tolist()])
     if images.labels is not None:

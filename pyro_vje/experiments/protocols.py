@@ -65,22 +65,22 @@ def all_scores(
     ``known`` keeps what a frozen encoder made of the sets, for the next run with it; controls without any training are
     measured where weights are not pretrained.
     """
-    view, config, device = run.info.view, run.info.config, next(run.vje.parameters()).device
+    view, config = run.info.view, run.info.config
     known, turned = {} if known is None else known, run.vje.rotations > 0
-    look_at = partial(encode, view=view, device=device, rotations=turned)
+    look_at = partial(encode, view=view, rotations=turned)
 
     def look(images: ImageSet) -> Encoded:
         key = config.seed, images.fingerprint()
         if key not in known:
             known[key] = look_at(run.vje, images)
         seen = known[key] if config.frozen else known.pop(key)
-        return encode_features(run.vje, seen.features.to(device)) if config.frozen else seen
+        return encode_features(run.vje, seen.features) if config.frozen else seen
 
     normal_images = reference_images(runs.training_images(run)[0], config.seed)
     encoded = [look_at(run.vje, normal_images), *map(look, sets)]
     features = {"trained features": [images.features for images in encoded]}
     if config.weights == "none":
-        untrained = runs.build_model(config, run.info.view_size).to(device).eval()
+        untrained = runs.build_model(config, run.info.view_size).to(run.vje.device).eval()
         every = [normal_images, *sets]
         features["untrained features"] = [look_at(untrained, x).features for x in every]
         features["raw pixels"] = [pixels(images, view)[1] for images in every]

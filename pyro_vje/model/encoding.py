@@ -77,9 +77,9 @@ def in_equal_parts(function: Callable[..., Sequence[Tensor]], *tensors: Tensor, 
     return [torch.cat(column)[:count] for column in zip(*parts, strict=True)]
 
 
-def images_at_once(images: Images, batch_size: int, device: str | torch.device) -> int:
+def images_at_once(images: Images, batch_size: int, device: torch.device) -> int:
     """How many images to read at a time so that every pass of the encoder is full."""
-    rows = cpu_rows(images.image_size) if torch.device(device).type == "cpu" else 1
+    rows = cpu_rows(images.image_size) if device.type == "cpu" else 1
     return -(-batch_size // rows) * rows
 
 
@@ -89,13 +89,7 @@ def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
 
 
 def encode_batches(
-    vje: VJE,
-    images: Images,
-    view: View,
-    *,
-    batch_size: int = 256,
-    device: str | torch.device = "cpu",
-    rotations: bool = False,
+    vje: VJE, images: Images, view: View, *, batch_size: int = 256, rotations: bool = False
 ) -> Iterator[Encoded]:
     """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device.
 
@@ -114,12 +108,12 @@ def encode_batches(
 
     @torch.no_grad()
     def run(batch: Tensor) -> list[Tensor]:
-        return in_equal_parts(forward, batch.to(device), rows=cpu_rows(batch.shape[-1]))
+        return in_equal_parts(forward, batch.to(vje.device), rows=cpu_rows(batch.shape[-1]))
 
     was_training = vje.training
     vje.eval()
     try:
-        for indices, batch in images.batches(images_at_once(images, batch_size, device)):
+        for indices, batch in images.batches(images_at_once(images, batch_size, vje.device)):
             embeddings, loc, scale, features, *log_rotation = run(batch)
             yield Encoded(embeddings, loc, scale, features, indices, *log_rotation)
     finally:
@@ -127,20 +121,11 @@ def encode_batches(
 
 
 def encode(
-    vje: VJE,
-    images: Images,
-    view: View,
-    *,
-    batch_size: int = 256,
-    device: str | torch.device = "cpu",
-    rotations: bool = False,
+    vje: VJE, images: Images, view: View, *, batch_size: int = 256, rotations: bool = False
 ) -> Encoded:
-    """Encode all of ``images``, collected on the CPU; ``ValueError`` if not one of them could be decoded.
-
-    With ``rotations`` as `encode_batches`.
-    """
+    """`encode_batches` of all ``images``, collected on the CPU; ``ValueError`` if none could be decoded."""
     parts, progress = [], Progress("encoding", len(images))
-    for batch in encode_batches(vje, images, view, batch_size=batch_size, device=device, rotations=rotations):
+    for batch in encode_batches(vje, images, view, batch_size=batch_size, rotations=rotations):
         parts.append(batch.to("cpu"))
         progress.add(len(batch.indices))
     clear_line()
@@ -151,8 +136,8 @@ def encode(
 
 @torch.no_grad()
 def encode_features(vje: VJE, features: Tensor) -> Encoded:
-    """What a model says of images whose encoder's features ``(N, F)`` are at hand, on their device."""
-    was_training = vje.training
+    """What a model says, on its device, of images whose encoder's features ``(N, F)`` are at hand."""
+    features, was_training = features.to(vje.device), vje.training
     vje.eval()
     parts = in_equal_parts(partial(_head, vje), features, rows=128)
     vje.train(was_training)

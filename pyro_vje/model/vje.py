@@ -179,6 +179,11 @@ class VJE(nn.Module):
         learned = radius_scale == "learned" and _uses_radius_scale(self.family, self.settings, embedding_dim)
         self.raw_radius_scale = nn.Parameter(torch.tensor(0.5413)) if learned else None  # softplus gives 1
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return next(self.parameters()).device
+
     def freeze_encoder(self) -> None:
         """Keep everything of the encoder as it is from now on, the statistics of its batch norms included."""
         self.frozen = True
@@ -260,7 +265,6 @@ class VJE(nn.Module):
         """Pyro model of all targets ``(P, B, D)``; ``views`` as in `stack_views`, or as of `encode_views`.
 
         ``turns`` ``(B,)`` are the quarter turns, 0 to 3, by which the images lie, for a model with ``rotations``.
-
         Replayed against a trace of `guide` on the same views, as Pyro's objectives do, it encodes nothing itself.
         """
         self._register_for_svi()

@@ -44,15 +44,11 @@ def pixels(images: ImageSet, view: CleanView) -> tuple[Tensor, Tensor]:
     return torch.cat([indices for indices, _ in batches]), torch.cat([values for _, values in batches])
 
 
-def _encode(vje: VJE, images: ImageSet, view: CleanView, batch_size: int = 256) -> Encoded:
-    return encode(vje, images, view, batch_size=batch_size, device=next(vje.parameters()).device)
-
-
 def probe(vje: VJE, view: CleanView, train_set: ImageSet, test_set: ImageSet) -> Accuracies:
     """Accuracies ``knn`` and ``linear`` (logistic) of an encoder's features on labelled images; their protocols."""
     data = []
     for images in (train_set.labelled(), test_set.labelled()):
-        encoded = _encode(vje, images, view)
+        encoded = encode(vje, images, view)
         data += [encoded.features, images.labels_at(encoded.indices)]
     return _split(_knn(data, [200], [0.1]) | _logistic(data))
 
@@ -162,9 +158,8 @@ def sgd_probe(
 @torch.no_grad()
 def _geometry(vje: VJE, images: ImageSet, test: Encoded, views: TwoViews, config: TrainConfig) -> Found:
     """Effective rank, uniformity, and alignment between two views of each image by a model in evaluation mode."""
-    device = next(vje.parameters()).device
-    generator = torch.Generator(device).manual_seed(derive_seed("alignment", config.seed))
-    pairs = (views(batch.to(device), generator).flatten(0, 1) for _, batch in images.batches(256))
+    generator = torch.Generator(vje.device).manual_seed(derive_seed("alignment", config.seed))
+    pairs = (views(batch.to(vje.device), generator).flatten(0, 1) for _, batch in images.batches(256))
     first, second = torch.cat([vje.embed(pair).unflatten(0, (2, -1)).cpu() for pair in pairs], dim=1)
     rank, uniform = metrics.effective_rank(test.features), metrics.uniformity(test.embeddings)
     count, drawn = {"test_images": len(test.features)}, f"as in pretraining on {config.dataset}"
@@ -247,7 +242,7 @@ def evaluate(
 
     def measure(name: str, vje: VJE | None) -> Found:
         log.info("evaluating %s", name)
-        encoded = [] if vje is None else [_encode(vje, images, view, batch_size) for images in sets]
+        encoded = [] if vje is None else [encode(vje, x, view, batch_size=batch_size) for x in sets]
         of = "embeddings" if config.frozen and vje is run.vje else "features"  # what was trained
         parts = [(x.indices, getattr(x, of)) for x in encoded] or [pixels(images, view) for images in sets]
         data: list[Tensor] = []

@@ -304,7 +304,7 @@ def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
     check_state(path, tensors, wanted)
     for k, head in enumerate(heads):
         head.load_state_dict({name: tensors[f"{k}.{name}"] for name in head.state_dict()})
-        head.to(next(run.vje.parameters()).device).eval().requires_grad_(False)
+        head.to(run.vje.device).eval().requires_grad_(False)
     return tensors["fold"], tensors["features"], heads
 
 

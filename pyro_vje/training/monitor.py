@@ -70,10 +70,9 @@ class EpochReport(lightning.pytorch.Callback):
         self.progress = Progress()
 
     def _encode(self, vje: VJE, images: ImageSet) -> Encoded:
-        device = next(vje.parameters()).device
         if images is self.health_set and self.health_features is not None:
-            return encode_features(vje, self.health_features.to(device))
-        return encode(vje, images, self.view, device=device)
+            return encode_features(vje, self.health_features)
+        return encode(vje, images, self.view)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows so far, so that a resumed run's file holds each epoch once, what was said, the epoch's seconds."""

@@ -154,16 +154,16 @@ def _keep(
     features: Tensor | None,
 ) -> None:
     """Write what a finished run is scored with: calibration, reference images, and last the weights."""
-    device = next(vje.parameters()).device
+    turned = vje.rotations > 0
     if held_out is not None:
-        calibration = encode(vje, held_out, info.view, device=device, rotations=vje.rotations > 0)
+        calibration = encode(vje, held_out, info.view, rotations=turned)
         layout.save_posteriors(folder / layout.CALIBRATION, calibration)
     if features is None:
         shown = splits.reference_images(images, info.config.seed)
-        reference = encode(vje, shown, info.view, device=device, rotations=vje.rotations > 0)
+        reference = encode(vje, shown, info.view, rotations=turned)
     else:
         kept = splits.evenly_spread(len(features), splits.REFERENCE_IMAGES)
-        reference = encode_features(vje, features[kept, 0].to(device))
+        reference = encode_features(vje, features[kept, 0])
         if held_out is None and info.config.folds:
             layout.save_folds(folder / layout.FOLDS, *fit_folds(info.config, features), features[:, 0])
         shutil.rmtree(folder / layout.CACHE)
