@@ -32,6 +32,11 @@ METHODS = {
 LIKELIHOODS = {"elbo": "polar-student-t", "benchmarks.controls:vi_simsiam": "power-spherical"}
 """What the objectives that have a likelihood were trained with."""
 NAMES = {**METHODS, "controls_small": "the control", "simsiam_check": "lightly's heads, loss and settings"}
+NAMES |= {
+    "views2": "two views, ten epochs",
+    "views4": "four views, five epochs",
+    "fastsiam": "four views, five epochs",
+}
 NAMES |= {"score_parts_ood": "against MNIST", "score_parts_one_class": "one class of ten"}
 MEASURES = {
     "knn": ("k-NN", ".3f"),
@@ -189,6 +194,21 @@ def terms(*names: str) -> str:
             line[f"std, {of}, {images:,} images"] = f"{numbers['std_of_normal']:.0f}"
             line[f"AUROC, {of}, {images:,} images"] = f"{numbers['auroc']:.3f}"
     return markdown(pd.DataFrame(lines.values()))
+
+
+@table
+def doubts(name: str) -> str:
+    """What measures of doubt know of failing retrieval, and of crops and blur; of a trained and an untrained model."""
+    headings = {
+        "r_auroc": "R-AUROC",
+        "crop_correlation": "crops, rank correlation",
+        "crop_above": "a tenth above whole",
+    }
+    headings |= {"blur_correlation": "blur, rank correlation", "blur_above": "blurred above sharp"}
+    rows = pd.DataFrame(result(name)["rows"])
+    means = rows.groupby(["of", "doubt"], sort=False)[list(headings)].mean()
+    shown = means.map("{:.3f}".format).where(means.notna(), NOT_USED)
+    return markdown(shown.rename(columns=headings).reset_index())
 
 
 @table
