@@ -54,9 +54,11 @@ def cache_features(
     at_once = cpu_rows(info.view_size) if device == "cpu" else ROWS
 
     @torch.no_grad()
-    def encode(batch: Tensor, lower: bool = False) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=lower):
-            return torch.cat([vje.features(part) for part in batch.split(at_once)])
+    def look(part: Tensor, generator: torch.Generator) -> Tensor:
+        found = [vje.features(view(part))]
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            found += [vje.features(views.one(part, generator)) for _ in range(augmented)]
+        return torch.stack(found, 1).cpu()
 
     count = int(good.sum())
     progress = Progress("looking at the images to learn from", len(images) - done)
@@ -64,12 +66,8 @@ def cache_features(
         rows = torch.arange(start, min(start + ROWS, len(images)))
         generator = torch.Generator(device).manual_seed(derive_seed("features", seed, start))
         for index, batch in images.select(rows).batches(ROWS):
-            batch = batch.to(device)
-            found = [
-                encode(view(batch)),
-                *(encode(views.one(batch, generator), bf16) for _ in range(augmented)),
-            ]
-            array[count : count + len(index)] = torch.stack(found, 1).cpu().numpy()
+            found = [look(part, generator) for part in batch.to(device).split(at_once)]
+            array[count : count + len(index)] = torch.cat(found).numpy()
             good[rows[index]], count = True, count + len(index)
         end = int(rows[-1]) + 1
         if (start // ROWS + 1) % SAVE_EVERY == 0 or end == len(images):
