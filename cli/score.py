@@ -8,7 +8,7 @@ import click
 
 from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import options
-from pyro_vje.config import ScoreConfig, fields_of
+from pyro_vje.config import INSPECTION, ScoreConfig, fields_of
 
 log = logging.getLogger("pyro_vje")
 NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.values())
@@ -32,7 +32,7 @@ def score(ckpt: Path, **settings: Any) -> None:
 @click.argument("good", type=options.EXISTING)
 @click.argument("new", type=options.EXISTING)
 @options.scoring("out", default=Path("inspection"), show_default=True, help="Folder of the results.")
-@options.training("encoder", "weights", "image_size")
+@options.training(*INSPECTION)
 @options.scoring("score", "alpha", "fdr", "batch_size", "trust_plugins")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write a page beside the CSV.")
 def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
@@ -41,7 +41,7 @@ def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
     Learns from GOOD what is normal, with a pretrained network if its weights are installed, and leaves scores.csv and
     a page to look at. Without --alpha or --fdr an image is called strange at a p-value of 0.05.
     """
-    how = {name: settings.pop(name) for name in ("encoder", "weights", "image_size")}
+    how = {name: settings.pop(name) for name in INSPECTION}
     config = ScoreConfig(**settings)
 
     from pyro_vje import inspect

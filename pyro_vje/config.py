@@ -87,7 +87,7 @@ class TrainConfig:
     download: bool = say(True, "Fetch a missing data set.", off="no-download")
     normal_class: str | None = say(None, "Pretrain on this class alone, by name or index. [default: all]")
     image_size: int | None = say(None, "Side of the square images in pixels. [default: the data set's]", ge=8)
-    fit: Literal["crop", "pad", "squeeze"] | None = say(None, "Images not square: centre or whole. [default: crop]")
+    fit: Literal["crop", "pad", "squeeze"] | None = say(None, "Not square: part or all. [default: crop; inspect: pad]")
     holdout: float | None = say(None, "Share of images kept for p-values. [default: 0.05; with folds 0]", ge=0, le=0.5)
     encoder: str | None = say(None, "resnet18, ..., timm:NAME, torchvision:NAME, module:factory. [default: by data]")
     weights: Text = say("none", "Of the encoder: none, default (pretrained, of timm or torchvision), or a FILE.")
@@ -308,5 +308,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 LR = {"sgd": 0.2, "adamw": 1e-3, "lars": 0.3}
 # Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run.
 STEPS, SMALLEST_BATCH, HEAD_STEPS = 20, 16, 500
+INSPECTION = ("encoder", "weights", "image_size", "fit")
+"""Settings of training that `inspect` takes."""
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")
 """What an ablation always varies (with one value or several), the seed last."""

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vje.anomaly.table import ScoreResult, say_level, score
-from pyro_vje.config import ScoreConfig, TrainConfig
-from pyro_vje.data import list_images, load_train_set
+from pyro_vje.config import INSPECTION, ScoreConfig, TrainConfig
+from pyro_vje.data import list_images, load_train_set, views_for
+from pyro_vje.data.datasets import SQUARE, short_to_long
 from pyro_vje.model import build_encoder, encode
 from pyro_vje.model.pretrained import packaged_weights, preprocessing
 from pyro_vje.progress import duration
 from pyro_vje.runs import folder as runs
 from pyro_vje.training import train
+from pyro_vje.training.run import choose_precision
 
 log = logging.getLogger("pyro_vje")
 
@@ -27,7 +31,7 @@ PRETRAINED = "timm:tf_efficientnet_lite0"
 ALPHA = 0.05
 HELD_OUT = 50
 """Images that a small encoder trained here holds out, if it can: enough for a p-value of 0.02."""
-HEAD_SECONDS = 3.5
+HEAD_SECONDS = 3.0
 """Of training a head, of which there is one for each fold, and one for all images."""
 
 
@@ -51,26 +55,29 @@ def inspect(
 
     Trains a model on all images of the folder ``good``, whatever its subfolders, in ``out/model`` (once: a second call
     scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
-    ``out/scores_report.html``. ``how``: ``encoder``, ``weights`` and ``image_size`` of `TrainConfig`, by default what
-    `choose_encoder` finds, and fields of `ScoreConfig` in place of those of ``settings``, by default decided
-    at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``: one folder lies within another or
-    has no images, or the decision asked for cannot be met by any image.
+    ``out/scores_report.html``. ``how``: ``encoder``, ``weights``, ``image_size`` and ``fit`` of `TrainConfig`, by
+    default what `choose_encoder` finds, images that are not square whole between margins; and fields of `ScoreConfig`
+    in place of those of ``settings``, by default decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``:
+    one folder lies within another or has no images, or the decision asked for cannot be met by any image.
     """
-    encoder, weights, image_size = (how.pop(name, None) for name in ("encoder", "weights", "image_size"))
+    encoder, weights, image_size, fit = (how.pop(name, None) for name in INSPECTION)
     places = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
     for (name, place), (other, outer) in permutations(places.items(), 2):
         if place.is_relative_to(outer):
             raise ValueError(
                 f"{name} ({place}) lies within {other} ({outer}): images would count twice, name another"
             )
-    count, new_count = len(list_images(good)), len(list_images(new))
+    learned = [str(path) for path in list_images(good)]
+    count, new_count = len(learned), len(list_images(new))
     settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **how})
     name, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
     log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
     holdout = min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None
-    config = TrainConfig(
-        "images", str(good), encoder=name, weights=source, image_size=image_size, holdout=holdout
-    )
+    squares = {
+        "image_size": image_size,
+        "fit": fit or ("crop" if short_to_long(learned) >= SQUARE else "pad"),
+    }
+    config = TrainConfig("images", str(good), encoder=name, weights=source, holdout=holdout, **squares)
     frozen = config.resolved().frozen
     calibrated = count if frozen else round((config.holdout or 0) * count)
     if settings.alpha is not None or settings.fdr is not None:
@@ -81,7 +88,7 @@ def inspect(
         log.warning("%d good images are too few to decide at %g: p-values only", count, ALPHA)
     run = Path(out) / "model"
     if (run / runs.WEIGHTS).is_file():
-        _check_learned(run, good, encoder)
+        _check_learned(run, good, encoder, fit)
         log.info("the model in %s is there already; remove it to learn anew", run)
     else:
         if frozen:
@@ -90,15 +97,16 @@ def inspect(
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
 
 
-def _check_learned(run: Path, good: str | Path, encoder: str | None) -> None:
-    """Raise ``ValueError`` if a finished model has not learned from these images, or with another encoder."""
+def _check_learned(run: Path, good: str | Path, encoder: str | None, fit: str | None) -> None:
+    """Raise ``ValueError`` if a finished model has not learned from these images, or not in the way asked for."""
     info = runs.read_info(run)
     config = dataclasses.replace(info.config, data_dir=str(good))
     images, _ = load_train_set(config, info.image_size, info.interpolation)
-    if images.fingerprint() != info.fingerprint or encoder not in (None, info.config.encoder):
+    asked = encoder in (None, info.config.encoder) and fit in (None, info.fit)
+    if images.fingerprint() != info.fingerprint or not asked:
         raise ValueError(
-            f"{run} has learned from other images than those in {good}, or with another network: remove it, or name "
-            "another --out"
+            f"{run} has learned from other images than those in {good}, or with another network or fit: remove it, or "
+            "name another --out"
         )
 
 
@@ -106,14 +114,22 @@ def _seconds(config: TrainConfig, good: int, new: int) -> float:
     """About how long a frozen run and its scores take, from a few timed passes of the encoder."""
     wanted = preprocessing(config.encoder or "")
     size = config.image_size or (wanted.image_size if wanted else 224)
-    encoder = build_encoder(config.encoder or "", size).to(runs.default_device()).eval()
-    batch = torch.zeros(8, 3, size, size, device=runs.default_device())
-    with torch.no_grad():
-        encoder(batch)
-        began = time.perf_counter()
-        encoder(batch)
-    a_pass = (time.perf_counter() - began) / len(batch)
-    return a_pass * (good * (1 + config.feature_views) + new) * 1.2 + HEAD_SECONDS * (1 + config.folds)
+    device = runs.default_device()
+    encoder = (
+        build_encoder(config.encoder or "", size).to(device).to(memory_format=torch.channels_last).eval()
+    )
+    images = torch.zeros(8, 3, size, size, dtype=torch.uint8, device=device)
+    drawn, clean = views_for(config.dataset, size)
+
+    def a_pass(draw: Callable[[Tensor], Tensor], bf16: bool = False) -> float:
+        for _ in range(2):  # the first wakes everything
+            began = time.perf_counter()
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+                encoder(draw(images)).sum().item()
+        return (time.perf_counter() - began) / len(images)
+
+    views = a_pass(drawn.one, choose_precision(config.precision) == "bf16-mixed") * config.feature_views
+    return 1.1 * (a_pass(clean) * (good + new) + views * good) + HEAD_SECONDS * (1 + config.folds)
 
 
 def calibrate(

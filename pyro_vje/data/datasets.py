@@ -282,16 +282,24 @@ def _some_shapes(paths: Sequence[str]) -> list[tuple[int, int]]:
     return [shape for shape in shapes if shape is not None]
 
 
+SQUARE = 0.98
+"""Shorter side by longer side, from which on an image counts as square."""
+
+
+def short_to_long(paths: Sequence[str]) -> float:
+    """The shorter side by the longer one, the median of about 32 files; 1 where there are none to look at."""
+    return float(np.median([min(shape) / max(shape) for shape in _some_shapes(paths)] or [1.0]))
+
+
 def say_fit(images: ImageSet, fit: str) -> None:
-    """Say what becomes of images that are not square, if about 32 files say that most are not."""
-    shapes = _some_shapes(images.paths)
-    if shapes and (kept := float(np.median([min(shape) / max(shape) for shape in shapes]))) < 0.98:
+    """Say what becomes of images that are not square, if most are not."""
+    if (kept := short_to_long(images.paths)) < SQUARE:
         what = {
             "crop": f"the central square is kept, {1 - kept:.0%} is cut off (--fit pad or squeeze keeps all)",
             "pad": f"whole, between grey margins of {1 - kept:.0%}",
             "squeeze": "whole, squeezed into a square",
         }
-        height, width = shapes[0]
+        height, width = _some_shapes(images.paths[:1])[0]
         logger.info("images are not square (such as %d x %d pixels): %s", width, height, what[fit])
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pyro_vje import TrainConfig, inspect
 from pyro_vje.anomaly import inspection
+from pyro_vje.runs.folder import read_info
 
 TINY = {"encoder": "tiny", "weights": "none", "image_size": 16, "draw": False}
 
@@ -65,7 +66,10 @@ def test_few_images_give_p_values_and_no_decision_and_the_model_is_learned_once(
 def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs, caplog):
     timm = pytest.importorskip("timm")
     torch.manual_seed(3)
-    weights = photographs[0].parent / "network.safetensors"
+    good, _, out = photographs
+    weights = good.parent / "network.safetensors"
+    for path in good.rglob("*.png"):
+        Image.open(path).resize((24, 16)).save(path)
     save_file(timm.create_model("test_resnet.r160_in1k").state_dict(), weights)
     with caplog.at_level("INFO", "pyro_vje"):
         result = inspect(
@@ -76,6 +80,8 @@ def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs
             draw=False,
         )
     assert "this will take about" in caplog.text
+    assert "not square (such as 24 x 16 pixels): whole, between grey margins of 33%" in caplog.text
+    assert read_info(out / "model").fit == "pad"
     about = json.loads(result.summary.read_text())
     assert (about["calibration"]["images"], about["calibration"]["folds"]) == (40, 2)
     assert about["decision"]["level"] == 0.05
