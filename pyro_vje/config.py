@@ -171,9 +171,8 @@ class TrainConfig:
         if frozen and self.devices > 1:
             wrong.append(f"{head} trains on one device, not {self.devices} (--devices)")
         if frozen and self.views > 1 + self.feature_views:
-            wrong.append(
-                f"{head} has {self.feature_views} feature_views and the image, but views are {self.views}"
-            )
+            seen = f"{self.feature_views} feature_views and the image"
+            wrong.append(f"{head} has {seen}, but views are {self.views}")
         if self.targets == "mean" and self.views + self.local_views == 2:
             wrong.append("the mean of one target is that target: views must be 3 or more for it")
         if self.rotations and self.objective != "elbo":

@@ -73,10 +73,8 @@ def inspect(
     name, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
     log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
     holdout = min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None
-    squares = {
-        "image_size": image_size,
-        "fit": fit or ("crop" if short_to_long(learned) >= SQUARE else "pad"),
-    }
+    shape = fit or ("crop" if short_to_long(learned) >= SQUARE else "pad")
+    squares = {"image_size": image_size, "fit": shape}
     config = TrainConfig("images", str(good), encoder=name, weights=source, holdout=holdout, **squares)
     frozen = config.resolved().frozen
     calibrated = count if frozen else round((config.holdout or 0) * count)

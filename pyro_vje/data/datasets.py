@@ -235,11 +235,8 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     index = {name: i for i, name in enumerate(names)}
     files = [(path, place) for path, place in every if in_split(place, split)]
     if not parts and split != "all":
-        what = (
-            "kept for testing"
-            if split == "test"
-            else "to train on, a tenth by a hash of the paths for testing"
-        )
+        train = "to train on, a tenth by a hash of the paths for testing"
+        what = "kept for testing" if split == "test" else train
         logger.info("no folders train/ and test/: %d of %s %s", len(files), counted(len(every)), what)
     if not files:
         how = "without train/ and test/ about a tenth are test images, by a hash of the path. Add images, "

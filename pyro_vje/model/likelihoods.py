@@ -146,9 +146,8 @@ def power_spherical(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) ->
     Near its mode the density falls as exp(-κθ²/4), a tangent variance of 2/κ.
     """
     concentration = 2 / _direction_variance(scale, settings)
-    return _product(
-        own.PowerSpherical(functional.normalize(loc, dim=-1), concentration), loc, scale, settings
-    )
+    direction = own.PowerSpherical(functional.normalize(loc, dim=-1), concentration)
+    return _product(direction, loc, scale, settings)
 
 
 @_register("spherical-cauchy", "spherical Cauchy direction times log-radius Student-t", uses=POLAR)

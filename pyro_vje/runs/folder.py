@@ -296,9 +296,8 @@ def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
     folds = len({name.partition(".")[0] for name in tensors if name[:1].isdigit()})
     heads = [build_head(run.info.config, run.vje.feature_dim) for _ in range(folds)]
     images = tensors["fold"].numel() if "fold" in tensors else 0
-    wanted = {
-        f"{k}.{name}": value for k, head in enumerate(heads) for name, value in head.state_dict().items()
-    }
+    states = list(enumerate(head.state_dict() for head in heads))
+    wanted = {f"{k}.{name}": value for k, state in states for name, value in state.items()}
     wanted["fold"] = torch.empty(images, dtype=torch.int64, device="meta")
     wanted["features"] = torch.empty(images, run.vje.feature_dim, device="meta")
     check_state(path, tensors, wanted)
@@ -367,9 +366,8 @@ def load_run(
         read_info(ckpt)  # says what is wrong with the folder, if anything
         path = ckpt / WEIGHTS
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{ckpt} holds no {WEIGHTS}: has its training finished? (train --resume goes on)"
-            )
+            how = "has its training finished? (train --resume goes on)"
+            raise FileNotFoundError(f"{ckpt} holds no {WEIGHTS}: {how}")
     info, state = _read(path, RunInfo.from_dict)
     for setting in ("dataset", "encoder", "likelihood"):
         name = getattr(info.config, setting)

@@ -30,10 +30,8 @@ from pyro_vje.model.vje import Views
 from pyro_vje.training.distributed import GlobalNoise
 
 HEAD_LR = 1e-3  # of AdamW, for a head on cached features
-QUIET: dict[str, Any] = dict.fromkeys(
-    ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler"), False
-)
-"""Of Lightning's trainer."""
+LOUD = ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+QUIET: dict[str, Any] = dict.fromkeys(LOUD, False)  # of Lightning's trainer
 PART_EVERY = 5
 """Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
 
@@ -56,9 +54,8 @@ class Pretraining(lightning.LightningModule):
         self.elbo = self.objective(vje.model, vje.guide)
         self.own_objective = own_objective(config.objective)
         self.config, self.train_set, self.views = config, train_set, views
-        self.local = (
-            views.local(config.local_size or views.image_size // 2) if views and config.local_views else None
-        )
+        full = views if config.local_views else None
+        self.local = full and full.local(config.local_size or full.image_size // 2)
         self.target = None if config.ema is None else copy.deepcopy(vje).requires_grad_(False)
         self.batch_size = config.batch_size or 0
         self.sums: dict[str, Tensor] = {}
@@ -87,11 +84,8 @@ class Pretraining(lightning.LightningModule):
         self.objective.monitor = self._record_parts if batch_idx % PART_EVERY == 0 else None
         # Validation reads back from the device at every site; the shapes it checks do not change after step one.
         with pyro.validation_enabled(not self._validated), noise:
-            loss = (
-                self.elbo(views, *given)
-                if self.own_objective is None
-                else self.own_objective(self.vje, views)
-            )
+            own = self.own_objective
+            loss = self.elbo(views, *given) if own is None else own(self.vje, views)
         self._validated = True
         self._add("loss", loss.detach())
         if self.global_step == 0:
@@ -117,11 +111,8 @@ class Pretraining(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with decay on matrices and kernels, after warm-up and cosine but for a constant predictor."""
         config = self.config
-        lr = (
-            HEAD_LR
-            if config.frozen
-            else (config.lr or 0.0) * self.batch_size * (4 if config.rotations else 1) / 256
-        )
+        images = self.batch_size * (4 if config.rotations else 1)
+        lr = HEAD_LR if config.frozen else (config.lr or 0.0) * images / 256
         groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.vje.named_parameters():
             if parameter.requires_grad:
@@ -220,9 +211,8 @@ def find_optimizer(config: TrainConfig) -> Callable[[list[dict[str, Any]]], torc
     if config.optimizer != "lars":
         return partial(torch.optim.SGD, momentum=0.9, fused=True)
     if not find_spec("timm"):
-        raise ValueError(
-            "the optimizer lars is timm's: pip install 'pyro-vje[pretrained]', or choose sgd or adamw"
-        )
+        how = "pip install 'pyro-vje[pretrained]', or choose sgd or adamw"
+        raise ValueError(f"the optimizer lars is timm's: {how}")
     lars: Any = importlib.import_module("timm.optim").Lars
     return partial(lars, momentum=0.9)
 

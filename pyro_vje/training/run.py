@@ -243,9 +243,8 @@ def _refuse_existing(folder: Path, *, overwrite: bool) -> None:
     # A run that was stopped before its first checkpoint has nothing to lose.
     begun = (folder / layout.WEIGHTS).exists() or (folder / CHECKPOINTS / checkpoints.LAST).exists()
     if begun and not overwrite:
-        raise FileExistsError(
-            f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it"
-        )
+        how = "--resume goes on with it, --overwrite replaces it"
+        raise FileExistsError(f"{folder} already holds a run: {how}")
 
 
 def _empty(folder: Path) -> None:
