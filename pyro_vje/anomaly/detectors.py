@@ -4,8 +4,6 @@ A detector takes vectors ``(n, D)`` of normal images and gives a function of vec
 ``(N,)``; on a GPU if the vectors are there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

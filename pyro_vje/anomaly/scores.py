@@ -4,8 +4,6 @@ A new score is one entry. One of your own is a function in a file of yours, name
 point in ``pyro_vje.scores``. Imports nothing heavy, so that ``--help`` can name them at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """A set of images: in memory as one uint8 tensor, or decoded one by one when asked for."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging
@@ -10,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -109,7 +107,7 @@ class ImageSet:
             digest.update(f"\0{name}\0{size}".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def select(self, indices: Tensor | Sequence[int]) -> ImageSet:
+    def select(self, indices: Tensor | Sequence[int]) -> Self:
         """Return the images at ``indices``: integers, or a boolean mask (N,)."""
         index = torch.as_tensor(indices)
         index = index.nonzero().squeeze(1) if index.dtype == torch.bool else index.long()
@@ -124,7 +122,7 @@ class ImageSet:
             raise ValueError("these images have no labels")
         return self.labels[indices]
 
-    def labelled(self) -> ImageSet:
+    def labelled(self) -> Self:
         """Return the images that have a label; raises ``ValueError`` when none has."""
         if self.labels is None or (self.labels < 0).all():
             raise ValueError("these images have no labels: sort a folder's images into one subfolder a class")
@@ -144,7 +142,7 @@ class ImageSet:
         """Return the name of a class given by name or index: an index means another class in other data."""
         return (self.classes or ())[self.class_index(which)]
 
-    def of_class(self, which: str | int) -> ImageSet:
+    def of_class(self, which: str | int) -> Self:
         """Return the images of one class (see :meth:`class_index`); raises ``ValueError`` where there are none."""
         label = self.class_index(which)
         if self.labels is None or label not in self.labels:

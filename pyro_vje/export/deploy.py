@@ -5,8 +5,6 @@ The file maps uint8 RGB images ``(N, 3, S, S)``, N free, to ``embedding``, ``loc
 (float64). Pixel normalisation, the noise of the particles, reference images and calibration scores are constants in it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

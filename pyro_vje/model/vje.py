@@ -3,8 +3,6 @@
 Oji & Fieguth, "Joint Embedding Variational Bayes", arXiv 2602.05639 (TMLR 2026).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

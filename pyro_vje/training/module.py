@@ -1,7 +1,5 @@
 """A step of pretraining as a Lightning module: views, the objective, its random draws, the means of an epoch."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import logging

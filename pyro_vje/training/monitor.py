@@ -1,7 +1,5 @@
 """What is watched during training: a row of ``metrics.csv`` an epoch, k-NN accuracy, signs of collapse."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """`train`: pretrain a model, whatever interrupts it, and leave a run folder behind."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import logging
