@@ -38,6 +38,9 @@ NAMES |= {
     "fastsiam": "four views, five epochs",
 }
 NAMES |= {"score_parts_ood": "against MNIST", "score_parts_one_class": "one class of ten"}
+NAMES |= {"one_class": "CIFAR-10, one class", "one_class_digits": "digits, one class"}
+NAMES |= {"ood": "CIFAR-10 against MNIST", "ood_cifar100": "against CIFAR-100"}
+NAMES |= {"pretrained_screw": "screws", "pretrained_tile": "tiles", "pretrained_steel": "steel"}
 MEASURES = {
     "knn": ("k-NN", ".3f"),
     "linear": ("linear", ".3f"),
@@ -131,6 +134,23 @@ def scores(name: str, where: str = "", classes: str = "yes") -> str:
     rows = rows.query(where) if where else rows
     found = compare_scores(rows.to_dict("records"))
     return markdown(found if classes == "yes" else found[["score", "on", "mean", "95 %"]])
+
+
+@table
+def overview(*names: str, where: str = "") -> str:
+    """Mean AUROC of each score in several protocols, and the mean of these, the best in bold."""
+    found = {}
+    for name in names:
+        rows = pd.DataFrame(score_rows(name))
+        rows["on"] = rows["on"].str.replace("likelihood .*", "its likelihood", regex=True)
+        found[value(name)] = rows.groupby(["score", "on"], sort=False)["auroc"].mean()
+    frame = pd.DataFrame(found).dropna()
+    frame["mean"] = frame.mean(axis=1)
+    frame = frame.query(where) if where else frame
+    order = frame.sort_values("mean", ascending=False)
+    best = order.eq(order.max())
+    shown = order.map("{:.3f}".format).where(~best, order.map("**{:.3f}**".format))
+    return markdown(shown.reset_index())
 
 
 @table
