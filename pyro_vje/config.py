@@ -233,7 +233,7 @@ class ScoreConfig:
     score: str | None = say(
         None,
         "A score by name (an unknown one lists them), or module:function. "
-        "[default: aggregate; conditional without reference images or with pairs]",
+        "[default: aggregate, or rotation-joint after --rotations; conditional without reference images or with pairs]",
     )
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
     calibration: str | None = say(None, "p-values by this calibration of the run. [default: its own]")

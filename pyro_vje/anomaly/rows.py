@@ -108,15 +108,17 @@ class Judge(NamedTuple):
 def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
     """What a run's images are scored by under these settings.
 
-    Where they name no score, it is `aggregate` if it can be, the better one by what was measured, else `conditional`;
-    the log says which. ``ValueError``: there is no such score, it is none of pairs, or no such calibration.
+    Where they name no score, it is the best one by what was measured: `rotation-joint` of a run with rotations, else
+    `aggregate`; `conditional` where neither can be. The log says which. ``ValueError``: there is no such score, it is
+    none of pairs, or no such calibration.
     """
     scorer, why = make_scorer(run, settings), "the default"
+    best = "rotation-joint" if run.vje.rotations else "aggregate"
     if settings.num_pairs:
-        why = "as aggregate, the default, is none of pairs"
+        why = f"as {best}, the default, is none of pairs"
     elif not scorer.has_reference:
-        why = f"as there are no reference images ({folder.REFERENCE}) for aggregate, the default"
-    score = get_score(settings.score or ("aggregate" if why == "the default" else "conditional"))
+        why = f"as there are no reference images ({folder.REFERENCE}) for {best}, the default"
+    score = get_score(settings.score or (best if why == "the default" else "conditional"))
     if settings.score is None:
         log.info("score %s, %s", score.name, why)
     if settings.num_pairs and score.needs_reference:

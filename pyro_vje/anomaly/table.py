@@ -101,7 +101,8 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         raise ValueError(f"score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}")
     decision = None if known is None else _decide(table, len(known.scores), settings)
     counts, found = _against_labels(table)
-    dataset, passes = settings.dataset or run.info.config.dataset, 2 * settings.num_pairs or 1
+    dataset = settings.dataset or run.info.config.dataset
+    passes = 2 * settings.num_pairs or (4 if run.vje.rotations else 1)
     place = (settings.data_dir or run.info.config.data_dir) if dataset == "folder" else dataset
     how |= {"meaning": chosen.description, "likelihood": scorer.family.name}
     summary = {

@@ -83,7 +83,9 @@ def test_a_run_scores_by_its_rotations(turned_run, tmp_path):
         expected.append(total / 4)
     reference = load_posteriors(run, REFERENCE).embeddings.double().numpy()
     for name in ("rotation", "rotation-joint"):
-        score(turned_run, score=name, out=tmp_path / "scores.csv", draw=False)
+        chosen = None if name == "rotation-joint" else name  # it is such a run's default
+        result = score(turned_run, score=chosen, out=tmp_path / "scores.csv", draw=False)
+        assert (result.settings.score, result.passes) == (name, 4)
         with open(tmp_path / "scores.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         found = np.array([float(row["anomaly_score"]) for row in rows])
