@@ -19,7 +19,7 @@ from pyro_vje.progress import clear_line
 
 COMMANDS = {
     "inspect": "score", "train": "train", "eval": "outputs", "ablate": "experiments", "benchmark": "experiments",
-    "score": "score", "calibrate": "score", "embed": "outputs", "export": "outputs",
+    "score": "score", "calibrate": "score", "maps": "score", "embed": "outputs", "export": "outputs",
 }  # fmt: skip
 """The file of each, which names the command as it is called."""
 EXIT_CODES = {FloatingPointError: 3, ValueError: 2, OSError: 2, MemoryError: 4}

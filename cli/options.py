@@ -90,8 +90,8 @@ def _option(settings: type, name: str, repeated: bool, changes: dict[str, Any]) 
     return click.option(f"{flag}/--{off}" if off else flag, **{**arguments, **changes})
 
 
-SETTINGS = (config.TrainConfig, config.ScoreConfig, config.EvalConfig)
-training, scoring, evaluation = (functools.partial(of, settings) for settings in SETTINGS)
+SETTINGS = (config.TrainConfig, config.ScoreConfig, config.EvalConfig, config.MapConfig)
+training, scoring, evaluation, mapping = (functools.partial(of, settings) for settings in SETTINGS)
 
 
 def _take_recipe(ctx: click.Context, parameter: click.Parameter, name: str | None) -> None:

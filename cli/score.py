@@ -33,7 +33,10 @@ def score(ckpt: Path, **settings: Any) -> None:
 @click.argument("new", type=options.EXISTING)
 @options.scoring("out", default=Path("inspection"), show_default=True, help="Folder of the results.")
 @options.training(*INSPECTION)
-@options.scoring("score", "alpha", "fdr", "batch_size", "trust_plugins")
+@options.scoring("score", "alpha", "fdr")
+@options.scoring("maps", help="Show where, too: a map of each image, and on the page.")
+@options.mapping()
+@options.scoring("maps_npz", "masks", "batch_size", "trust_plugins")
 @click.option("--report/--no-report", default=True, show_default=True, help="Write a page beside the CSV.")
 def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
     """Say which images in NEW look strange to one who has seen those in GOOD.
@@ -41,7 +44,7 @@ def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
     Learns from GOOD what is normal, with a pretrained network if its weights are installed, and leaves scores.csv and
     a page to look at. Without --alpha or --fdr an image is called strange at a p-value of 0.05.
     """
-    how = {name: settings.pop(name) for name in INSPECTION}
+    how = {name: settings.pop(name) for name in (*INSPECTION, "places")}
     config = ScoreConfig(**settings)
 
     from pyro_vje import inspect
@@ -62,6 +65,17 @@ def calibrate(ckpt: Path, data: Path, name: str, **settings: Any) -> None:
     path, images = calibrate(ckpt, data, name, **settings)
     click.echo(f"calibrated with {counted(images)}: {path}")
     log.info("to score with it: pyro-vje score --ckpt %s --calibration %s", ckpt, name)
+
+
+@options.command("maps")
+@options.ckpt
+@options.mapping()
+@options.scoring("trust_plugins")
+def maps(ckpt: Path, **settings: Any) -> None:
+    """Learn to show where images are strange, from the training images of a finished run: for score --maps."""
+    from pyro_vje import learn_maps
+
+    click.echo(f"maps learned: {learn_maps(ckpt, **settings)}")
 
 
 def _say(result: Any, *, plain: bool = False) -> None:
@@ -96,6 +110,10 @@ def _say(result: Any, *, plain: bool = False) -> None:
         said.insert(len(said) if plain else 0, f"{means}AUROC {result.auroc:.4f} ({counts})")
     for line in said:
         click.echo(line)
+    if result.maps:
+        click.echo(f"maps: {result.maps}")
+    for name, value in (result.pixels or {}).items():
+        click.echo(f"{name.replace('_', ' ')}: {value:.4g}")
     if result.report:
         click.echo(f"look at them: {result.report}" if plain else f"report: {result.report}")
     if plain:

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "VJE", "BatchEmbedder", "BatchScorer", "PosteriorNetwork", "ScoreConfig", "SymmetricELBO", "TrainConfig", "ablate",
-    "build_encoder", "calibrate", "distributions", "embed", "evaluate", "export", "inspect", "likelihoods",
-    "load_recipe", "load_run", "score", "train",
+    "build_encoder", "calibrate", "distributions", "embed", "evaluate", "export", "inspect", "learn_maps",
+    "likelihoods", "load_recipe", "load_run", "score", "train",
 ]  # fmt: skip
 _HOMES = {
     "anomaly.batches": "BatchEmbedder BatchScorer", "anomaly.inspection": "calibrate inspect",
-    "anomaly.table": "embed score", "experiments.ablation": "ablate",
+    "anomaly.maps": "learn_maps", "anomaly.table": "embed score",
+    "experiments.ablation": "ablate",
     "config": "ScoreConfig TrainConfig load_recipe", "export.deploy": "export", "model.encoders": "build_encoder",
     "model.objective": "SymmetricELBO", "model.vje": "VJE PosteriorNetwork", "training.run": "train",
     "representation.evaluation": "evaluate", "runs.folder": "load_run", "model": "likelihoods",

@@ -247,6 +247,11 @@ class ScoreConfig:
     out: Place | None = say(None, "The CSV. [default: scores.csv in the run folder]")
     draw: bool = say(True, "Draw pictures beside the CSV.", off="no-draw")
     report: bool = say(False, "Write one self-contained HTML page beside the CSV.")
+    maps: bool = say(False, "Show where: a map of each image as a 16-bit PNG (what a run learned by `maps`).")
+    maps_npz: bool = say(False, "Write all maps as one maps.npz too.")
+    masks: Place | None = say(
+        None, "A folder of masks, white where images are defective: pixel metrics of the maps."
+    )
     parquet: bool = say(False, "Write the table as Parquet too (needs pyarrow).")
     resume: bool = say(False, "Go on from an interrupted call with the same options, if there was one.")
     trust_plugins: bool = say(False, "Import code that the run's configuration names (module:attribute).")
@@ -257,6 +262,17 @@ class ScoreConfig:
             raise ValueError("alpha and fdr are two rules for one decision: give one of them")
         if self.data is not None and self.dataset is not None:
             raise ValueError("give either a folder of images (data) or a data set (dataset), not both")
+        if not self.maps and (self.maps_npz or self.masks is not None):
+            raise ValueError("masks are compared with maps, and maps_npz holds them: add maps (--maps)")
+
+
+@settings
+class MapConfig:
+    """How a run learns to show where an image is strange."""
+
+    places: tuple[str, ...] = say(
+        (), "Modules of the encoder that describe places. [default: its middle stages]"
+    )
 
 
 @settings

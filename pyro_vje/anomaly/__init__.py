@@ -10,7 +10,7 @@ from pyro_vje.anomaly.scores import SCORES, Score, get_score
 
 _HOMES = {"LikelihoodParts": "parts", "Scorer": "parts", "embed": "table", "score": "table"}
 _HOMES |= {"ScoreResult": "table", "calibrate": "inspection", "inspect": "inspection"}
-_HOMES |= {"BatchEmbedder": "batches", "BatchScorer": "batches"}
+_HOMES |= {"learn_maps": "maps", "BatchEmbedder": "batches", "BatchScorer": "batches"}
 __all__ = ["SCORES", "Score", "get_score", *_HOMES]
 
 

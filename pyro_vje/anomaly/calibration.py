@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_vje.anomaly.parts import Scorer
+from pyro_vje.data import ImageSet
 from pyro_vje.model import encode_features
 from pyro_vje.model.vje import VJE
+from pyro_vje.runs import folder
 
 Floats = NDArray[np.float64]
 
@@ -48,3 +50,14 @@ def cross_calibration(
     scorers = [scorer.of(head, encode_features(head, features[fold != k])) for k, head in enumerate(heads)]
     known = [_judge(own, score, features[fold == k]) for k, own in enumerate(scorers)]
     return Calibration(known, scorers, score)
+
+
+def training_images(run: folder.LoadedRun, why: str) -> tuple[ImageSet, ImageSet | None]:
+    """The images that a run was trained on and those it held out; ``ValueError`` with ``why`` if not as they were."""
+    try:
+        train_set, held_out = folder.training_images(run)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{why}: {error}") from None
+    if run.info.fingerprint not in (None, train_set.fingerprint()) or len(train_set) != run.info.train_images:
+        raise ValueError(f"{why}: the training images have changed since, and with them what was held out")
+    return train_set, held_out

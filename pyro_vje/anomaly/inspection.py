@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vje.anomaly.maps import learn_maps
 from pyro_vje.anomaly.table import ScoreResult, say_level, score
 from pyro_vje.config import INSPECTION, ScoreConfig, TrainConfig
 from pyro_vje.data import list_images, load_train_set, views_for
@@ -60,7 +61,7 @@ def inspect(
     in place of those of ``settings``, by default decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``:
     one folder lies within another or has no images, or the decision asked for cannot be met by any image.
     """
-    encoder, weights, image_size, fit = (how.pop(name, None) for name in INSPECTION)
+    encoder, weights, image_size, fit, parts = (how.pop(name, None) for name in (*INSPECTION, "places"))
     places = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
     for (name, place), (other, outer) in permutations(places.items(), 2):
         if place.is_relative_to(outer):
@@ -92,6 +93,8 @@ def inspect(
         if frozen:
             log.info("this will take about %s", duration(_seconds(config.resolved(), count, new_count)))
         train(config, run, resume=(run / runs.CONFIG).is_file())
+    if settings.maps and not (run / runs.MAPS).is_file():
+        learn_maps(run, places=parts or (), trust_plugins=settings.trust_plugins)
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
 
 

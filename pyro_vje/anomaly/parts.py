@@ -157,6 +157,8 @@ class LikelihoodParts:
     """
 
     scorer: Scorer
+    places: Tensor
+    """Mean over the strangest pixels of the images' maps, where these were made."""
 
     def __init__(self, scorer: Scorer, encoded: Encoded, *, at_once: bool = False) -> None:
         self.scorer, self.encoded, self._at_once = scorer, encoded, at_once

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vje.anomaly.calibration import Calibration, Floats, cross_calibration
+from pyro_vje.anomaly.calibration import Calibration, Floats, cross_calibration, training_images
+from pyro_vje.anomaly.maps import Maps, load_maps, map_file, peaks_and_tails, picture_size
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import Score, get_score
 from pyro_vje.config import ScoreConfig
@@ -35,7 +36,16 @@ log = logging.getLogger("pyro_vje")
 PARTS = {name: name for name in ("log_likelihood", "log_direction", "log_radius", "kl")}
 PARTS |= {"posterior_variance": "variance", "log_aggregate": "log_aggregate"}
 """Columns of numbers beside the score, and what they are called in `LikelihoodParts`."""
-HOW = ("score", "score_likelihood", "calibration", "reference_views", "num_pairs", "num_particles", "seed")
+HOW = (
+    "score",
+    "score_likelihood",
+    "calibration",
+    "reference_views",
+    "num_pairs",
+    "num_particles",
+    "seed",
+    "maps",
+)
 """Settings on which scores depend."""
 
 
@@ -82,7 +92,7 @@ def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
     """The scorer of a run, with the reference images if the run has them, and their augmented views if asked for."""
     reference, config = folder.load_posteriors(run, folder.REFERENCE), run.info.config
     if settings.reference_views:
-        train_set, _ = _training_images(run, "kernels at augmented views of the training images need these")
+        train_set, _ = training_images(run, "kernels at augmented views of the training images need these")
         views, images = run.info.views, reference_images(train_set, config.seed)
         generator = torch.Generator(run.vje.device).manual_seed(settings.seed)
         drawn = [
@@ -103,6 +113,8 @@ class Judge(NamedTuple):
     score: Score
     scorer: Scorer
     known: Calibration | None
+    maps: Maps | None = None
+    folder: Path | None = None  # of the maps' files
 
 
 def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
@@ -123,24 +135,20 @@ def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
         log.info("score %s, %s", score.name, why)
     if settings.num_pairs and score.needs_reference:
         raise ValueError(f"{score.name!r} compares clean images with clean reference images: leave pairs out")
-    judge = Judge(run, dataclasses.replace(settings, score=score.name), score, scorer, None)
+    if score.of == "places" and not settings.maps:
+        raise ValueError(f"the score {score.name!r} is of an image's map: add maps (--maps)")
+    if settings.num_pairs and settings.maps:
+        raise ValueError("maps are of clean images: leave pairs out (num_pairs)")
+    maps = load_maps(run) if settings.maps else None
+    judge = Judge(run, dataclasses.replace(settings, score=score.name), score, scorer, None, maps)
     return judge._replace(known=calibrate(judge))
-
-
-def _training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | None]:
-    """The images that a run was trained on and those it held out; ``ValueError`` with ``why`` if not as they were."""
-    try:
-        train_set, held_out = folder.training_images(run)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{why}: {error}") from None
-    if run.info.fingerprint not in (None, train_set.fingerprint()) or len(train_set) != run.info.train_images:
-        raise ValueError(f"{why}: the training images have changed since, and with them what was held out")
-    return train_set, held_out
 
 
 def calibrate(judge: Judge) -> Calibration | None:
     """What scores become p-values by: a named calibration, the run's folds, or its held-out images; or nothing."""
-    run, settings, score, scorer, _ = judge
+    run, settings, score, scorer, _, maps, _ = judge
+    if maps is not None and score.of == "places":
+        return Calibration([maps.tails])
     name = settings.calibration
     file = folder.CALIBRATION if name is None else folder.calibration_file(name)
     stored = folder.load_posteriors(run, file)
@@ -151,7 +159,7 @@ def calibrate(judge: Judge) -> Calibration | None:
         )
     if settings.num_pairs:
         try:
-            _, held_out = _training_images(run, "no p-values, as pairs are calibrated on the held-out images")
+            _, held_out = training_images(run, "no p-values, as pairs are calibrated on the held-out images")
         except ValueError as error:
             log.warning("%s", error)
             return None
@@ -172,10 +180,24 @@ def _row(score: Score, parts: LikelihoodParts) -> Tensor:
 
 
 def score_batches(judge: Judge, images: ImageSet) -> Iterator[tuple[Tensor, Floats]]:
-    """Indices of the images of each batch, and a row for each: score, `PARTS`, calibration images as strange."""
-    run, settings, score, scorer, known = judge
+    """Indices of the images of each batch, and a row for each: score, `PARTS`, calibration images as strange.
+
+    With maps a row ends with the largest value of the image's, which is then on disk.
+    """
+    run, settings, score, scorer, known, maps, place = judge
     device, size, pairs = scorer.device, settings.batch_size, settings.num_pairs
     found: Iterator[tuple[Tensor, list[Encoded], Tensor | None]]
+    if maps is not None:
+        for encoded, drawn in maps.encode_batches(images, size):
+            parts, largest = scorer.parts(encoded), peaks_and_tails(drawn)
+            parts.places = largest[:, 1]
+            numbers, count = _row(score, parts).cpu().numpy(), np.full(len(drawn), np.nan)
+            if known is not None:
+                count = known.at_least(numbers[:, 0], encoded.features)
+            for i, image in zip(encoded.indices.tolist(), drawn, strict=True):
+                maps.write(map_file(place or Path(), images.names[i]), image, picture_size(images, i))
+            yield encoded.indices, np.column_stack([numbers, count, largest[:, 0].cpu()])
+        return
     if pairs:
         draw = partial(augmented_pairs, run.vje, run.info.views, num_pairs=pairs, seed=settings.seed)
         batches = images.batches(images_at_once(images, size, device))

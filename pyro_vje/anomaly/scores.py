@@ -56,6 +56,8 @@ _SCORES = [
           lambda parts: -parts.log_rotation, of="rotations"),
     Score("rotation-joint", "rotation at its trained weight, and half of mahalanobis: both in nats (--rotations)",
           lambda parts: -parts.log_joint, True, "rotations"),
+    Score("places", "mean of the strangest 3 % of the image's map (needs --maps)", lambda parts: parts.places,
+          of="places"),
 ]
 # fmt: on
 SCORES = {score.name: score for score in _SCORES}

@@ -24,9 +24,11 @@ from PIL import Image
 
 from pyro_vje import metrics
 from pyro_vje.anomaly.calibration import Calibration
+from pyro_vje.anomaly.maps import describe_maps, find_masks, map_file, read_levels
 from pyro_vje.anomaly.rows import HOW, PARTS, Rows, prepare, score_batches, score_images
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
+from pyro_vje.data.decode import shown_box
 from pyro_vje.metrics.detection import benjamini_hochberg
 from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
@@ -39,6 +41,8 @@ log = logging.getLogger("pyro_vje")
 NORMAL_FOLDER = "normal"
 """A class folder of this name holds the normal images; every other class is an anomaly."""
 COLUMNS = ("path", "anomaly_score", "p_value", "decision", *PARTS, "label", "error")
+MAP_COLUMNS = ("map_peak", "map_p_value")
+"""Columns of scoring with maps: the largest value of an image's, and the share of normal images with such a one."""
 TEXT = ["path", "decision", "label", "error"]
 THRESHOLDS = (0.05, 0.01)
 SHOWN = 12
@@ -61,6 +65,8 @@ class ScoreResult:
     flagged: int | None  # where ``alpha`` or ``fdr`` was given
     passes: int  # of the encoder an image
     settings: ScoreConfig
+    maps: Path | None = None  # the folder of the maps
+    pixels: dict[str, Any] | None = None  # metrics of the maps against masks
 
 
 def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: Any) -> ScoreResult:
@@ -81,7 +87,7 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     run = runs.load_run(ckpt, trust_plugins=settings.trust_plugins, device=runs.default_device())
     images, normal = _images_and_normal_class(run, settings)
     judge = prepare(run, settings)
-    _, settings, chosen, scorer, known = judge
+    _, settings, chosen, scorer, known, maps, _ = judge
     say_level(0 if known is None else len(known.scores), len(images), settings.alpha, settings.fdr)
 
     weights = run.folder / runs.WEIGHTS if run.folder else ckpt
@@ -90,7 +96,14 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images": images.fingerprint(),
     }
-    part, shape = target.with_name(target.name + ".part"), (len(images), 2 + len(PARTS))
+    drawn = target.parent / runs.PICTURES / f"{target.stem}_maps" if maps else None
+    masks: dict[int, Path] = {}
+    if maps and run.folder:
+        made["maps_sha256"] = hashlib.sha256((run.folder / runs.MAPS).read_bytes()).hexdigest()
+        judge = judge._replace(folder=drawn)
+    if settings.masks is not None:
+        masks = find_masks(settings.masks, images, _are_normal(images, normal))
+    part, shape = target.with_name(target.name + ".part"), (len(images), 2 + len(PARTS) + bool(maps))
     rows = Rows(part, how | made, shape, resume=settings.resume)
     failed = score_images(images, rows, partial(score_batches, judge))
     table = _table(images, rows, failed, normal)
@@ -105,6 +118,11 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     passes = 2 * settings.num_pairs or (4 if run.vje.rotations else 1)
     place = (settings.data_dir or run.info.config.data_dir) if dataset == "folder" else dataset
     how |= {"meaning": chosen.description, "likelihood": scorer.family.name}
+    about_maps = None
+    if maps and drawn:
+        peaks = table.map_peak[scored.index].to_numpy()
+        table.loc[scored.index, "map_p_value"] = metrics.conformal_p_values(peaks, maps.peaks)
+        about_maps = describe_maps(maps, drawn, settings, images, scored.position.tolist(), peaks, masks)
     summary = {
         "run": str(ckpt),
         "data": str(settings.data or f"{place}, split test"),
@@ -114,6 +132,7 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         "calibration": describe_calibration(known),
         "decision": decision,
         "metrics": found,
+        "maps": about_maps,
         "weights_sha256": made["weights_sha256"],
         "versions": runs.versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -125,9 +144,11 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     report = target.with_name(f"{target.stem}_report.html") if settings.report else None
     if report:
         shown = (None if known is None else known.scores), partial(_thumbnails, images, table)
-        write_atomic(report, render_report(table, summary, *shown, target.parent))
+        overlays = partial(_overlays, images, table, about_maps) if about_maps else None
+        write_atomic(report, render_report(table, summary, *shown, target.parent, overlays))
     rows.remove()  # only now is everything written
     about: Any = (found or {}).get("auroc"), (decision or {}).get("anomalies"), passes, settings
+    about = *about, drawn, (about_maps or {}).get("metrics")
     return ScoreResult(target, summary_path, report, len(scored), len(failed), *counts.values(), *about)
 
 
@@ -182,7 +203,7 @@ def _table(
     if normal is not None:
         table["is_anomaly"] = (table.label != normal).astype(float).where(table.label.notna())
     numbers = [rows.numbers[i] for i in index]
-    columns = ["anomaly_score", *PARTS, "as_strange"]
+    columns = ["anomaly_score", *PARTS, "as_strange", "map_peak"][: len(numbers[0]) if numbers else -1]
     return table.join(pd.DataFrame(numbers, columns=columns, dtype=float))
 
 
@@ -255,7 +276,8 @@ def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -
 
 def _write(path: Path, table: pd.DataFrame, *, parquet: bool) -> None:
     """Write the table with six digits, a text that a spreadsheet would execute with an apostrophe (OWASP); Parquet."""
-    shown = table[[*COLUMNS]].copy()
+    table = table[[*COLUMNS, *(name for name in MAP_COLUMNS if name in table)]]
+    shown = table.copy()
     for name in TEXT:
         cells = [f"'{x}" if str(x).startswith(tuple("=+-@\t\r")) else x for x in shown[name]]
         shown[name] = pd.Series(cells, dtype=object)
@@ -265,7 +287,7 @@ def _write(path: Path, table: pd.DataFrame, *, parquet: bool) -> None:
     content = io.BytesIO()
     paths = [name.encode(errors="surrogateescape").decode(errors="replace") for name in table.path]
     try:
-        table[[*COLUMNS]].assign(path=paths).to_parquet(content, engine="pyarrow", compression="zstd")
+        table.assign(path=paths).to_parquet(content, engine="pyarrow", compression="zstd")
     except ImportError:
         raise ValueError("Parquet needs pyarrow: pip install 'pyro-vje[parquet]'") from None
     write_atomic(path.with_suffix(".parquet"), content.getbuffer())
@@ -282,6 +304,29 @@ def _image(images: ImageSet, i: int) -> torch.Tensor:
 def _thumbnails(images: ImageSet, table: pd.DataFrame, rows: Sequence[int]) -> list[Image.Image]:
     found = (_image(images, table.position[row]) for row in rows)
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
+
+
+def _overlays(
+    images: ImageSet, table: pd.DataFrame, about: dict[str, Any], rows: Sequence[int]
+) -> list[Image.Image]:
+    """What is drawn over the thumbnails of rows: their maps, cut and resized as the images are."""
+    size, folder = (images.image_size, images.image_size), Path(about["folder"])
+    found = []
+    for i in table.position[[*rows]]:
+        levels = Image.fromarray(read_levels(map_file(folder, images.names[i])).astype(np.float32))
+        box = shown_box(*levels.size, getattr(images.images, "fit", "crop"))
+        square = levels.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
+        found.append(
+            pictures.draw_marks(np.asarray(square), about["ordinary_level"], about["threshold_level"])
+        )
+    return found
+
+
+def _are_normal(images: ImageSet, normal: str | None) -> list[bool]:
+    """Which images are normal by their label."""
+    if normal is None or images.labels is None:
+        return [False] * len(images)
+    return (images.labels == images.class_index(normal)).tolist()
 
 
 def _draw(csv_path: Path, scored: pd.DataFrame, images: ImageSet) -> None:

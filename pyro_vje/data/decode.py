@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 logger = logging.getLogger("pyro_vje")
@@ -102,11 +102,21 @@ def _square(rgb: Image.Image, size: int, how: Image.Resampling, fit: str) -> Ima
     return rgb.resize((size, size), how, box=(left, top, left + side, top + side))
 
 
+def shown_box(width: int, height: int, fit: str) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom, in pixels of an image, of the square that `decode_image` makes of it."""
+    if fit == "squeeze":
+        return 0, 0, width, height
+    side = (max if fit == "pad" else min)(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def image_shape(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Return (height, width) from the file's header, or ``None`` if it is not a readable image."""
+    """Return (height, width) as its EXIF turns it, from the header, or ``None`` if it is not a readable image."""
     try:
         with _open(path) as image:
-            return image.height, image.width
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # as in decode_image: what is wrong with it is said when it is decoded
         return None
 

@@ -114,7 +114,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
     run = load_run(ckpt, trust_plugins=how.trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)
     judge = prepare(run, how)
-    _, how, _, scorer, known = judge
+    _, how, _, scorer, known, *_ = judge
     description = {**run.info.to_dict(), "score": {name: getattr(how, name) for name in HOW}}
     del description["config"]["data_dir"]  # where the data lay concerns nobody else
     shape = (3, run.info.image_size, run.info.image_size)

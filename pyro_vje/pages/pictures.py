@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import binary_dilation
 from sklearn.preprocessing import normalize
 
 from pyro_vje.metrics import RejectionCurve, auroc
@@ -192,6 +194,26 @@ def draw_direction_radius(axes: Axes, direction: Array, radius: Array, is_anomal
     _scatter(axes, points[chosen], [(colours[i], "o") for i in chosen])
     style(axes, "", *labels)
     return groups
+
+
+def draw_marks(levels: NDArray[Any], ordinary: float, threshold: float | None) -> Image.Image:
+    """A map ``(H, W)`` as what is laid over its image: vermilion, denser where it is stranger, and marks outlined.
+
+    Nothing is drawn up to the level ``ordinary``. The outline of what exceeds ``threshold`` is black within white, so
+    that it is seen on any ground, in print without colours, and with any colour vision.
+    """
+    values = levels.astype(np.float64)
+    full = max(ordinary + 1, threshold or values.max()) - ordinary
+    strength = ((values - ordinary) / full / 2).clip(0, 1)
+    pixels = np.empty((*values.shape, 4), np.uint8)
+    pixels[..., :3] = [int(VERMILION[k : k + 2], 16) for k in (1, 3, 5)]
+    pixels[..., 3] = np.round(strength * 10) * 16  # few levels make a small file
+    if threshold is not None:
+        marked = values > threshold
+        near = binary_dilation(marked)
+        outline, border = near & ~marked, binary_dilation(near) & ~near
+        pixels[outline], pixels[border] = (0, 0, 0, 255), (255, 255, 255, 255)
+    return Image.fromarray(pixels)
 
 
 def plot_training(history: Mapping[str, Sequence[Any]], path: Path) -> None:

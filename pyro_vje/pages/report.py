@@ -46,7 +46,12 @@ Thumbnails: TypeAlias = Callable[[Sequence[int]], Sequence[Image.Image]]
 
 
 def render_report(
-    table: pd.DataFrame, summary: Summary, held_out: Floats | None, thumbnails: Thumbnails, folder: Path
+    table: pd.DataFrame,
+    summary: Summary,
+    held_out: Floats | None,
+    thumbnails: Thumbnails,
+    folder: Path,
+    overlays: Thumbnails | None = None,
 ) -> str:
     """The page, as text that encodes as UTF-8: bytes of file names that are no text show as escapes.
 
@@ -54,7 +59,7 @@ def render_report(
     ``log_direction``, ``log_radius``, ``error`` (why it could not be read), and where it is known ``is_anomaly``.
     ``summary`` is that of `score`. ``held_out`` are the scores ``(n,)`` of the normal images behind the p-values.
     ``thumbnails`` gives the images at rows of the table, once, for the few that are shown; ``folder`` is where the page
-    will lie, for links to the images' files.
+    will lie, for links to the images' files. ``overlays`` gives what is laid over the thumbnails to show where.
     """
     read = table[table["error"].isna()]
     scores, flagged = read["anomaly_score"].to_numpy(np.float64), read["decision"].eq("anomaly").to_numpy()
@@ -77,14 +82,20 @@ def render_report(
         labelled=None if labels is None else [int((labels == kind).sum()) for kind in (0, 1)],
         found=None if labels is None else int((labels[flagged] == 1).sum()),
         calibration=len(held_out) if read["p_value"].notna().any() else 0,
-        cards=_cards(read, scores, labels, thumbnails, folder),
+        cards=_cards(read, scores, labels, thumbnails, folder, overlays),
+        maps=summary.get("maps"),
         charts=_charts(read, scores, labels, held_out),
     )
     return printable(page)
 
 
 def _cards(
-    read: pd.DataFrame, scores: Floats, labels: Kinds, thumbnails: Thumbnails, folder: Path
+    read: pd.DataFrame,
+    scores: Floats,
+    labels: Kinds,
+    thumbnails: Thumbnails,
+    folder: Path,
+    overlays: Thumbnails | None,
 ) -> dict[str, list[dict[str, Any]]]:
     """All flagged images, or at least the strangest, and the most normal ones; none twice, none without a score."""
     flagged, p_values = read["decision"].eq("anomaly").to_numpy(), read["p_value"].to_numpy(np.float64)
@@ -93,10 +104,13 @@ def _cards(
     strange = min(max(int(flagged.sum()), min(SHOWN, (len(order) + 1) // 2)), MOST_FLAGGED)
     shown = [*order[:strange], *order[strange:][-SHOWN:][::-1]]
     images = thumbnails(read.index[shown].tolist()) if shown else []
+    over = overlays(read.index[shown].tolist()) if overlays and shown else [None] * len(shown)
     kinds = ("normal", "anomaly", "unlabelled")
     cards = [
         {
             "src": _data_uri(image),
+            "map": mark and _data_uri(mark),
+            "map_p": read["map_p_value"].iloc[i] if mark else np.nan,
             "pixelated": max(image.size) <= THUMBNAIL // 2,
             "href": _link(read["path"].iloc[i], folder),
             "path": PurePath(read["path"].iloc[i]),
@@ -105,7 +119,7 @@ def _cards(
             "label": None if labels is None else kinds[labels[i]],
             "flagged": flagged[i],
         }
-        for i, image in zip(shown, images, strict=True)
+        for i, image, mark in zip(shown, images, over, strict=True)
     ]
     return {"strange": cards[:strange], "normal": cards[strange:]}
 
@@ -121,9 +135,12 @@ def _link(path: str, folder: Path) -> str | None:
 
 
 def _data_uri(image: Image.Image) -> str:
-    small, stream = image.convert("RGB"), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    kind = "png" if max(small.size) <= THUMBNAIL // 2 else "jpeg"
+    """An image as an address; one that is partly transparent as a PNG of few colours."""
+    clear = image.mode == "RGBA"
+    small, stream = image.convert("RGBA" if clear else "RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.NEAREST if clear else Image.Resampling.BICUBIC)
+    small = small.quantize(32, Image.Quantize.FASTOCTREE) if clear else small
+    kind = "png" if clear or max(small.size) <= THUMBNAIL // 2 else "jpeg"
     small.save(stream, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 

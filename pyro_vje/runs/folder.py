@@ -7,6 +7,7 @@
     RUN/calibration.safetensors   embeddings and posteriors of held-out images, which calibrate scores
     RUN/reference.safetensors     the same of images that were trained on, at most 10,000: the score `aggregate`
     RUN/folds.safetensors     of a frozen encoder: heads that have each not seen a fold of the images
+    RUN/maps.safetensors      of `pyro_vje maps`: a head of places, kernels, and what calibrates them
     RUN/held_out.json         names of the held-out images
     RUN/metrics.csv           a row for each epoch
     RUN/checkpoints/          what resuming needs
@@ -16,6 +17,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -24,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +49,7 @@ SCHEMA_VERSION = 4
 MAX_IMAGE_SIZE = 8192
 CONFIG, HELD_OUT, METRICS = "config.json", "held_out.json", "metrics.csv"
 WEIGHTS, CALIBRATION = "weights.safetensors", "calibration.safetensors"
-REFERENCE, FOLDS = "reference.safetensors", "folds.safetensors"
+REFERENCE, FOLDS, MAPS = "reference.safetensors", "folds.safetensors", "maps.safetensors"
 CHECKPOINTS, PICTURES, CACHE = "checkpoints", "pictures", "cache"
 HEADER_KEY = "pyro_vje"
 POSTERIOR = Encoded._fields[:3]  # what is kept of images: embeddings, loc, scale
@@ -305,6 +307,48 @@ def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
         head.load_state_dict({name: tensors[f"{k}.{name}"] for name in head.state_dict()})
         head.to(run.vje.device).eval().requires_grad_(False)
     return tensors["fold"], tensors["features"], heads
+
+
+def weights_sha256(run: LoadedRun) -> str:
+    """What says which weights of a run folder something was made with."""
+    if run.folder is None:
+        raise ValueError("a weights file alone has no maps: name the run folder")
+    return hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def save_maps(run: LoadedRun, modules: Sequence[str], head: VJE, tensors: Mapping[str, Tensor]) -> Path:
+    """Write what maps are made with: the modules whose outputs they are of, a head of places, other ``tensors``."""
+    header = {"schema_version": SCHEMA_VERSION, "modules": [*modules], "weights_sha256": weights_sha256(run)}
+    state = {f"head.{name}": value for name, value in head.state_dict().items()}
+    return _save(cast(Path, run.folder) / MAPS, {**state, **tensors}, header)
+
+
+def load_maps(
+    run: LoadedRun, build: Callable[[int, int], VJE]
+) -> tuple[list[str], VJE, dict[str, Tensor]] | None:
+    """What `save_maps` wrote, where ``build`` makes a head of its width of features and D; ``None`` if there is none.
+
+    ``ValueError``: the file is damaged, or was made with other weights of the run.
+    """
+    path = None if run.folder is None else run.folder / MAPS
+    if path is None or not path.is_file():
+        return None
+    form = {"modules": list, "weights_sha256": str}
+    header, tensors = _read(path, lambda values: check_form(migrate(values), form))
+    if header["weights_sha256"] != weights_sha256(run):
+        raise ValueError(
+            f"{path} was made with other weights than those of the run: remove it, and make it again"
+        )
+    matrix = tensors.get("head.projector.matrix", torch.empty(0))
+    if matrix.dim() != 2:
+        raise ValueError(f"{path} holds no head of places")
+    head = build(*matrix.shape)
+    state = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith("head.")}
+    check_state(path, state, head.state_dict())
+    head.load_state_dict(state)
+    rest = {name: value for name, value in tensors.items() if not name.startswith("head.")}
+    check_state(path, rest, rest)  # that they are finite
+    return header["modules"], head.eval().requires_grad_(False), rest
 
 
 def calibration_file(name: str) -> str:

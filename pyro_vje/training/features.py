@@ -83,6 +83,18 @@ def fit_whitening(vje: VJE, features: Tensor) -> None:
         vje.projector.fit(features)
 
 
+def fit_head(config: TrainConfig, features: Tensor) -> VJE:
+    """A head of features, trained on ``(N, V, F)`` of V views of each of N: its whitening takes the first view's."""
+    head = build_head(config, features.shape[-1])
+    fit_whitening(head, features[:, 0])
+    with quiet_lightning():
+        trainer = lightning.Trainer(
+            max_epochs=config.epochs, devices=1, logger=False, enable_checkpointing=False, **QUIET
+        )
+        trainer.fit(Pretraining(head, config, features))
+    return head.cpu().eval()
+
+
 def fit_folds(config: TrainConfig, features: Tensor) -> tuple[Tensor, list[VJE]]:
     """The fold ``(N,)`` of each image, and for each fold a head, of features, that has not seen it.
 
@@ -93,14 +105,7 @@ def fit_folds(config: TrainConfig, features: Tensor) -> tuple[Tensor, list[VJE]]
     heads, progress = [], Progress("learning without a part of the images", config.folds, "parts")
     for k in range(config.folds):
         rest = features[fold != k]
-        head = build_head(config, features.shape[-1])
-        fit_whitening(head, rest[:, 0])
         settings = dataclasses.replace(config, batch_size=min(config.batch_size or 0, len(rest)))
-        with quiet_lightning():
-            trainer = lightning.Trainer(
-                max_epochs=config.epochs, devices=1, logger=False, enable_checkpointing=False, **QUIET
-            )
-            trainer.fit(Pretraining(head, settings, rest))
-        heads.append(head.cpu().eval())
+        heads.append(fit_head(settings, rest))
         progress.add(1)
     return fold, heads

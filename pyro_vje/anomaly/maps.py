@@ -1,0 +1,407 @@
+"""Where an image is strange: the density of its places, by a head of places after an encoder's middle stages.
+
+The head is that of images (whitening, posterior network, kernels at reference embeddings), trained on places of normal
+images; two views of a place are the place and a neighbour of it. Beside the encoder's pass, which gives the features of
+places as well, an image costs one matrix product.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize, softplus
+
+from pyro_vje.anomaly.calibration import training_images
+from pyro_vje.config import ScoreConfig, TrainConfig
+from pyro_vje.data import ImageSet, derive_seed
+from pyro_vje.data.decode import decode_image, image_shape, list_images, shown_box
+from pyro_vje.data.splits import evenly_spread
+from pyro_vje.metrics.localisation import PixelCounts
+from pyro_vje.model.encoding import Encoded, cpu_rows, encode_features, images_at_once, in_equal_parts
+from pyro_vje.model.places import PlaceFeatures
+from pyro_vje.model.vje import MIN_SCALE, VJE
+from pyro_vje.progress import Progress
+from pyro_vje.runs import folder as runs
+from pyro_vje.training.features import fit_head
+
+log = logging.getLogger("pyro_vje")
+
+REFERENCE = 10_000
+"""Places, drawn evenly from the images, that a head learns from, and that are its kernels."""
+IMAGES = 2_000
+"""Images, at most, that a head learns from, and again that calibrate it."""
+LEAST_CALIBRATION = 20  # images, of 40 or more: enough for a p-value below 0.05
+DIM = 128
+"""Directions of the whitened features: 96 of 152 lost 0.1 AUROC on screws."""
+GROUP = 32
+"""Kernels of which the densest alone counts: the sum of all would take two fifths longer."""
+SMOOTHING = 0.6
+"""Standard deviation of the map's smoothing, in distances of neighbouring places."""
+TAIL = 0.03
+"""Share of a map's strangest pixels whose mean is the score `places`."""
+NAT = 100
+"""Levels of a map's file in a nat."""
+SHARE = 0.05
+"""Share of normal images that show a mark, where no ``alpha`` says another."""
+_NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (0, -1), (-1, 0))
+
+
+def place_head(features: int, dim: int, seed: int = 0, places: int = REFERENCE) -> TrainConfig:
+    """Settings of a head of places: those of a frozen encoder's, whatever the run's own are."""
+    how: dict[str, Any] = {"encoder": "resnet-small", "encoder_lr_scale": 0.0, "projector": "whiten"}
+    config = TrainConfig("images", ".", embedding_dim=min(dim, features), seed=seed, **how)
+    return config.resolved().fitted(places)
+
+
+class Maps:
+    """Maps of images by a run's encoder and its head of places.
+
+    ``reference`` and ``scale`` ``(R, D)`` are the kernels' embeddings and scales; ``calibration`` ``(n, 2)`` holds the
+    `peak` and `tail` of maps of normal images that the head has not seen, and ``floor`` the least value of these maps.
+    """
+
+    def __init__(
+        self,
+        run: runs.LoadedRun,
+        modules: Sequence[str],
+        head: VJE,
+        reference: Tensor,
+        scale: Tensor,
+        calibration: Tensor | None = None,
+        floor: Tensor | None = None,
+    ) -> None:
+        self.run, self.device = run, next(run.vje.parameters()).device
+        self.features = PlaceFeatures(run.vje.encoder, run.info.view_size, modules)
+        self.head = head.to(self.device)
+        self.calibration = None if calibration is None else calibration.double().cpu().numpy()
+        self.floor = 0.0 if floor is None else float(floor)
+        group = GROUP if len(reference) >= GROUP**2 else 1
+        count = len(reference) // group * group
+        self._group, dim, df = group, reference.shape[1], self.head.settings.df
+        self.reference = reference
+        e, scale = (x[:count].to(self.device) for x in (reference, scale))
+        n, n_radius = (df + dim) / 2, (df + 1) / 2
+        # Each kernel is a power -n of a linear function of (u², u), times one -n_radius of a quadratic one of r.
+        mean, precision = normalize(e), self.head.settings.unit_radius**2 / scale.square()
+        weight = (scale.log().sum(-1) / n).double()
+        self._log_weight, self._n, self._power = weight.mean(), n, n_radius / n
+        weight = (weight - self._log_weight).exp()[:, None]
+        constant = (mean.square() * precision).sum(-1, keepdim=True) / df + 1
+        linear = torch.cat([precision / df, -2 * mean * precision / df, constant], 1) * weight
+        self._linear = linear.float().T.contiguous()
+        width = softplus(head.raw_radius_scale) + MIN_SCALE  # type: ignore[arg-type]
+        self._radii, self._width = e.norm(dim=-1), float(width.detach() * math.sqrt(df))
+        smooth = torch.arange(run.info.view_size) + 0.5
+        centres = (torch.arange(self.features.side) + 0.5) * run.info.view_size / self.features.side
+        distance = (smooth[:, None] - centres) * self.features.side / run.info.view_size / SMOOTHING
+        self._smooth = distance.square().mul(-0.5).softmax(1).to(self.device)
+
+    @torch.no_grad()
+    def strangeness(self, places: Tensor) -> Tensor:
+        """-log of the density of places ``(N, h, w, C)``, in nats up to a constant, ``(N, h, w)``.
+
+        Of every `GROUP` kernels the densest counts, which is at most log `GROUP` nats too strange.
+        """
+        found = []
+        for image in places.flatten(1, 2).to(self.device):
+            t = self.head.project(image)
+            radius = t.norm(dim=-1, keepdim=True)
+            u = t / radius
+            inputs, best = torch.cat([u.square(), u, torch.ones_like(radius)], 1), []
+            for linear, radii in zip(self._linear.split(1024, 1), self._radii.split(1024), strict=True):
+                # The power that both factors share is taken of the densest kernels alone.
+                far = (inputs @ linear).mul_(self._radial(radius, radii))
+                best.append(far.unflatten(1, (-1, self._group)).amin(-1))
+            log_kernels = -self._n * (torch.cat(best, 1).log() + self._log_weight)
+            log_mean = log_kernels.logsumexp(1) - math.log(len(self._radii))
+            found.append((t.shape[1] - 1) * radius[:, 0].log() - log_mean)
+        return torch.stack(found).unflatten(1, places.shape[1:3]).float()
+
+    def _radial(self, radius: Tensor, radii: Tensor) -> Tensor:
+        far = (radius - radii).div_(self._width).square_().add_(1)
+        return far.sqrt_() if self._power == 0.5 else far.pow_(self._power)
+
+    @torch.no_grad()
+    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features ``(N, F)`` and maps ``(N, S, S)`` in nats of uint8 images, S the side of what is encoded."""
+
+        def forward(part: Tensor) -> tuple[Tensor, Tensor]:
+            features, places = self.features(self.run.info.view(part))
+            return features, self._smooth @ self.strangeness(places) @ self._smooth.T
+
+        found = in_equal_parts(forward, batch.to(self.device), rows=cpu_rows(batch.shape[-1]))
+        return found[0], found[1]
+
+    def encode_batches(self, images: ImageSet, batch_size: int) -> Iterator[tuple[Encoded, Tensor]]:
+        """What the run's model says of the images of each batch, and their maps."""
+        for index, batch in images.batches(images_at_once(images, batch_size, self.device)):
+            features, maps = self(batch)
+            yield encode_features(self.run.vje, features)._replace(indices=index), maps
+
+    @property
+    def peaks(self) -> NDArray[np.float64]:
+        """Largest values of the calibration images' maps."""
+        return self._calibration[:, 0]
+
+    @property
+    def tails(self) -> NDArray[np.float64]:
+        """Scores `places` of the calibration images."""
+        return self._calibration[:, 1]
+
+    @property
+    def _calibration(self) -> NDArray[np.float64]:
+        assert self.calibration is not None
+        return self.calibration
+
+    def threshold(self, share: float) -> float | None:
+        """Above which a map's value is a mark, so that at most this share of normal images shows one.
+
+        That holds for a new normal image as for the calibration images, by the rank of the largest value among
+        theirs; ``None`` if these are too few for it.
+        """
+        rank = math.ceil((1 - share) * (len(self.peaks) + 1) * (1 - 1e-12))
+        return float(np.sort(self.peaks)[rank - 1]) if rank <= len(self.peaks) else None
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    def levels(self, nats: Any) -> Any:
+        """Values of a map's file for those of a map: `NAT` to the nat above ``floor``, rounded down."""
+        return np.floor((np.asarray(nats, np.float64) - self.floor) * NAT).clip(0, 65535)
+
+    def write(self, path: Path, nats: Tensor, size: tuple[int, int]) -> None:
+        """Write a map ``(S, S)`` as a 16-bit PNG of its image's ``size`` (width, height); 0 where nothing is seen."""
+        info = self.run.info
+        left, top, right, bottom = shown_box(*size, info.fit)
+        margin = (1 - info.view_size / info.image_size) / 2
+        across, down = (right - left) * margin, (bottom - top) * margin
+        left, top, right, bottom = left + across, top + down, right - across, bottom - down
+        seen = Image.fromarray(self.levels(nats.cpu().numpy()).astype(np.float32))
+        seen = seen.resize(
+            (max(1, round(right - left)), max(1, round(bottom - top))), Image.Resampling.BILINEAR
+        )
+        picture = Image.new("F", size)
+        picture.paste(seen, (round(left), round(top)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(picture).astype(np.uint16)).save(path, compress_level=1)
+
+
+def peaks_and_tails(maps: Tensor) -> Tensor:
+    """Largest value of maps ``(N, S, S)``, and mean of the share `TAIL` of the largest, ``(N, 2)``."""
+    pixels = maps.flatten(1)
+    largest = pixels.topk(max(1, round(TAIL * pixels.shape[1]))).values.double()
+    return torch.stack([largest[:, 0], largest.mean(1)], 1)
+
+
+def read_levels(path: Path) -> NDArray[np.uint16]:
+    """A map's file as ``(H, W)``."""
+    with Image.open(path) as image:
+        return np.asarray(image).astype(np.uint16)
+
+
+def map_file(folder: Path, name: str) -> Path:
+    """Where the map of an image of this name lies."""
+    parts = [part for part in PurePath(name).parts if part not in (PurePath(name).anchor, "..")]
+    return folder.joinpath(*parts[:-1], parts[-1] + ".png")
+
+
+def picture_size(images: ImageSet, i: int) -> tuple[int, int]:
+    """Width and height of the file of an image, or of the image itself where it has none."""
+    height, width = image_shape(images.paths[i]) or 2 * (images.image_size,)
+    return width, height
+
+
+# Learning -------------------------------------------------------------------------------------------------------------
+
+
+def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: bool = False) -> Path:
+    """Learn what places of a finished run's training images look like, for `score` with ``maps``; returns the file.
+
+    ``places`` names modules of the encoder whose outputs describe them (`PlaceFeatures`). The maps are calibrated with
+    the images that the run held out; where it held out none, a fifth of its images is kept for that, or 20 of 40 to 99.
+    ``ValueError``: the run has no folder, its images are not as they were, or the encoder has no features at places.
+    """
+    run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
+    runs.weights_sha256(run)  # which says where there is no folder
+    modules = PlaceFeatures(run.vje.encoder, run.info.view_size, places).modules
+    known, held_out = training_images(run, "maps are learned from places of the training images")
+    seed = derive_seed("maps", run.info.config.seed)
+    generator = torch.Generator().manual_seed(seed)
+    if held_out is None:
+        count = max(len(known) // 5, min(LEAST_CALIBRATION, len(known) // 2))
+        order = torch.randperm(len(known), generator=generator)
+        known, held_out = known.select(order[count:].sort().values), known.select(order[:count].sort().values)
+    known, held_out = (part.select(evenly_spread(len(part), IMAGES)) for part in (known, held_out))
+    log.info(
+        "maps: learned from %d images, calibrated with %d; places of %s", len(known), len(held_out), modules
+    )
+    views = _draw_places(PlaceFeatures(run.vje.encoder, run.info.view_size, modules), run, known, generator)
+    head = fit_head(place_head(views.shape[-1], DIM, run.info.config.seed, len(views)), views)
+    reference = encode_features(head, views[:, 0])
+    maps = Maps(run, modules, head, reference.embeddings, reference.scale)
+    found: list[Tensor] = []
+    floor, progress = math.inf, Progress("maps of the images that calibrate them", len(held_out))
+    for _, batch in held_out.batches(images_at_once(held_out, 64, maps.device)):
+        values = maps(batch)[1].cpu()
+        found, floor = [*found, peaks_and_tails(values)], min(floor, float(values.min()))
+        progress.add(len(batch))
+    if not found:
+        raise ValueError("not one of the images that calibrate the maps could be decoded")
+    tensors = {"reference": reference.embeddings, "scale": reference.scale, "calibration": torch.cat(found)}
+    return runs.save_maps(run, modules, head, {**tensors, "floor": torch.tensor(floor)})
+
+
+@torch.no_grad()
+def _draw_places(
+    features: PlaceFeatures, run: runs.LoadedRun, images: ImageSet, generator: torch.Generator
+) -> Tensor:
+    """Features ``(M, 5, C)`` of at most `REFERENCE` places and their four neighbours, equally many of each image."""
+    device, found = next(run.vje.parameters()).device, []
+    quota, progress = -(-REFERENCE // len(images)), Progress("places", len(images))
+    for _, batch in images.batches(images_at_once(images, 64, device)):
+        found.append(with_neighbours(features(run.info.view(batch.to(device)))[1].cpu(), quota, generator))
+        progress.add(len(batch))
+    if not found:
+        raise ValueError("not one of the images that maps are learned from could be decoded")
+    every = torch.cat(found)
+    return every[torch.randperm(len(every), generator=generator)[:REFERENCE]]
+
+
+def with_neighbours(places: Tensor, quota: int, generator: torch.Generator) -> Tensor:
+    """``quota`` places of each image, drawn from ``(N, h, h, C)``, and their four neighbours, ``(M, 5, C)``."""
+    side = places.shape[1]
+    drawn = torch.rand(len(places), side**2, generator=generator).argsort(1)[:, :quota]
+    image, views = torch.arange(len(places))[:, None], []
+    for down, across in _NEIGHBOURS:
+        row, column = drawn // side + down, drawn % side + across
+        # Beyond the edge is the neighbour on the other side.
+        row, column = (x.abs().where(x < side, torch.full_like(x, side - 2)) for x in (row, column))
+        views.append(places[image, row, column])
+    return torch.stack(views, 2).flatten(0, 1)
+
+
+def load_maps(run: runs.LoadedRun) -> Maps:
+    """The maps of a run; ``ValueError`` with what to do where it has none."""
+    seed = run.info.config.seed
+    found = runs.load_maps(
+        run, lambda features, dim: runs.build_head(place_head(features, dim, seed), features)
+    )
+    if found is None:
+        raise ValueError(
+            f"the run {run.folder or ''} has learned no maps: pyro-vje maps --ckpt RUN does, from its training images"
+        )
+    modules, head, tensors = found
+    return Maps(run, modules, head, **tensors)
+
+
+# Masks ----------------------------------------------------------------------------------------------------------------
+
+
+def find_masks(masks: Path, images: ImageSet, normal: Sequence[bool]) -> dict[int, Path]:
+    """The mask of each image, by position: a file of the same path within ``masks``, whatever its suffix.
+
+    Its name may end in ``_mask``. Images that are ``normal`` by their label need none. ``ValueError``: an image has
+    neither, or a mask another size than its image.
+    """
+    known = {_stem(path.relative_to(masks)): path for path in list_images(masks)}
+    found, missing = {}, []
+    for i, name in enumerate(images.names):
+        path = known.get(_stem(PurePath(name)))
+        if path is None:
+            missing += [] if normal[i] else [name]
+            continue
+        size, shape = picture_size(images, i), image_shape(path)
+        if shape is not None and shape != size[::-1]:
+            raise ValueError(
+                f"{path} has {shape[1]} x {shape[0]} pixels, its image {images.paths[i]} {size[0]} x {size[1]}: a mask "
+                "must be of its image's size"
+            )
+        found[i] = path
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images have no mask in {masks}, among them {missing[0]}, and no label says that they are "
+            "normal: a black one says that nothing is wrong"
+        )
+    return found
+
+
+def _stem(path: PurePath) -> str:
+    return path.with_suffix("").as_posix().removesuffix("_mask")
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """A mask as booleans ``(H, W)``: of 0 and 1, or white above the middle; ``ValueError`` if it is of neither kind."""
+    grey = decode_image(path).amax(0).numpy()
+    if 1 < (most := int(grey.max())) < 128:
+        raise ValueError(
+            f"{path} has values up to {most}: a mask is black (0) and white (255), or of 0 and 1"
+        )
+    return grey > most // 2
+
+
+def describe_maps(
+    maps: Maps,
+    folder: Path,
+    settings: ScoreConfig,
+    images: ImageSet,
+    scored: Sequence[int],
+    peaks: NDArray[np.float64],
+    masks: dict[int, Path],
+) -> dict[str, Any]:
+    """What the summary says of the maps in ``folder``: of the images ``scored``, whose largest values are ``peaks``.
+
+    Compares them with masks and writes them as one ``.npz``, where the settings ask for it.
+    """
+    share = SHARE if settings.alpha is None else settings.alpha
+    threshold = maps.threshold(share)
+    if settings.maps_npz:
+        write_npz(folder.with_name(f"{folder.name}.npz"), folder, images, scored, maps.floor)
+    return {
+        "folder": str(folder),
+        "places": maps.features.modules,
+        "places_an_image": maps.features.side**2,
+        "reference_places": len(maps.reference),
+        "nats": f"level / {NAT} + {maps.floor:.6g}: -log density of the place, up to a constant",
+        "calibration_images": len(maps.peaks),
+        "normal_images_with_a_mark": share,
+        "threshold": threshold,
+        "threshold_level": None if threshold is None else int(maps.levels(threshold)),
+        "ordinary_level": int(maps.levels(np.median(maps.peaks))),
+        "marked_images": None if threshold is None else int((peaks > threshold).sum()),
+        "metrics": pixel_metrics(folder, images, scored, masks) if settings.masks is not None else None,
+    }
+
+
+def pixel_metrics(
+    folder: Path, images: ImageSet, scored: Sequence[int], masks: dict[int, Path]
+) -> dict[str, Any] | None:
+    """`PixelCounts` of the maps in a folder, over all images that were scored; one without a mask has no defect."""
+    counts, progress = PixelCounts(), Progress("comparing maps with masks", len(scored))
+    for i in scored:
+        levels = read_levels(map_file(folder, images.names[i]))
+        counts.add(levels, read_mask(masks[i]) if i in masks else np.zeros(levels.shape, bool))
+        progress.add(1)
+    return counts.metrics()
+
+
+def write_npz(path: Path, folder: Path, images: ImageSet, scored: Sequence[int], floor: float) -> Path:
+    """Write all maps as one ``.npz``: float32 nats above ``floor`` ``(H, W)`` by the names of their images."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in scored:
+            with archive.open(f"{images.names[i]}.npy", "w", force_zip64=True) as file:
+                nats = read_levels(map_file(folder, images.names[i])).astype(np.float32) / NAT + np.float32(
+                    floor
+                )
+                np.lib.format.write_array(file, nats)
+    temporary.replace(path)
+    return path
