@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from pyro_vje.anomaly.scores import SCORES
+from pyro_vje.anomaly.scores import PLACES, SCORES
 from pyro_vje.cli import options
 from pyro_vje.config import INSPECTION, ScoreConfig, fields_of
 
 log = logging.getLogger("pyro_vje")
-NAMES = "; ".join(f"{score.name}: {score.description}" for score in SCORES.values())
+NAMES = "; ".join(f"{score.name}: {score.description}" for score in (*SCORES.values(), PLACES))
 _, _, DEFAULT = (fields_of(ScoreConfig)["score"].description or "").partition(", or ")
 
 

@@ -136,11 +136,10 @@ class Maps:
         """Pooled features ``(N, F)`` and maps ``(N, S, S)`` in nats of uint8 images, S the side of what is encoded."""
 
         def forward(part: Tensor) -> tuple[Tensor, Tensor]:
-            features, places = self.features(self.run.info.view(part))
-            return features, self._smooth @ self.strangeness(places) @ self._smooth.T
+            return self.features(self.run.info.view(part))
 
-        found = in_equal_parts(forward, batch.to(self.device), rows=cpu_rows(batch.shape[-1]))
-        return found[0], found[1]
+        features, places = in_equal_parts(forward, batch.to(self.device), rows=cpu_rows(batch.shape[-1]))
+        return features, self._smooth @ self.strangeness(places) @ self._smooth.T
 
     def encode_batches(self, images: ImageSet, batch_size: int) -> Iterator[tuple[Encoded, Tensor]]:
         """What the run's model says of the images of each batch, and their maps."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_vje.anomaly.calibration import Calibration, Floats, cross_calibration, training_images
 from pyro_vje.anomaly.maps import Maps, load_maps, map_file, peaks_and_tails, picture_size
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
-from pyro_vje.anomaly.scores import Score, get_score
+from pyro_vje.anomaly.scores import PLACES, Score, get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.data.splits import reference_images
@@ -135,7 +135,7 @@ def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
         log.info("score %s, %s", score.name, why)
     if settings.num_pairs and score.needs_reference:
         raise ValueError(f"{score.name!r} compares clean images with clean reference images: leave pairs out")
-    if score.of == "places" and not settings.maps:
+    if score is PLACES and not settings.maps:
         raise ValueError(f"the score {score.name!r} is of an image's map: add maps (--maps)")
     if settings.num_pairs and settings.maps:
         raise ValueError("maps are of clean images: leave pairs out (num_pairs)")
@@ -147,7 +147,7 @@ def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
 def calibrate(judge: Judge) -> Calibration | None:
     """What scores become p-values by: a named calibration, the run's folds, or its held-out images; or nothing."""
     run, settings, score, scorer, _, maps, _ = judge
-    if maps is not None and score.of == "places":
+    if maps is not None and score is PLACES:
         return Calibration([maps.tails])
     name = settings.calibration
     file = folder.CALIBRATION if name is None else folder.calibration_file(name)

@@ -56,16 +56,18 @@ _SCORES = [
           lambda parts: -parts.log_rotation, of="rotations"),
     Score("rotation-joint", "rotation at its trained weight, and half of mahalanobis: both in nats (--rotations)",
           lambda parts: -parts.log_joint, True, "rotations"),
-    Score("places", "mean of the strangest 3 % of the image's map (needs --maps)", lambda parts: parts.places,
-          of="places"),
 ]
 # fmt: on
 SCORES = {score.name: score for score in _SCORES}
+PLACES = Score(
+    "places", "mean over the strangest 3 % of the image's map (with --maps)", lambda parts: parts.places
+)
+"""The score of a map: it needs a run that has learned maps, which the others do not."""
 
 
 def get_score(name: str) -> Score:
     """A score by name, ``module:function``, or entry point in ``pyro_vje.scores``; ``ValueError`` lists those known."""
-    found = look_up(name, SCORES, what="score", group="pyro_vje.scores")
+    found = look_up(name, {**SCORES, PLACES.name: PLACES}, what="score", group="pyro_vje.scores")
     if isinstance(found, Score):
         return found
     if not callable(found):

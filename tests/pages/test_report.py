@@ -15,7 +15,7 @@ from pyro_vje.metrics import conformal_p_values, detection_metrics
 from pyro_vje.pages import pictures, report
 from pyro_vje.pages.report import MOST_FLAGGED, render_report
 
-VOID = {"meta", "link", "img", "br", "hr", "path", "use", "rect", "image"}
+VOID = {"meta", "link", "img", "input", "br", "hr", "path", "use", "rect", "image"}
 HOSTILE = [
     "a/<script>alert(1)<!--.png",
     "a/\"onerror='x'.png",

@@ -1,0 +1,206 @@
+"""Maps: the density of places against the library's, and from a folder of images to what is written of them."""
+
+import csv
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from pyro_vje import TrainConfig, config, learn_maps, load_run, score, train
+from pyro_vje.anomaly import maps as module
+from pyro_vje.anomaly import rows as rows_module
+from pyro_vje.anomaly.maps import Maps, load_maps, place_head, read_levels, with_neighbours
+from pyro_vje.config import ScoreConfig
+from pyro_vje.distributions import pairwise_log_prob
+from pyro_vje.runs.folder import build_head
+
+SIZE = (48, 32)  # of the images: the central 32 × 32 are seen
+SPOT = (20, 8, 28, 16)
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """60 normal images, and a folder of normal ones and ones with a spot, with masks."""
+    root, rng = tmp_path_factory.mktemp("maps"), np.random.default_rng(0)
+    for name, count in (("good", 60), ("new/good", 12), ("new/spot", 8)):
+        for i in range(count):
+            image = Image.fromarray(rng.normal(120, 20, (SIZE[1], SIZE[0], 3)).clip(0, 255).astype(np.uint8))
+            place, mask = root / name / f"{i:02d}.png", Image.new("L", SIZE)
+            if name == "new/spot":
+                image.paste((250, 20, 20), SPOT)
+                mask.paste(255, SPOT)
+                (root / "masks/spot").mkdir(parents=True, exist_ok=True)
+                mask.save(root / "masks/spot" / f"{i:02d}_mask.png")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            image.save(place)
+    return root
+
+
+@pytest.fixture(scope="module")
+def mapped_run(photographs, tmp_path_factory):
+    how = {"encoder": "tiny", "image_size": 32, "embedding_dim": 8, "hidden_dim": 16, "epochs": 1}
+    how |= {"dataset": "images", "data_dir": str(photographs / "good"), "holdout": 0.4, "normal_class": None}
+    run = train(TrainConfig(**how, precision="32", batch_size=8), tmp_path_factory.mktemp("runs") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "HEAD_STEPS", 40)
+        assert learn_maps(run) == run / "maps.safetensors"
+    return run
+
+
+def head_and_kernels(count, dim=16, features=24):
+    head = build_head(place_head(features, dim), features).eval()
+    torch.nn.init.normal_(head.raw_radius_scale)
+    return head, torch.randn(count, dim) * 2, 0.3 + torch.rand(count, dim)
+
+
+@pytest.mark.parametrize(("count", "slack"), [(50, 0.0), (4096, math.log(module.GROUP))])
+def test_strangeness_is_the_density_of_the_kernels(mapped_run, count, slack):
+    torch.manual_seed(1)
+    head, reference, scale = head_and_kernels(count)
+    maps = Maps(load_run(mapped_run), [], head, reference, scale)
+    places = torch.randn(2, 3, 3, 24)
+    found = maps.strangeness(places).flatten().double()
+    kernels = pairwise_log_prob(head.likelihood(reference, scale), head.project(places.flatten(0, 2)))
+    exact = math.log(count) - kernels.double().logsumexp(0)
+    excess = found - exact
+    excess = excess - (excess.mean() if not slack else excess.min())  # up to a constant
+    assert excess.abs().max() <= slack + 1e-3
+
+
+def test_neighbours_lie_within_the_image():
+    places = torch.arange(2 * 16).view(2, 4, 4, 1).float()
+    views = with_neighbours(places, 16, torch.Generator().manual_seed(0))[..., 0].long()
+    assert views.shape == (32, 5)
+    assert sorted(views[:, 0].tolist()) == list(range(32))  # every place once
+    steps = (views[:, 1:] // 4 - views[:, :1] // 4).abs() + (views[:, 1:] % 4 - views[:, :1] % 4).abs()
+    assert (steps == 1).all()
+
+
+def test_from_images_to_maps_masks_and_the_page(mapped_run, photographs, tmp_path):
+    how = {"data": photographs / "new", "out": tmp_path / "scores.csv", "normal_class": "good", "alpha": 0.1}
+    how |= {"score": "places", "maps": True, "maps_npz": True, "masks": photographs / "masks"}
+    result = score(mapped_run, **how, draw=False, report=True)
+    about = json.loads(result.summary.read_text())["maps"]
+    rows = {row["path"]: row for row in read(result.csv)}
+    assert (result.auroc, about["calibration_images"]) == (1.0, 24)
+    levels, truth = [], []
+    for path, row in rows.items():
+        found = read_levels(result.maps / f"{path.removeprefix(str(photographs / 'new/'))}.png"[1:])
+        assert found.shape == SIZE[::-1]
+        assert not found[:, :7].any()  # left of what is seen
+        assert not found[:, 41:].any()
+        mask = np.zeros(SIZE[::-1], bool)
+        if "spot" in path:
+            mask[SPOT[1] : SPOT[3], SPOT[0] : SPOT[2]] = True
+            row_of, column = np.unravel_index(found.argmax(), found.shape)
+            assert 6 <= row_of <= 18
+            assert 18 <= column <= 30
+        peak = float(row["map_peak"])
+        assert (peak > about["threshold"]) == (float(row["map_p_value"]) <= 0.1)
+        assert found.max() == pytest.approx((peak - load_maps(load_run(mapped_run)).floor) * 100, abs=2)
+        levels.append(found)
+        truth.append(mask)
+    levels, truth = np.array(levels), np.array(truth)
+    assert result.pixels["pixel_auroc"] == pytest.approx(roc_auc_score(truth.ravel(), levels.ravel()))
+    assert (result.pixels["regions"], result.pixels["pictures"]) == (8, 20)
+    marked = sum(float(row["map_peak"]) > about["threshold"] for row in rows.values())
+    assert about["marked_images"] == marked >= 8
+    with np.load(tmp_path / "pictures" / "scores_maps.npz") as archive:
+        assert sorted(archive.files) == sorted(path.removeprefix(f"{photographs / 'new'}/") for path in rows)
+        first = archive["spot/00.png"]
+    kept = read_levels(result.maps / "spot/00.png.png")
+    np.testing.assert_allclose(first, kept / 100 + load_maps(load_run(mapped_run)).floor, atol=1e-3)
+    page = result.report.read_text()
+    assert page.count('class="map"') == 20
+    assert "show where" in page
+    assert "at most 10 % of cases, by 24 normal images" in page
+
+
+def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_path, monkeypatch):
+    how = {"data": photographs / "new", "maps": True, "draw": False}
+    whole = score(mapped_run, out=tmp_path / "whole/scores.csv", **how)
+    true_batches, calls = rows_module.score_batches, []
+
+    def stopping(judge, images):
+        for batch in true_batches(judge, images):
+            calls.append(batch)
+            yield batch
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows_module, "images_at_once", lambda *_: 8)
+    monkeypatch.setattr(module, "images_at_once", lambda *_: 8)
+    monkeypatch.setattr("pyro_vje.anomaly.table.score_batches", stopping)
+    again = {"out": tmp_path / "again/scores.csv", **how}
+    with pytest.raises(KeyboardInterrupt):
+        score(mapped_run, **again)
+    result = score(mapped_run, **again, resume=True)
+    assert sum(len(index) for index, _ in calls) == 20
+    assert result.csv.read_bytes() == whole.csv.read_bytes()
+    for path in whole.maps.rglob("*.png"):
+        assert (result.maps / path.relative_to(whole.maps)).read_bytes() == path.read_bytes()
+
+
+def test_marks_are_seen_in_a_stated_share_of_normal_images():
+    maps = object.__new__(Maps)
+    rng, marked = np.random.default_rng(0), 0
+    for _ in range(2000):
+        peaks = rng.normal(size=40)
+        maps.calibration = np.column_stack([peaks[:39], peaks[:39]])
+        marked += peaks[39] > maps.threshold(0.1)
+    assert abs(marked / 2000 - 0.1) < 0.02
+    assert maps.threshold(0.02) is None  # of 39 no rank says so little
+    assert maps.threshold(1 / 40) == maps.peaks.max()
+
+
+def test_what_cannot_be_mapped(mapped_run, photographs, tmp_path):
+    bare = shutil.copytree(mapped_run, tmp_path / "bare")
+    (bare / "maps.safetensors").unlink()
+    how = {"data": photographs / "new", "out": tmp_path / "scores.csv", "maps": True}
+    with pytest.raises(ValueError, match=r"learned no maps: pyro-vje maps --ckpt RUN"):
+        score(bare, **how)
+    with pytest.raises(ValueError, match="has no module nowhere"):
+        learn_maps(bare, places=["nowhere"])
+    with pytest.raises(ValueError, match="'places' is of an image's map"):
+        score(mapped_run, **{**how, "maps": False}, score="places")
+    with pytest.raises(ValueError, match="leave pairs out"):
+        score(mapped_run, **how, num_pairs=1)
+    with pytest.raises(ValueError, match="masks are compared with maps"):
+        ScoreConfig(masks=photographs)
+    with pytest.raises(ValueError, match="a weights file alone"):
+        learn_maps(mapped_run / "weights.safetensors")
+    other = shutil.copytree(mapped_run, tmp_path / "other")
+    run = load_run(other)
+    with torch.no_grad():
+        next(run.vje.encoder.parameters()).mul_(2)
+    from pyro_vje.runs.folder import save_weights
+
+    save_weights(other, run.vje, run.info)
+    with pytest.raises(ValueError, match="other weights than those of the run"):
+        score(other, **how)
+
+
+def test_masks_that_do_not_fit(mapped_run, photographs, tmp_path):
+    how = {"data": photographs / "new", "out": tmp_path / "scores.csv", "maps": True, "normal_class": "good"}
+    masks = shutil.copytree(photographs / "masks", tmp_path / "masks")
+    Image.new("L", SIZE, 60).save(masks / "spot/00_mask.png")
+    with pytest.raises(ValueError, match="has values up to 60: a mask is black"):
+        score(mapped_run, **how, masks=masks)
+    Image.new("L", (32, 32)).save(masks / "spot/00_mask.png")
+    with pytest.raises(ValueError, match=r"00_mask\.png has 32 x 32 pixels, its image .* 48 x 32"):
+        score(mapped_run, **how, masks=masks)
+    (masks / "spot/00_mask.png").unlink()
+    with pytest.raises(ValueError, match=r"1 images have no mask in .*among them spot/00\.png"):
+        score(mapped_run, **how, masks=masks)
+    with pytest.raises(ValueError, match="13 images have no mask"):  # no label says which are normal
+        score(mapped_run, **{**how, "normal_class": None}, masks=masks)
