@@ -241,6 +241,49 @@ def published(kind: str) -> str:
 
 
 @table
+def places(*names: str, thinned: str = "no") -> str:
+    """Methods at places, a row each: AUROC of images and pixels, seconds, memory; of all references, or thinned."""
+    columns = {
+        "auroc_largest": ("image AUROC, largest value", "{:.3f}"),
+        "auroc_tail": ("upper 3 %", "{:.3f}"),
+        "auroc_own_rule": ("PatchCore's rule", "{:.3f}"),
+        "pixel_auroc": ("pixel AUROC", "{:.3f}"),
+        "aupro_30": ("AUPRO 30 %", "{:.3f}"),
+        "pixel_average_precision": ("average precision", "{:.3f}"),
+        "fit_seconds": ("fit, s", "{:.1f}"),
+        "seconds_an_image": ("ms an image", "{:.1f}"),
+        "kept_mb": ("kept, MB", "{:.0f}"),
+    }
+    rows = pd.DataFrame([row for name in names for row in result(name)["rows"]])
+    rows = rows[rows["method"].str.contains("1,000") == (thinned == "yes")].assign(
+        seconds_an_image=rows["seconds_an_image"] * 1e3
+    )
+    shown = rows[["set", "method"]].copy()
+    for column, (title, form) in columns.items():
+        if column in rows and rows[column].notna().any():
+            shown[title] = [NOT_USED if pd.isna(x) else form.format(x) for x in rows[column]]
+    return markdown(shown)
+
+
+@table
+def rates(*names: str) -> str:
+    """Images a second with maps, against the bare pass of the encoder."""
+    lines = []
+    for name in names:
+        found = result(name)
+        row = found["speed"]
+        lines.append({
+            "encoder": f"`{found['encoder']}`, {found['image_size']} pixels",
+            "places an image": row["places_an_image"],
+            "references": f"{row['reference_places']:,}",
+            "images a second": f"{row['images_a_second']:.1f}",
+            "bare pass": f"{row['images_a_second_bare']:.1f}",
+            "time, times the bare pass": "{ratio:.2f} [{ratio_min:.2f}, {ratio_max:.2f}]".format(**row),
+        })  # fmt: skip
+    return markdown(pd.DataFrame(lines))
+
+
+@table
 def ratios(name: str) -> str:
     """Rows against rivals."""
     lines = [

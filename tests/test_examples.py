@@ -22,6 +22,7 @@ SHOWN = {
     "03": r"((trained encoder|untrained encoder|raw pixels) +k-NN [01]\.\d+  linear [01]\.\d+\n){3}",
     "04": r"((projected|power_spherical) +(SVI|NUTS) +-\d\.\d+ nats an hour\n){4}",
     "05": r"rejected: .*\naccuracy on all .*\n",
+    "06": r"AUROC of images [01]\.\d+, of pixels [01]\.\d+\n\d+ of 32 images have a mark\n",
 }
 
 
