@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyro_vje import distributions
     from pyro_vje.anomaly.batches import BatchEmbedder, BatchScorer
     from pyro_vje.anomaly.inspection import calibrate, inspect
+    from pyro_vje.anomaly.maps import learn_maps
     from pyro_vje.anomaly.table import embed, score
     from pyro_vje.config import ScoreConfig, TrainConfig, load_recipe
     from pyro_vje.experiments.ablation import ablate

@@ -99,7 +99,7 @@ class BatchScorer(_OverBatches):
     Raises ``ValueError`` and ``FileNotFoundError`` as `score`, or if a setting means nothing in a batch.
     """
 
-    used = (*HOW, "alpha", "batch_size", "trust_plugins")
+    used = (*(name for name in HOW if name != "maps"), "alpha", "batch_size", "trust_plugins")
 
     def __init__(
         self, ckpt: str | Path, column: str = "bytes", settings: ScoreConfig | None = None, **overrides: Any

@@ -60,7 +60,7 @@ class Deployed(nn.Module):
 
     def __init__(self, judge: Judge) -> None:
         super().__init__()
-        run, _, self.score, self.scorer, known = judge
+        run, _, self.score, self.scorer, known, *_ = judge
         self.vje, self.view, self.fold_scorers = run.vje, run.info.view, known.scorers if known else ()
         self.heads = nn.ModuleList(own.vje for own in self.fold_scorers)
         self.folds = [torch.from_numpy(fold) for fold in known.sorted] if known else []
@@ -233,7 +233,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 
 def model_card(judge: Judge, differences: dict[str, float], **file: str) -> str:
     """A run's card in Markdown: its settings, what its folder holds of measured numbers, and its ``file, format``."""
-    run, settings, chosen, _, known = judge
+    run, settings, chosen, _, known, *_ = judge
     names = ("eval.json", "scores_summary.json", CONFIG)
     paths = [None if run.folder is None else run.folder / name for name in names]
     evaluation, scored, written = (json.loads(x.read_text()) if x and x.is_file() else None for x in paths)
