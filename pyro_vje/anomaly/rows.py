@@ -194,7 +194,9 @@ def score_batches(judge: Judge, images: ImageSet) -> Iterator[tuple[Tensor, Floa
             numbers, count = _row(score, parts).cpu().numpy(), np.full(len(drawn), np.nan)
             if known is not None:
                 count = known.at_least(numbers[:, 0], encoded.features)
-            for i, image in zip(encoded.indices.tolist(), drawn, strict=True) if place else ():
+            for i, image in zip(encoded.indices.tolist(), drawn, strict=True):
+                if place is None:
+                    break
                 maps.write(map_file(place, images.names[i]), image, picture_size(images, i))
             yield encoded.indices, np.column_stack([numbers, count, largest[:, 0].cpu()])
         return
