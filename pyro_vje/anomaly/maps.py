@@ -81,7 +81,7 @@ class Maps:
         calibration: Tensor | None = None,
         floor: Tensor | None = None,
     ) -> None:
-        self.run, self.device = run, next(run.vje.parameters()).device
+        self.run, self.device = run, run.vje.device
         self.features = PlaceFeatures(run.vje.encoder, run.info.view_size, modules)
         self.head = head.to(self.device)
         self.calibration = None if calibration is None else calibration.double().cpu().numpy()
@@ -267,7 +267,7 @@ def _draw_places(
     features: PlaceFeatures, run: runs.LoadedRun, images: ImageSet, generator: torch.Generator
 ) -> Tensor:
     """Features ``(M, 5, C)`` of at most `REFERENCE` places and their four neighbours, equally many of each image."""
-    device, found = next(run.vje.parameters()).device, []
+    device, found = run.vje.device, []
     quota, progress = -(-REFERENCE // len(images)), Progress("places", len(images))
     for _, batch in images.batches(images_at_once(images, 64, device)):
         found.append(with_neighbours(features(run.info.view(batch.to(device)))[1].cpu(), quota, generator))
