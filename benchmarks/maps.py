@@ -291,16 +291,24 @@ def steel(folder: Path, how: tuple[str, str, int], seed: int, every: int) -> lis
     images = load_dataset(
         "folder", folder, "all", image_size=run.info.image_size, interpolation=run.info.interpolation
     )
-    labels = images.labels
-    if labels is None or images.classes != STEEL:
+    if images.classes != STEEL:
         raise ValueError(f"{folder} does not hold the six kinds {', '.join(STEEL)}")
-    places, tests = features(run, images), torch.arange(1, len(images), 2 * every)
+    known, tests = (images.select(torch.arange(k, len(images), step)) for k, step in ((0, 2), (1, 2 * every)))
+    places, test = features(run, known), features(run, tests)
     found = []
     for kind in range(len(STEEL)):
-        known = torch.arange(0, len(images), 2)
-        normal = places[known[labels[known] == kind]]
-        strange = (labels[tests] != kind).numpy()
-        found.append(task(run, normal, places[tests], strange, None, seed, False))
+        strange = (tests.labels_at(torch.arange(len(tests))) != kind).numpy()
+        found.append(
+            task(
+                run,
+                places[known.labels_at(torch.arange(len(known))) == kind],
+                test,
+                strange,
+                None,
+                seed,
+                False,
+            )
+        )
     means = []
     for rows in zip(*found, strict=True):
         numbers = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "method"}
