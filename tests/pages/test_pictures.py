@@ -241,3 +241,17 @@ def test_no_global_state_and_a_missing_folder_is_made(tmp_path):
     pictures.plot_training(history(3), tmp_path / "missing" / "training.png")
     assert (tmp_path / "missing" / "training.png").is_file()
     assert dict(matplotlib.rcParams) == before
+
+
+def test_marks_are_outlined_in_black_within_white():
+    levels = np.full((12, 12), 10)
+    levels[4:8, 4:8] = 90
+    drawn = np.asarray(pictures.draw_marks(levels, ordinary=20, threshold=50))
+    assert drawn.shape == (12, 12, 4)
+    assert not drawn[0, :, 3].any()  # ordinary places show the image alone
+    assert drawn[5, 5, 3] > 100  # a strange one is coloured
+    assert drawn[3, 5].tolist() == [0, 0, 0, 255]
+    assert drawn[2, 5].tolist() == [255, 255, 255, 255]
+    without = np.asarray(pictures.draw_marks(levels, ordinary=20, threshold=None))
+    assert (without[..., :3] == without[0, 0, :3]).all()  # no outline where there is no limit
+    assert without[5, 5, 3] > without[0, 0, 3] == 0
