@@ -89,7 +89,7 @@ def test_training_in_a_terminal_and_in_a_pipe(image_folder, tmp_path, monkeypatc
         cli.main(arguments, standalone_mode=False)
     loss = r"loss -?[\d.]+ \(direction -?[\d.]+, radius -?[\d.]+, kl [\d.]+\)"
     steps = [part for part in re.split("[\r\n]", terminal.getvalue()) if re.match(r"epoch.*step", part)]
-    assert re.fullmatch(rf"epoch 1/2  step 1/\d  {loss}  \d+ s left *", steps[0])
+    assert re.fullmatch(rf"epoch 1/2  step 1/\d  \d+ s left  {loss} *", steps[0])
     forms = [
         [re.sub(r"-?\d[\d.]*", "N", line) for line in lines]
         for lines in (terminal.screen(), pipe.getvalue().split("\n"))

@@ -261,7 +261,8 @@ def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -
     if level is not None and level < least:
         raise ValueError(
             f"with {count} calibration images no p-value is below {least:.3g}, so nothing could be called an anomaly "
-            f"at {name} {level:g}: calibrate with {math.ceil(1 / level) - 1} or more, or raise the level"
+            f"at {name} {level:g}: calibrate with {math.ceil(1 / level) - 1} or more "
+            "(train --holdout, or pyro-vje calibrate), or raise the level"
         )
     if fdr is not None and (least_called := math.ceil(images * least / fdr)) > 1:
         log.warning(

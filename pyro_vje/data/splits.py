@@ -15,6 +15,8 @@ from pyro_vje.launch import machines
 log = logging.getLogger("pyro_vje")
 
 REFERENCE_IMAGES = 10_000  # at most: a density over them costs less than an encoder's pass
+FEW = 19
+"""Images held out below which no new one has a p-value of 0.05."""
 MONITOR_TRAIN, MONITOR_TEST = 10_000, 2_000  # at most, for the k-NN monitor; `evaluate` uses all
 
 
@@ -49,7 +51,10 @@ def hold_out(images: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet 
     count = round((config.holdout or 0.0) * len(images))
     if count == 0:
         return images, None
-    log.info("%d of %d images are held out of training, to compare new ones with", count, len(images))
+    what = "%d of %d images are held out of training, to compare new ones with"
+    if count < FEW:  # scoring cannot make up for it
+        what += f", so that no p-value will be below {1 / (count + 1):.2g}: more holdout, or pyro-vje calibrate later"
+    log.info(what, count, len(images))
     order = _order(len(images), "holdout", config.seed)
     return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
 

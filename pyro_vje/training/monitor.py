@@ -120,8 +120,9 @@ class EpochReport(lightning.pytorch.Callback):
         if self.progress.due():
             sums, counts = pl_module.sums, pl_module.counts
             done = {name: float(sums[name] / counts[name]) for name in sums}  # waits for the device
-            what = f"epoch {epoch}/{epochs}  step {step}/{steps}{_said(done, pl_module.config)}"
-            self.progress.show(f"{what}  {self._left(epochs - epoch + 1, step, steps)} left")
+            what = f"epoch {epoch}/{epochs}  step {step}/{steps}"
+            left = f"{self._left(epochs - epoch + 1, step, steps)} left"
+            self.progress.show(f"{what}  {left}{_said(done, pl_module.config, 0)}")
 
     def _left(self, epochs: int, step: int, steps: int) -> str:
         """How long so many epochs take, of the first of which ``step`` of ``steps`` are done, by the last and this."""
@@ -232,9 +233,9 @@ def level(config: TrainConfig) -> int:
     return logging.DEBUG if config.dataset == "images" else logging.INFO
 
 
-def _said(row: dict[str, Any], config: TrainConfig) -> str:
+def _said(row: dict[str, Any], config: TrainConfig, digits: int = 1) -> str:
     """The loss, and its parts in brackets, where they are of interest (`level`)."""
     if not log.isEnabledFor(level(config)):
         return ""
-    parts = [f"{name.removeprefix('log_')} {row[name]:.1f}" for name in PARTS[2:] if name in row]
+    parts = [f"{name.removeprefix('log_')} {row[name]:.{digits}f}" for name in PARTS[2:] if name in row]
     return f"  loss {row['loss']:.1f}" + f" ({', '.join(parts)})" * bool(parts)
