@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from pyro_vje.experiments.cells import NOT_USED, markdown, spread, text
 from pyro_vje.experiments.protocols import compare_scores
@@ -49,7 +50,7 @@ MEASURES = {
     "posterior_snr": ("‖loc‖ / noise", ".2f"),
     "seconds": ("seconds", ".0f"),
 }
-HEADINGS = {"kl_weight": "KL", "file": "result"}
+HEADINGS = {"kl_weight": "KL", "file": "result", "feature_views": "views", "embedding_dim": "directions"}
 Cell = dict[str, Any]
 TABLES: dict[str, Callable[..., str]] = {}
 
@@ -296,6 +297,24 @@ def ratios(name: str) -> str:
         }
         for row in result(name)["rows"]
     ]
+    return markdown(pd.DataFrame(lines))
+
+
+@table
+def frozen(*names: str, by: str, measures: str = "aggregate,Mahalanobis,k-NN 1,KDE") -> str:
+    """What `benchmarks.frozen` found by settings: AUROC, means over classes; false alarms, with their 95 % interval."""
+    keys, lines = by.split(","), []
+    found = pd.DataFrame([row for name in names for row in result(name)["rows"]])
+    for key, part in found.groupby(keys, sort=False):
+        line = {HEADINGS.get(name, name): value(of) for name, of in zip(keys, key, strict=True)}
+        line |= {name: f"{part[name].mean():.3f}" for name in measures.split(",") if name}
+        if "alarms" in part and part["alarms"].notna().all():
+            alarms, normal = int(part["alarms"].sum()), int(part["normal"].sum())
+            low, high = binomtest(alarms, normal).proportion_ci()
+            line["false alarms at 0.05"] = (
+                f"{alarms} of {normal}: {alarms / normal:.3f} ({low:.3f} to {high:.3f})"
+            )
+        lines.append(line)
     return markdown(pd.DataFrame(lines))
 
 

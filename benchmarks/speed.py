@@ -323,9 +323,9 @@ FROZEN, FROZEN_SIZE = "timm:tf_efficientnet_lite0", 224
 
 @benchmark("features")
 def features(settings: Settings) -> Iterator[Result]:
-    """What `inspect` lets a frozen encoder make of an image, clean and in views, against as many float32 passes."""
+    """What `inspect` lets a frozen encoder make of an image, clean and in views, against as many passes in float32."""
     count, side = (8, 64) if settings.quick else (32, FROZEN_SIZE)
-    what = f"features of an image and 6 views, {side} pixels, views in {settings.precision}"
+    what = f"features of an image and its views, {side} pixels, views in {settings.precision}"
     if not installed("timm"):
         yield missing(what, "bare forward pass", "timm")
         return

@@ -98,7 +98,7 @@ class TrainConfig:
     crop_scale: float | None = say(None, "Least share of the area in a view. [default: the data set's]", gt=0, le=1)
     targets: Literal["each", "mean"] = say("each", "Of more than two views: each other one, or the others' mean.")
     rotations: float = say(0.0, "Above 0, four turns of each image; weight of the turn as a target.", ge=0)
-    feature_views: int = say(6, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
+    feature_views: int = say(2, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
     folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
     projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say("auto", "auto: whiten if frozen, else none.")
     embedding_dim: int | None = say(None, "D of a projector; without, the encoder's width.", ge=2, le=2**20)
