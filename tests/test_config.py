@@ -95,7 +95,7 @@ def test_settings_that_would_do_nothing_are_refused():
             {"encoder_lr_scale": 0.0, "optimizer": "sgd"},
             "optimizer does nothing for the head of a frozen encoder",
         ),
-        ({"encoder_lr_scale": 0.0, "views": 8}, "has 6 feature_views and the image, but views are 8"),
+        ({"encoder_lr_scale": 0.0, "views": 8}, "has 2 feature_views and the image, but views are 8"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig(**settings).resolved()
