@@ -275,7 +275,7 @@ def rates(*names: str) -> str:
         row = found["speed"]
         lines.append({
             "encoder": f"`{found['encoder']}`, {found['image_size']} pixels",
-            "places an image": row["places_an_image"],
+            "places an image": str(row["places_an_image"]),
             "references": f"{row['reference_places']:,}",
             "images a second": f"{row['images_a_second']:.1f}",
             "bare pass": f"{row['images_a_second_bare']:.1f}",

@@ -57,7 +57,8 @@ def inspect(
     Trains a model on all images of the folder ``good``, whatever its subfolders, in ``out/model`` (once: a second call
     scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
     ``out/scores_report.html``. ``how``: ``encoder``, ``weights``, ``image_size`` and ``fit`` of `TrainConfig`, by
-    default what `choose_encoder` finds, images that are not square whole between margins; and fields of `ScoreConfig`
+    default what `choose_encoder` finds, images that are not square whole between margins; ``places`` of `MapConfig`,
+    for maps, which a finished model without them learns then; and fields of `ScoreConfig`
     in place of those of ``settings``, by default decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``:
     one folder lies within another or has no images, or the decision asked for cannot be met by any image.
     """
