@@ -89,7 +89,7 @@ def measure(config: TrainConfig, train: Tensor, test: Tensor, strange: Tensor, f
     reference, scored = encode_features(head, train[:, 0]), encode_features(head, test)
     one = reference._replace(scale=reference.scale.square().mean().sqrt().expand_as(reference.scale))
     found: dict[str, Any] = {}
-    for name, kernels in (("aggregate", reference), ("aggregate, one variance", one)):
+    for name, kernels in (("aggregate", reference), ("one variance", one)):
         scorer = Scorer(head, reference=kernels)
         score = torch.cat([get_score("aggregate")(scorer.parts(part)) for part in scored.split(256)])
         found[name] = float(roc_auc_score(strange, score))

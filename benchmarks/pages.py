@@ -315,7 +315,7 @@ def frozen(*names: str, by: str, measures: str = "aggregate,Mahalanobis,k-NN 1,K
                 f"{alarms} of {normal}: {alarms / normal:.3f} ({low:.3f} to {high:.3f})"
             )
         lines.append(line)
-    return markdown(pd.DataFrame(lines))
+    return markdown(pd.DataFrame(lines).fillna(""))
 
 
 @table
