@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -146,13 +148,25 @@ def calibrate(
 
     ``ckpt`` is a run folder, ``data`` a folder of normal images that it was not trained on, ``name`` what the
     calibration is called: the run keeps its own too, and ``score(..., calibration=name)`` chooses. Returns the file and
-    the number of its images. ``ValueError``: ``ckpt`` is no folder, ``name`` no plain name, or no image can be decoded.
+    the number of its images. ``ValueError``: ``ckpt`` is no folder, ``name`` no plain name, images were trained on, or
+    none can be decoded.
     """
     run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
     if run.folder is None:
         raise ValueError(f"{ckpt} is a weights file: a calibration is kept in a run folder")
     path = run.folder / runs.calibration_file(name)
     images = runs.load_split(run, "all", "folder", data, residency="stream")
+    known: set[str] = set()
+    with contextlib.suppress(
+        FileNotFoundError, ValueError
+    ):  # where the training images are not at hand any more
+        trained_on, _ = runs.training_images(run)
+        known = set(map(os.path.realpath, trained_on.paths)) if trained_on.root else known
+    if seen := sum(os.path.realpath(image) in known for image in images.paths):
+        raise ValueError(
+            f"the run was trained on {seen} of the {len(images)} images in {data}, which look too normal to it: give "
+            "others, that it has not seen"
+        )
     turned = run.vje.rotations > 0
     encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, rotations=turned)
     return runs.save_posteriors(path, encoded), len(encoded.indices)

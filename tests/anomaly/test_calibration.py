@@ -82,7 +82,8 @@ def test_each_fold_is_compared_by_the_head_that_has_not_seen_it(head):
 
 def test_a_calibration_is_called_by_its_name(trained_run, image_folder, tmp_path):
     run, out = shutil.copytree(trained_run, tmp_path / "run"), tmp_path / "s.csv"
-    path, images = calibrate(run, image_folder / "train" / "normal", "camera 2")
+    camera = shutil.copytree(image_folder / "train" / "normal", tmp_path / "camera")
+    path, images = calibrate(run, camera, "camera 2")
     assert (images, path.parent) == (16, run)
     own, other = (score(run, out=out, draw=False, calibration=name) for name in (None, "camera 2"))
     assert json.loads(other.summary.read_text())["calibration"]["images"] == 16
@@ -92,7 +93,9 @@ def test_a_calibration_is_called_by_its_name(trained_run, image_folder, tmp_path
     with pytest.raises(ValueError, match=r"no calibration 'camera 3'.*one of camera 2"):
         score(run, out=out, calibration="camera 3")
     with pytest.raises(ValueError, match=r"plain name, not '\.\./x'"):
-        calibrate(run, image_folder / "train" / "normal", "../x")
+        calibrate(run, camera, "../x")
+    with pytest.raises(ValueError, match=r"trained on \d+ of the 16 images .*: give others"):
+        calibrate(run, image_folder / "train" / "normal")
     with pytest.raises(ValueError, match="weights file"):
         calibrate(run / "weights.safetensors", image_folder)
 
