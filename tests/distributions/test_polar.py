@@ -12,7 +12,7 @@ from oracles import angle_p_value, integrate, log_area, neighbor_p_value, unifor
 from scipy import integrate as scipy_integrate
 from scipy import stats
 
-from pyro_vje.distributions import PolarStudentT, ProjectedStudentT, SphericalCauchy, restricted
+from pyro_vje.distributions import PolarStudentT, ProjectedStudentT, SphericalCauchy, student_t
 
 FACTORS = [(d, r) for d in ("restricted", "projected") for r in ("student-t", "log-student-t", None)]
 GOF_FAILURE_RATE = 1e-3
@@ -269,11 +269,11 @@ def test_acceptance_of_restricted_draws_is_as_stated(dim, least, monkeypatch):
         rates.append(accepted.double().mean().item())
         return value
 
-    monkeypatch.setattr(restricted, "first_accepted", once)
+    monkeypatch.setattr(student_t.numerics, "first_accepted", once)
     for scale in (1e-3, dim**-0.5, 3.0):
         for df in (0.5, max(1.0, dim - 2.0), math.inf):
             scales = scale * (0.5 * torch.randn(dim, dtype=torch.float64)).exp()
-            restricted.RestrictedStudentT(df, uniform_directions(1, dim)[0], scales).sample(
+            student_t.RestrictedStudentT(df, uniform_directions(1, dim)[0], scales).sample(
                 (2000 if dim < 1000 else 500,)
             )
     assert len(rates) == 9
