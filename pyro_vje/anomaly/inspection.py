@@ -34,7 +34,7 @@ PRETRAINED = "timm:tf_efficientnet_lite0"
 ALPHA = 0.05
 HELD_OUT = 50
 """Images that a small encoder trained here holds out, if it can: enough for a p-value of 0.02."""
-HEAD_SECONDS = 3.0
+HEAD_SECONDS = 5.0
 """Of training a head, of which there is one for each fold, and one for all images."""
 
 
