@@ -50,3 +50,5 @@ print(result.table)
 # holds: ``pyro-vje score --ckpt RUN --trust-plugins``. To make a family of yours known by a plain name wherever
 # your package is installed, declare an entry point in the group ``pyro_vje.likelihoods``
 # (:doc:`/howto/extend`).
+
+# sphinx_gallery_thumbnail_path = 'images/controls.png'

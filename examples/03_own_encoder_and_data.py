@@ -65,3 +65,5 @@ for row in evaluate(run, k=20, trust_plugins=True)["rows"]:
 # %%
 # A transformer usually wants a lower learning rate and a longer warm-up than a ResNet; ``lr``,
 # ``warmup_epochs`` and all other settings are fields of :class:`~pyro_vje.config.TrainConfig`.
+
+# sphinx_gallery_thumbnail_path = 'images/cifar10_training.png'
