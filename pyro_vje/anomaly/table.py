@@ -6,7 +6,6 @@ One table, a row for each image, is what the CSV, the Parquet file, the summary,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import logging
 import math
@@ -34,7 +33,7 @@ from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
 from pyro_vje.pages.report import render_report
 from pyro_vje.runs import folder as runs
-from pyro_vje.runs.files import check_writable, write_atomic, write_json
+from pyro_vje.runs.files import check_writable, sha256, write_atomic, write_json
 
 log = logging.getLogger("pyro_vje")
 
@@ -93,13 +92,13 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     weights = run.folder / runs.WEIGHTS if run.folder else ckpt
     how = {name: getattr(settings, name) for name in HOW}
     made = {
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": sha256(weights),
         "images": images.fingerprint(),
     }
     drawn = target.parent / runs.PICTURES / f"{target.stem}_maps" if maps else None
     masks: dict[int, Path] = {}
     if maps and run.folder:
-        made["maps_sha256"] = hashlib.sha256((run.folder / runs.MAPS).read_bytes()).hexdigest()
+        made["maps_sha256"] = sha256(run.folder / runs.MAPS)
         judge = judge._replace(folder=drawn)
     if settings.masks is not None:
         masks = find_masks(settings.masks, images, _are_normal(images, normal))

@@ -5,7 +5,6 @@ The file maps uint8 RGB images ``(N, 3, S, S)``, N free, to ``embedding``, ``loc
 (float64). Pixel normalisation, the noise of the particles, reference images and calibration scores are constants in it.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -33,7 +32,7 @@ from pyro_vje.metrics.detection import conformal_p_values
 from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.representation.evaluation import format_table
-from pyro_vje.runs.files import check_writable, write_atomic
+from pyro_vje.runs.files import check_writable, sha256, write_atomic
 from pyro_vje.runs.folder import CONFIG, HEADER_KEY, WEIGHTS, load_run, versions
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
@@ -238,7 +237,7 @@ def model_card(judge: Judge, differences: dict[str, float], **file: str) -> str:
     paths = [None if run.folder is None else run.folder / name for name in names]
     evaluation, scored, written = (json.loads(x.read_text()) if x and x.is_file() else None for x in paths)
     if scored is not None and run.folder is not None:
-        weights = hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
+        weights = sha256(run.folder / WEIGHTS)
         scored = scored if scored["weights_sha256"] == weights and scored["metrics"] else None
     private = ("data_dir", "download", "workers")
     card = (

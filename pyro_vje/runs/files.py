@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one, reading JSON that may be damaged, one writer a folder."""
 
+import hashlib
 import json
 import os
 import socket
@@ -18,6 +19,12 @@ except ImportError:  # Windows has no such locks
 
 LOCK = ".lock"
 LEFTOVERS = ".*.tmp"  # temporary files of `write_atomic`, which only a kill leaves behind
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:

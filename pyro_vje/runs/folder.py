@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -41,7 +40,7 @@ from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.pretrained import LIBRARIES, Preprocessing, preprocessing
 from pyro_vje.model.vje import VJE
 from pyro_vje.plugins import is_reference
-from pyro_vje.runs.files import check_form, parse_json, read_json, write_atomic, write_json
+from pyro_vje.runs.files import check_form, parse_json, read_json, sha256, write_atomic, write_json
 
 T = TypeVar("T")
 
@@ -313,7 +312,7 @@ def weights_sha256(run: LoadedRun) -> str:
     """What says which weights of a run folder something was made with."""
     if run.folder is None:
         raise ValueError("a weights file alone has no maps: name the run folder")
-    return hashlib.sha256((run.folder / WEIGHTS).read_bytes()).hexdigest()
+    return sha256(run.folder / WEIGHTS)
 
 
 def save_maps(run: LoadedRun, modules: Sequence[str], head: VJE, tensors: Mapping[str, Tensor]) -> Path:
