@@ -67,12 +67,12 @@ def all_scores(
     """
     view, config = run.info.view, run.info.config
     known, turned = {} if known is None else known, run.vje.rotations > 0
-    look_at = partial(encode, view=view, rotations=turned)
+    look_at = partial(encode, view=view)
 
     def look(images: ImageSet) -> Encoded:
         key = config.seed, images.fingerprint()
         if key not in known:
-            known[key] = look_at(run.vje, images)
+            known[key] = look_at(run.vje, images, rotations=turned)
         seen = known[key] if config.frozen else known.pop(key)
         return encode_features(run.vje, seen.features) if config.frozen else seen
 
