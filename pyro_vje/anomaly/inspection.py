@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_vje.anomaly.maps import learn_maps
 from pyro_vje.anomaly.table import ScoreResult, say_level, score
 from pyro_vje.config import INSPECTION, ScoreConfig, TrainConfig
-from pyro_vje.data import list_images, load_train_set, views_for
+from pyro_vje.data import ImageSet, list_images, load_train_set, views_for
 from pyro_vje.data.datasets import SQUARE, short_to_long
 from pyro_vje.model import build_encoder, encode
 from pyro_vje.model.pretrained import packaged_weights, preprocessing
@@ -101,11 +101,16 @@ def inspect(
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
 
 
+def _learned_from(info: runs.RunInfo, **other: Any) -> ImageSet:
+    """The images that a run is trained on, not decoded, with other settings than its own."""
+    config = dataclasses.replace(info.config, residency="stream", **other)
+    return load_train_set(config, info.image_size, info.interpolation)[0]
+
+
 def _check_learned(run: Path, good: str | Path, encoder: str | None, fit: str | None) -> None:
     """Raise ``ValueError`` if a finished model has not learned from these images, or not in the way asked for."""
     info = runs.read_info(run)
-    config = dataclasses.replace(info.config, data_dir=str(good))
-    images, _ = load_train_set(config, info.image_size, info.interpolation)
+    images = _learned_from(info, data_dir=str(good))
     asked = encoder in (None, info.config.encoder) and fit in (None, info.fit)
     if images.fingerprint() != info.fingerprint or not asked:
         raise ValueError(
@@ -160,7 +165,7 @@ def calibrate(
     with contextlib.suppress(
         FileNotFoundError, ValueError
     ):  # where the training images are not at hand any more
-        trained_on, _ = runs.training_images(run)
+        trained_on = _learned_from(run.info, download=False)
         known = set(map(os.path.realpath, trained_on.paths)) if trained_on.root else known
     if seen := sum(os.path.realpath(image) in known for image in images.paths):
         raise ValueError(
