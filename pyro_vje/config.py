@@ -101,7 +101,7 @@ class TrainConfig:
     feature_views: int = say(2, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
     folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
     projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say("auto", "auto: whiten if frozen, else none.")
-    embedding_dim: int | None = say(None, "D of a projector; without, the encoder's width.", ge=2, le=2**20)
+    embedding_dim: int | None = say(None, "D of a projector. [default: encoder's; whiten: by data]", ge=2, le=2**20)
     hidden_dim: int = say(512, "Hidden width of projector and posterior network.", ge=1, le=2**20)
     likelihood: str = say("polar-student-t", "A likelihood family, or your own as module:function.")
     df: float | None = say(None, "Degrees of freedom; inf is the Gaussian limit. [default: D - 2]", gt=0)

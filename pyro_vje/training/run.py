@@ -23,7 +23,7 @@ from pyro_vje.data import ImageSet, splits
 from pyro_vje.data.datasets import say_fit
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
-from pyro_vje.model import ELBO, VJE, encode, encode_features, own_objective
+from pyro_vje.model import ELBO, VJE, encode, encode_features, own_objective, whitened_dim
 from pyro_vje.runs import folder as layout
 from pyro_vje.runs.files import LOCK, is_begun, locked, write_json
 from pyro_vje.runs.folder import CHECKPOINTS, CONFIG, RunInfo, save_weights
@@ -132,6 +132,13 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
         vje.to(device)
         lower = precision == "bf16-mixed"
         features, train_set = cache_features(vje, train_set, info, folder / layout.CACHE, device, bf16=lower)
+        if config.projector == "whiten" and config.embedding_dim is None:
+            config = dataclasses.replace(config, embedding_dim=whitened_dim(features[:, 0]))
+            info = dataclasses.replace(info, config=config)
+            write_json(folder / CONFIG, info.to_dict())
+            vje = layout.build_model(config, info.view_size, vje.feature_dim, weights=config.weights).to(
+                device
+            )
         fit_whitening(vje, features[:, 0])
     report = EpochReport(folder, train_set, knn_sets, info.view, features)
     views = info.views if features is None else None

@@ -8,12 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.stats import entropy
+from sklearn.covariance import LedoitWolf
 from torch import nn
 from torchvision import models
 
 from pyro_vje import load_run, train
 from pyro_vje.data import decode_image, load_train_set
 from pyro_vje.data.datasets import say_fit
+from pyro_vje.model import projector, whitened_dim
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.pretrained import load_state, preprocessing
 from pyro_vje.runs.folder import LoadedRun, RunInfo, decoded_as, describe_run, load_folds, load_split
@@ -118,6 +121,29 @@ def test_a_frozen_run_leaves_the_encoder_and_stands_alone(config, state, weights
         directions = nn.functional.normalize(features, dim=-1)
         torch.testing.assert_close(head.projector.mean, directions[fold != k].mean(0))
         assert not torch.allclose(head.projector.mean, directions.mean(0), rtol=1e-6, atol=1e-8)
+
+
+def test_broad_images_keep_more_directions_than_narrow_ones():
+    noise = torch.randn(1000, 700, generator=torch.Generator().manual_seed(0))
+    for equal, kept in ((20, 256), (100, None), (700, 700)):  # as many variances are equal
+        scale = torch.full((700,), 1e-3)
+        scale[:equal] = 1.0
+        directions = nn.functional.normalize((noise * scale).double(), dim=-1).numpy()
+        spectrum = np.linalg.svd(LedoitWolf().fit(directions).covariance_, compute_uv=False)
+        assert whitened_dim(noise * scale) == (kept or round(4 * np.exp(entropy(spectrum))))
+
+
+def test_a_frozen_run_chooses_its_directions_by_its_images_and_says_so(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        projector.DEFAULT_DIM, "whiten", 4
+    )  # its 96 features are fewer than any real one's 256
+    run = load_run(folder := train(config, tmp_path / "run"))
+    _, features, heads = load_folds(run)
+    wanted = whitened_dim(features)
+    assert 4 < wanted < 96
+    assert {vje.embedding_dim for vje in (run.vje, *heads)} == {run.info.config.embedding_dim} == {wanted}
+    longer = dataclasses.replace(config, epochs=2 * run.info.config.epochs)
+    assert load_run(train(longer, folder, resume=True)).vje.embedding_dim == wanted
 
 
 def test_what_does_not_fit_a_square_is_cropped_or_whole_wherever_it_is_read(config, tmp_path, caplog):
