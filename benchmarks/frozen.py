@@ -9,6 +9,7 @@ most 0.05 by the folds that `inspect` calibrates with. Features are kept in ``--
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import shlex
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -30,11 +30,10 @@ from pyro_vje.anomaly.detectors import kernel_density, mahalanobis, nearest_neig
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.data import load_dataset
-from pyro_vje.model import encode, encode_features
+from pyro_vje.model import encode, encode_features, whitened_dim
 from pyro_vje.runs.files import write_json
-from pyro_vje.runs.folder import build_head, build_model, decoded_as, describe_run
-from pyro_vje.training.features import cache_features, fit_folds, fit_whitening
-from pyro_vje.training.module import QUIET, Pretraining, quiet_lightning
+from pyro_vje.runs.folder import build_model, decoded_as, describe_run
+from pyro_vje.training.features import cache_features, fit_folds, fit_head
 from pyro_vje.training.run import choose_precision
 
 ENCODER, ALPHA = "timm:tf_efficientnet_lite0", 0.05
@@ -70,25 +69,14 @@ def features_of(config: TrainConfig, cache: Path) -> tuple[dict[str, Tensor], di
     return features_of(config, cache)
 
 
-def trained_head(config: TrainConfig, features: Tensor) -> VJE:
-    """The head of a run on these features, as `train` makes it."""
-    head = build_head(config, features.shape[-1])
-    fit_whitening(head, features[:, 0])
-    with quiet_lightning():
-        quiet = {"logger": False, "enable_checkpointing": False, **QUIET}
-        lightning.Trainer(max_epochs=config.epochs, devices=1, **quiet).fit(
-            Pretraining(head, config, features)
-        )
-    return head.cpu().eval()
-
-
 def measure(config: TrainConfig, train: Tensor, test: Tensor, strange: Tensor, folds: bool) -> dict[str, Any]:
     """AUROC by score, and false alarms among the normal test images."""
     config = config.fitted(len(train))
-    head = trained_head(config, train)
+    config = dataclasses.replace(config, embedding_dim=config.embedding_dim or whitened_dim(train[:, 0]))
+    head = fit_head(config, train)
     reference, scored = encode_features(head, train[:, 0]), encode_features(head, test)
     one = reference._replace(scale=reference.scale.square().mean().sqrt().expand_as(reference.scale))
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"directions": head.embedding_dim}
     for name, kernels in (("aggregate", reference), ("one variance", one)):
         scorer = Scorer(head, reference=kernels)
         score = torch.cat([get_score("aggregate")(scorer.parts(part)) for part in scored.split(256)])
@@ -123,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = {"fit": ["crop"], "image_size": [128], "feature_views": [2], "precision": ["auto"]}
     for name, kind in AXES.items():
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, nargs="+", type=kind, default=defaults.get(name, [256]))
+        parser.add_argument(option, nargs="+", type=kind, default=defaults.get(name, [None]))
     parser.add_argument("--classes", nargs="+", help="normal ones [default: good, or all in turn]")
     parser.add_argument("--false-alarms", action="store_true")
     parser.add_argument("--cache", type=Path, required=True)
