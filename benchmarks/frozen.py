@@ -93,7 +93,7 @@ def measure(config: TrainConfig, train: Tensor, test: Tensor, strange: Tensor, f
         normal = encode_features(head, test[~strange])
         known = cross_calibration("aggregate", *_folds(config, train), scorer)
         scores = scorer.scores("aggregate", normal).cpu().numpy()
-        p_values = (1 + known.at_least(scores, normal.features)) / (1 + len(train))
+        p_values = known.p_values(scores, normal.features)
         found |= {"alarms": int((p_values <= ALPHA).sum()), "normal": len(p_values)}
     return found
 

@@ -75,7 +75,7 @@ def measure(run: LoadedRun, count: int) -> list[dict[str, Any]]:
     info, vje = run.info, run.vje
     test = load_split(run, "test", None, None).labelled()
     test = test.select(evenly_spread(len(test), count))
-    train = reference_images(training_images(run)[0], info.config.seed)
+    train = reference_images(training_images(run, "neighbours are training images")[0], info.config.seed)
     near, clean = (encode(vje, images, info.view) for images in (train, test))
     predicted = knn_predict(near.features, train.labels_at(near.indices), clean.features, k=1)
     correct = predicted.cpu() == test.labels_at(clean.indices)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vje.anomaly.rows import HOW, PARTS, prepare, score_batches
-from pyro_vje.anomaly.table import say_level
+from pyro_vje.anomaly.calibration import say_level
+from pyro_vje.anomaly.rows import HOW, prepare
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet, LazyImages
 from pyro_vje.model.encoding import encode_batches
@@ -55,15 +55,19 @@ class _OverBatches:
         if idle := ", ".join(sorted(changed - {*self.used})):
             how = " (fdr needs all p-values: benjamini_hochberg of the column)" if "fdr" in changed else ""
             raise ValueError(f"{idle}: no settings of a batch, which are {', '.join(self.used)}{how}")
-        self._made_of = ckpt, column, settings
-        self.column, self.settings = column, settings
+        self.ckpt, self.column, self.settings = ckpt, column, settings
         self.run = load_run(ckpt, trust_plugins=settings.trust_plugins, device=default_device())
+        self._prepare()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._made_of
+        return type(self), (self.ckpt, self.column, self.settings)
 
-    def _found(self, images: ImageSet) -> Iterator[tuple[Tensor, Columns]]:
-        """Positions of images that could be decoded, and their columns."""
+    def _prepare(self) -> None:
+        """Load what `_found` needs, once, and set ``shapes``."""
+        raise NotImplementedError
+
+    def _found(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
+        """Positions of images that could be decoded, and their columns by name."""
         raise NotImplementedError
 
     def __call__(self, batch: Mapping[str, Any]) -> Columns:
@@ -76,8 +80,8 @@ class _OverBatches:
         count = len(sources)
         columns: Columns = {name: np.full((count, *x), np.nan, self.dtype) for name, x in self.shapes.items()}
         for index, found in self._found(ImageSet(lazy, [""] * count)):
-            for name, values in found.items():
-                columns[name][index.numpy()] = values
+            for name in self.shapes:
+                columns[name][index] = found[name]
         paths = all(isinstance(source, str) for source in sources)
         kept = {name: values for name, values in batch.items() if name != self.column or paths}
         errors = np.array([lazy.errors.get(i, "") for i in range(count)], object)
@@ -101,19 +105,14 @@ class BatchScorer(_OverBatches):
 
     used = (*(name for name in HOW if name != "maps"), "alpha", "batch_size", "trust_plugins")
 
-    def __init__(
-        self, ckpt: str | Path, column: str = "bytes", settings: ScoreConfig | None = None, **overrides: Any
-    ) -> None:
-        super().__init__(ckpt, column, settings, **overrides)
+    def _prepare(self) -> None:
         self._judge = prepare(self.run, self.settings)
-        self._known = 0 if self._judge.known is None else len(self._judge.known.scores)
-        say_level(self._known, 1, self.settings.alpha, None)
-        self.shapes = dict.fromkeys(("anomaly_score", *PARTS, "p_value"), ())
+        calibration = self._judge.calibration
+        say_level(len(calibration.scores) if calibration else 0, 1, self.settings.alpha, None)
+        self.shapes = dict.fromkeys(self._judge.columns, ())
 
-    def _found(self, images: ImageSet) -> Iterator[tuple[Tensor, Columns]]:
-        for index, numbers in score_batches(self._judge, images):
-            numbers[:, -1] = (1 + numbers[:, -1]) / (self._known + 1)
-            yield index, dict(zip(self.shapes, numbers.T, strict=True))
+    def _found(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
+        return ((table.index, table) for table in self._judge.rows(images))
 
     def __call__(self, batch: Mapping[str, Any]) -> Columns:
         """The batch's columns, but for pixels and bytes, with scores, p-values and decisions."""
@@ -135,14 +134,11 @@ class BatchEmbedder(_OverBatches):
 
     dtype = np.float32
 
-    def __init__(
-        self, ckpt: str | Path, column: str = "bytes", settings: ScoreConfig | None = None, **overrides: Any
-    ) -> None:
-        super().__init__(ckpt, column, settings, **overrides)
-        shape, features = (self.run.vje.embedding_dim,), (self.run.vje.feature_dim,)
-        self.shapes = {"features": features, "embeddings": shape, "loc": shape, "scale": shape}
+    def _prepare(self) -> None:
+        dim = (self.run.vje.embedding_dim,)
+        self.shapes = {"features": (self.run.vje.feature_dim,), "embeddings": dim, "loc": dim, "scale": dim}
 
-    def _found(self, images: ImageSet) -> Iterator[tuple[Tensor, Columns]]:
+    def _found(self, images: ImageSet) -> Iterator[tuple[Any, Any]]:
         size = self.settings.batch_size
-        for each in encode_batches(self.run.vje, images, self.run.info.view, batch_size=size):
-            yield each.indices, {name: getattr(each, name).cpu().numpy() for name in self.shapes}
+        for encoded in encode_batches(self.run.vje, images, self.run.info.view, batch_size=size):
+            yield encoded.indices.numpy(), encoded.to("cpu")._asdict()

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vje.anomaly.calibration import say_level
 from pyro_vje.anomaly.maps import learn_maps
-from pyro_vje.anomaly.table import ScoreResult, say_level, score
+from pyro_vje.anomaly.table import ScoreResult, score
 from pyro_vje.config import INSPECTION, ScoreConfig, TrainConfig
 from pyro_vje.data import ImageSet, list_images, load_train_set, views_for
 from pyro_vje.data.datasets import SQUARE, short_to_long
@@ -172,6 +173,5 @@ def calibrate(
             f"the run was trained on {seen} of the {len(images)} images in {data}, which look too normal to it: give "
             "others, that it has not seen"
         )
-    turned = run.vje.rotations > 0
-    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, rotations=turned)
+    encoded = encode(run.vje, images, run.info.view, batch_size=batch_size, turns=True)
     return runs.save_posteriors(path, encoded), len(encoded.indices)

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize, softplus
 
-from pyro_vje.anomaly.calibration import training_images
 from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import ImageSet, derive_seed
 from pyro_vje.data.decode import decode_image, image_shape, list_images, shown_box
@@ -235,7 +234,7 @@ def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: b
     run = runs.load_run(ckpt, trust_plugins=trust_plugins, device=runs.default_device())
     runs.weights_sha256(run)  # which says where there is no folder
     modules = PlaceFeatures(run.vje.encoder, run.info.view_size, places).modules
-    known, held_out = training_images(run, "maps are learned from places of the training images")
+    known, held_out = runs.training_images(run, "maps are learned from places of the training images")
     seed = derive_seed("maps", run.info.config.seed)
     generator = torch.Generator().manual_seed(seed)
     if held_out is None:

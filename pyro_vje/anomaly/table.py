@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,13 +17,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 
 from pyro_vje import metrics
-from pyro_vje.anomaly.calibration import Calibration
+from pyro_vje.anomaly.calibration import say_level
 from pyro_vje.anomaly.maps import describe_maps, find_masks, map_file, read_levels
-from pyro_vje.anomaly.rows import HOW, PARTS, Rows, prepare, score_batches, score_images
+from pyro_vje.anomaly.rows import HOW, MAP_COLUMNS, PARTS, Judge, Rows, prepare, score_images
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.data.decode import shown_box
@@ -40,12 +38,7 @@ log = logging.getLogger("pyro_vje")
 NORMAL_FOLDER = "normal"
 """A class folder of this name holds the normal images; every other class is an anomaly."""
 COLUMNS = ("path", "anomaly_score", "p_value", "decision", *PARTS, "label", "error")
-MAP_COLUMNS = ("map_peak", "map_p_value")
-"""Columns of scoring with maps: the largest value of an image's, and the share of normal images with such a one."""
-TEXT = ["path", "decision", "label", "error"]
-THRESHOLDS = (0.05, 0.01)
-SHOWN = 12
-"""Images at each end of the pictures."""
+TEXT = ("path", "decision", "label", "error")
 
 
 @dataclass(frozen=True)
@@ -86,69 +79,66 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     run = runs.load_run(ckpt, trust_plugins=settings.trust_plugins, device=runs.default_device())
     images, normal = _images_and_normal_class(run, settings)
     judge = prepare(run, settings)
-    _, settings, chosen, scorer, known, maps, _ = judge
-    say_level(0 if known is None else len(known.scores), len(images), settings.alpha, settings.fdr)
+    settings, calibration = judge.settings, judge.calibration
+    say_level(len(calibration.scores) if calibration else 0, len(images), settings.alpha, settings.fdr)
+    maps_folder = target.parent / runs.PICTURES / f"{target.stem}_maps" if judge.maps else None
+    masks = find_masks(settings.masks, images, _are_normal(images, normal)) if settings.masks else {}
 
     weights = run.folder / runs.WEIGHTS if run.folder else ckpt
-    how = {name: getattr(settings, name) for name in HOW}
-    made = {
-        "weights_sha256": sha256(weights),
-        "images": images.fingerprint(),
-    }
-    drawn = target.parent / runs.PICTURES / f"{target.stem}_maps" if maps else None
-    masks: dict[int, Path] = {}
-    if maps and run.folder:
+    made: dict[str, Any] = {name: getattr(settings, name) for name in HOW}
+    made |= {"weights_sha256": sha256(weights), "images": images.fingerprint()}
+    if judge.maps and run.folder:
         made["maps_sha256"] = sha256(run.folder / runs.MAPS)
-        judge = judge._replace(folder=drawn)
-    if settings.masks is not None:
-        masks = find_masks(settings.masks, images, _are_normal(images, normal))
-    part, shape = target.with_name(target.name + ".part"), (len(images), 2 + len(PARTS) + bool(maps))
-    rows = Rows(part, how | made, shape, resume=settings.resume)
-    failed = score_images(images, rows, partial(score_batches, judge))
-    table = _table(images, rows, failed, normal)
+    shape = (len(images), len(judge.columns))
+    rows = Rows(target.with_name(f"{target.name}.part"), made, shape, resume=settings.resume)
+    failed = score_images(judge, images, rows, maps_folder)
+    table = _table(judge, images, rows, failed, normal)
     scored = table[table.error.isna()]
     if not len(scored):
         raise ValueError("no image could be scored: not one of them could be decoded")
     if scored.anomaly_score.isna().all():
-        raise ValueError(f"score {chosen.name!r} does not exist for the likelihood {scorer.family.name!r}")
-    decision = None if known is None else _decide(table, len(known.scores), settings)
+        family = judge.scorer.family.name
+        raise ValueError(f"score {judge.score.name!r} does not exist for the likelihood {family!r}")
+    decision = _decide(table, settings)
     counts, found = _against_labels(table)
-    dataset = settings.dataset or run.info.config.dataset
-    passes = 2 * settings.num_pairs or (4 if run.vje.rotations else 1)
-    place = (settings.data_dir or run.info.config.data_dir) if dataset == "folder" else dataset
-    how |= {"meaning": chosen.description, "likelihood": scorer.family.name}
-    about_maps = None
-    if maps and drawn:
-        peaks = table.map_peak[scored.index].to_numpy()
-        table.loc[scored.index, "map_p_value"] = metrics.conformal_p_values(peaks, maps.peaks)
-        about_maps = describe_maps(maps, drawn, settings, images, scored.position.tolist(), peaks, masks)
+    maps = None
+    if judge.maps and maps_folder:
+        shown = (scored.position.tolist(), scored.map_peak.to_numpy())
+        maps = describe_maps(judge.maps, maps_folder, settings, images, *shown, masks)
     summary = {
-        "run": str(ckpt),
-        "data": str(settings.data or f"{place}, split test"),
-        "score": {**how, "forward_passes_an_image": passes},
-        "normal_class": normal,
+        **{"run": str(ckpt), "data": _data(run, settings), "score": _how(judge), "normal_class": normal},
         "counts": {"scored": len(scored), "failed": len(failed), **counts},
-        "calibration": describe_calibration(known),
-        "decision": decision,
-        "metrics": found,
-        "maps": about_maps,
-        "weights_sha256": made["weights_sha256"],
+        "calibration": calibration.describe() if calibration else None,
+        **{"decision": decision, "metrics": found, "maps": maps, "weights_sha256": made["weights_sha256"]},
         "versions": runs.versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     _write(target, table, parquet=settings.parquet)
-    summary_path = write_json(target.with_name(f"{target.stem}_summary.json"), summary)
+    thumbnails = partial(_thumbnails, images, table)
     if settings.draw:
-        _draw(target, table[table.error.isna()], images)
-    report = target.with_name(f"{target.stem}_report.html") if settings.report else None
-    if report:
-        shown = (None if known is None else known.scores), partial(_thumbnails, images, table)
-        overlays = partial(_overlays, images, table, about_maps) if about_maps else None
-        write_atomic(report, render_report(table, summary, *shown, target.parent, overlays))
+        _draw(target, scored, thumbnails)
+    report = None
+    if settings.report:
+        overlays = partial(_overlays, images, table, maps) if maps else None
+        held_out = calibration.scores if calibration else None
+        page = render_report(table, summary, held_out, thumbnails, target.parent, overlays)
+        report = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
+    result = ScoreResult(
+        csv=target,
+        summary=write_json(target.with_name(f"{target.stem}_summary.json"), summary),
+        report=report,
+        scored=len(scored),
+        failed=len(failed),
+        **counts,
+        auroc=found["auroc"] if found else None,
+        flagged=decision["anomalies"] if decision else None,
+        passes=judge.passes,
+        settings=settings,
+        maps=maps_folder,
+        pixels=maps["metrics"] if maps else None,
+    )
     rows.remove()  # only now is everything written
-    about: Any = (found or {}).get("auroc"), (decision or {}).get("anomalies"), passes, settings
-    about = *about, drawn, (about_maps or {}).get("metrics")
-    return ScoreResult(target, summary_path, report, len(scored), len(failed), *counts.values(), *about)
+    return result
 
 
 def _target(path: str | Path) -> Path:
@@ -158,14 +148,14 @@ def _target(path: str | Path) -> Path:
 
 def _images_and_normal_class(run: runs.LoadedRun, settings: ScoreConfig) -> tuple[ImageSet, str | None]:
     """The images to score, and the name of the class that is normal among them, if anything says so."""
-    what: tuple[Any, ...] = ("test", settings.dataset, settings.data_dir)
-    how: dict[str, Any] = {"download": settings.download}
     if settings.data is not None:
-        what, how = ("all", "folder", settings.data), {"residency": "stream"}
-    images = runs.load_split(run, *what, **how)
+        images = runs.load_split(run, "all", "folder", settings.data, residency="stream")
+    else:
+        where = (settings.dataset, settings.data_dir)
+        images = runs.load_split(run, "test", *where, download=settings.download)
     classes = images.classes or ()
     if settings.normal_class is not None:
-        return images, classes[images.class_index(settings.normal_class)]
+        return images, images.class_name(settings.normal_class)
     trained = run.info.class_name(run.info.config.normal_class)
     # A run's own normal class means nothing in another data set.
     same = settings.data is not None or settings.dataset in (None, run.info.config.dataset)
@@ -174,41 +164,39 @@ def _images_and_normal_class(run: runs.LoadedRun, settings: ScoreConfig) -> tupl
     return images, NORMAL_FOLDER if NORMAL_FOLDER in classes else None
 
 
-# The table ------------------------------------------------------------------------------------------------------------
+def _are_normal(images: ImageSet, normal: str | None) -> list[bool]:
+    """Which images are normal by their label."""
+    if normal is None or images.labels is None:
+        return [False] * len(images)
+    return (images.labels == images.class_index(normal)).tolist()
+
+
+# The table and what it says -------------------------------------------------------------------------------------------
 
 
 def _table(
-    images: ImageSet, rows: Rows, failed: Sequence[tuple[str, str]], normal: str | None
+    judge: Judge, images: ImageSet, rows: Rows, failed: Sequence[tuple[str, str]], normal: str | None
 ) -> pd.DataFrame:
     """A row for each image that was scored, in their order, then for each that failed.
 
     Beside `COLUMNS`, ``is_anomaly`` is 1, 0, or missing where nothing is known; ``position`` that in the set, or -1.
     """
-    index, names = (
-        sorted(rows.numbers),
-        [*(images.classes or ()), None],
-    )  # the label -1 is the last of them: none
-    labels = [None if images.labels is None else names[images.labels[i]] for i in index]
-    good, bad = [None] * len(index), [None] * len(failed)
-    text = {
-        "path": [*(images.paths[i] for i in index), *(path for path, _ in failed)],
-        "error": [*good, *(reason for _, reason in failed)],
-        "label": [*labels, *bad],
-        "decision": [*good, *bad],
-    }
+    index = sorted(rows.numbers)
+    names = [*(images.classes or ()), None]  # the label -1 is the last of them: none
+    labels = [-1] * len(images) if images.labels is None else images.labels.tolist()
+    good = [(images.paths[i], None, names[labels[i]], None) for i in index]
+    bad = [(path, None, None, reason) for path, reason in failed]
     # Objects, as pandas' own text holds no path whose bytes are not UTF-8.
-    table = pd.DataFrame(text, dtype=object).assign(p_value=np.nan, is_anomaly=np.nan)
+    table = pd.DataFrame([*good, *bad], columns=TEXT, dtype=object)
     table["position"] = [*index, *[-1] * len(failed)]
-    if normal is not None:
-        table["is_anomaly"] = (table.label != normal).astype(float).where(table.label.notna())
+    is_anomaly = np.nan if normal is None else (table.label != normal).astype(float)
+    table["is_anomaly"] = pd.Series(is_anomaly, table.index).where(table.label.notna())
     numbers = [rows.numbers[i] for i in index]
-    columns = ["anomaly_score", *PARTS, "as_strange", "map_peak"][: len(numbers[0]) if numbers else -1]
-    return table.join(pd.DataFrame(numbers, columns=columns, dtype=float))
+    return table.join(pd.DataFrame(numbers, columns=judge.columns, dtype=float))
 
 
-def _decide(table: pd.DataFrame, count: int, settings: ScoreConfig) -> dict[str, Any] | None:
-    """Fill in p-values and decisions; returns how it was decided and how many are called anomalies."""
-    table["p_value"] = (1 + table.as_strange) / (count + 1)
+def _decide(table: pd.DataFrame, settings: ScoreConfig) -> dict[str, Any] | None:
+    """Fill in decisions, if there is a rule for them: which it is, and how many images are called anomalies."""
     p_values = table.p_value[table.error.isna()]
     if settings.alpha is not None:
         rule, level, called = "p-value at most the level", settings.alpha, p_values <= settings.alpha
@@ -232,43 +220,22 @@ def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]
     return {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}, found
 
 
-def describe_calibration(known: Calibration | None) -> dict[str, Any] | None:
-    """Number of calibration images, and above which score an image's p-value is at most some levels."""
-    if known is None:
-        return None
-    count, ordered = len(known.scores), np.sort(known.scores)[::-1]
-    about: dict[str, Any] = {"images": count, "smallest_p_value": 1 / (count + 1), "folds": known.folds}
-    if known.folds > 1:  # each fold has a score of its own
-        return about
-    ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
-    thresholds = {f"{level:g}": float(ordered[rank - 1]) if rank else None for level, rank in ranks.items()}
-    meaning = "an image whose score is above it has a p-value of at most the level"
-    return about | {"thresholds": thresholds, "threshold": meaning}
+def _data(run: runs.LoadedRun, settings: ScoreConfig) -> str:
+    """What was scored, in words."""
+    config = run.info.config
+    dataset = settings.dataset or config.dataset
+    place = settings.data_dir or config.data_dir if dataset == "folder" else dataset
+    return str(settings.data or f"{place}, split test")
 
 
-def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -> None:
-    """Say beforehand which decisions so many calibration images carry; ``ValueError`` if no image could meet one."""
-    level, name = (fdr, "fdr") if alpha is None else (alpha, "alpha")
-    if not count:
-        no = "this run has no held-out images to calibrate scores (train --holdout, or pyro-vje calibrate)"
-        if level is not None:
-            raise ValueError(f"no p-values, so no decisions: {no}")
-        log.info("no p-values: %s", no)
-        return
-    least = 1 / (count + 1)
-    log.info("compared with %d normal images, so that no p-value is below %.3g", count, least)
-    if level is not None and level < least:
-        raise ValueError(
-            f"with {count} calibration images no p-value is below {least:.3g}, so nothing could be called an anomaly "
-            f"at {name} {level:g}: calibrate with {math.ceil(1 / level) - 1} or more "
-            "(train --holdout, or pyro-vje calibrate), or raise the level"
-        )
-    if fdr is not None and (least_called := math.ceil(images * least / fdr)) > 1:
-        log.warning(
-            "at fdr %g, among %d images and with %d to compare with, fewer than %d strange ones cannot be called: "
-            "raise it, or compare with more (pyro-vje calibrate)",
-            *(fdr, images, count, least_called),
-        )
+def _how(judge: Judge) -> dict[str, Any]:
+    """Everything on which the scores depend, and what they mean."""
+    return {
+        **{name: getattr(judge.settings, name) for name in HOW},
+        "meaning": judge.score.description,
+        "likelihood": judge.scorer.family.name,
+        "forward_passes_an_image": judge.passes,
+    }
 
 
 # What is written ------------------------------------------------------------------------------------------------------
@@ -293,17 +260,15 @@ def _write(path: Path, table: pd.DataFrame, *, parquet: bool) -> None:
     write_atomic(path.with_suffix(".parquet"), content.getbuffer())
 
 
-def _image(images: ImageSet, i: int) -> torch.Tensor:
-    """Image ``i`` of a set, uint8 ``(3, S, S)``; grey where its file has gone since it was scored."""
-    try:
-        return images.images[i]
-    except ImageError:
-        return torch.full((3, images.image_size, images.image_size), 128, dtype=torch.uint8)
-
-
 def _thumbnails(images: ImageSet, table: pd.DataFrame, rows: Sequence[int]) -> list[Image.Image]:
-    found = (_image(images, table.position[row]) for row in rows)
-    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in found]
+    """The images at rows of the table; grey where a file has gone since it was scored."""
+    found = []
+    for i in table.position[[*rows]]:
+        try:
+            found.append(Image.fromarray(images.images[i].permute(1, 2, 0).numpy()))
+        except ImageError:
+            found.append(Image.new("RGB", (images.image_size, images.image_size), "grey"))
+    return found
 
 
 def _overlays(
@@ -315,32 +280,16 @@ def _overlays(
     for i in table.position[[*rows]]:
         levels = Image.fromarray(read_levels(map_file(folder, images.names[i])).astype(np.float32))
         box = shown_box(*levels.size, getattr(images.images, "fit", "crop"))
-        square = levels.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)
-        found.append(
-            pictures.draw_marks(np.asarray(square), about["ordinary_level"], about["threshold_level"])
-        )
+        square = np.asarray(levels.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))
+        found.append(pictures.draw_marks(square, about["ordinary_level"], about["threshold_level"]))
     return found
 
 
-def _are_normal(images: ImageSet, normal: str | None) -> list[bool]:
-    """Which images are normal by their label."""
-    if normal is None or images.labels is None:
-        return [False] * len(images)
-    return (images.labels == images.class_index(normal)).tolist()
-
-
-def _draw(csv_path: Path, scored: pd.DataFrame, images: ImageSet) -> None:
-    """Draw the histogram, the two factors, and the strangest images into a folder beside the CSV."""
-    kinds = ("histogram", "direction_radius", "strangest")
-    shares, factors, strangest = (csv_path.parent / runs.PICTURES / f"{csv_path.stem}_{x}.png" for x in kinds)
-    is_anomaly = scored.is_anomaly.fillna(-1).to_numpy(int) if scored.is_anomaly.notna().any() else None
-    pictures.plot_score_histogram(scored.anomaly_score.to_numpy(), is_anomaly, shares)
-    if scored.log_direction.notna().any():
-        pictures.plot_direction_radius(scored.log_direction, scored.log_radius, is_anomaly, factors)
-    ordered = scored.sort_values("anomaly_score", kind="stable")
-    ends = pd.concat([ordered.head(SHOWN), ordered.tail(SHOWN)]).drop_duplicates("position")
-    shown = torch.stack([_image(images, i) for i in ends.position])
-    pictures.plot_strangest(shown, ends.anomaly_score.to_numpy(), strangest, k=SHOWN)
+def _draw(csv_path: Path, scored: pd.DataFrame, thumbnails: pictures.Thumbnails) -> None:
+    """Draw the histogram and the strangest images into a folder beside the CSV."""
+    folder, scores = csv_path.parent / runs.PICTURES, scored.anomaly_score
+    pictures.plot_score_histogram(scores, scored.is_anomaly, folder / f"{csv_path.stem}_histogram.png")
+    pictures.plot_strangest(scores, thumbnails, folder / f"{csv_path.stem}_strangest.png")
 
 
 def embed(

@@ -66,17 +66,19 @@ def all_scores(
     measured where weights are not pretrained.
     """
     view, config = run.info.view, run.info.config
-    known, turned = {} if known is None else known, run.vje.rotations > 0
+    known = {} if known is None else known
     look_at = partial(encode, view=view)
 
     def look(images: ImageSet) -> Encoded:
         key = config.seed, images.fingerprint()
         if key not in known:
-            known[key] = look_at(run.vje, images, rotations=turned)
+            known[key] = look_at(run.vje, images, turns=True)
         seen = known[key] if config.frozen else known.pop(key)
         return encode_features(run.vje, seen.features) if config.frozen else seen
 
-    normal_images = reference_images(runs.training_images(run)[0], config.seed)
+    normal_images = reference_images(
+        runs.training_images(run, "detectors are fitted on the training images")[0], config.seed
+    )
     encoded = [look_at(run.vje, normal_images), *map(look, sets)]
     features = {"trained features": [images.features for images in encoded]}
     if config.weights == "none":
@@ -91,7 +93,7 @@ def all_scores(
         for scores, images in zip(found, encoded[1:], strict=True):
             parts = [scorer.parts(part) for part in images.split(256)]
             for name, score in SCORES.items():
-                if score.of == "rotations" and not turned:
+                if score.of == "rotations" and not run.vje.rotations:
                     continue
                 values = torch.cat([score(part) for part in parts]).cpu()
                 if values.isfinite().all():  # not every family splits direction and radius

@@ -24,11 +24,9 @@ from torch import Tensor, nn
 
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
 from pyro_vje.anomaly.rows import HOW, Judge, prepare
-from pyro_vje.anomaly.table import describe_calibration
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data.decode import MARGIN
 from pyro_vje.distributions.numerics import _stirling
-from pyro_vje.metrics.detection import conformal_p_values
 from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.representation.evaluation import format_table
@@ -59,10 +57,11 @@ class Deployed(nn.Module):
 
     def __init__(self, judge: Judge) -> None:
         super().__init__()
-        run, _, self.score, self.scorer, known, *_ = judge
-        self.vje, self.view, self.fold_scorers = run.vje, run.info.view, known.scorers if known else ()
+        self.score, self.scorer, known = judge.score, judge.scorer, judge.calibration
+        self.vje, self.view = judge.run.vje, judge.run.info.view
+        self.fold_scorers = known.scorers if known else ()
         self.heads = nn.ModuleList(own.vje for own in self.fold_scorers)
-        self.folds = [torch.from_numpy(fold) for fold in known.sorted] if known else []
+        self.folds = [torch.from_numpy(fold) for fold in known.folds] if known else []
 
     def forward(self, images: Tensor, at_once: bool = True) -> dict[str, Tensor]:
         """Outputs by name; in parts, as `pyro_vje.score` computes them, where not ``at_once``."""
@@ -113,7 +112,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
     run = load_run(ckpt, trust_plugins=how.trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)
     judge = prepare(run, how)
-    _, how, _, scorer, known, *_ = judge
+    how, known = judge.settings, judge.calibration
     description = {**run.info.to_dict(), "score": {name: getattr(how, name) for name in HOW}}
     del description["config"]["data_dir"]  # where the data lay concerns nobody else
     shape = (3, run.info.image_size, run.info.image_size)
@@ -132,23 +131,22 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
+            what = f"encoder {run.info.config.encoder!r} with likelihood {judge.scorer.family.name!r}"
+            why = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
             raise ValueError(
-                f"encoder {run.info.config.encoder!r} with likelihood {scorer.family.name!r} and score {how.score!r} "
-                f"cannot be exported as {format}: {type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+                f"{what} and score {how.score!r} cannot be exported as {format}: {why}"
             ) from error
     differences = dict.fromkeys(wanted[0], 0.0)
     for outputs, values in zip(found, wanted, strict=True):
-        if (
-            known is not None and not known.scorers
-        ):  # of the file's own score, which rounding may move past one
-            values["p_value"] = conformal_p_values(np.nan_to_num(outputs["score"]), known.scores)
+        tolerances = {name: TOLERANCE * np.abs(value).max() for name, value in values.items()}
+        if known is not None and known.scorers:
+            tolerances["p_value"] = FOLDS_TOLERANCE
+        elif known is not None:  # of the file's own score, which rounding may move past one
+            values["p_value"] = known.p_values(outputs["score"])
         for name, value in values.items():
             difference = float(np.abs(outputs[name] - value).max())
             differences[name] = max(differences[name], difference)
-            most = TOLERANCE * np.abs(value).max()
-            if name == "p_value" and known is not None and known.scorers:
-                most = FOLDS_TOLERANCE
-            if outputs[name].shape != value.shape or not difference <= most:
+            if outputs[name].shape != value.shape or not difference <= tolerances[name]:
                 raise ValueError(f"{target} is not written: its {name} would differ by {difference:g}")
     write_atomic(target, content)
     card = target.with_name(CARD)
@@ -232,7 +230,7 @@ _DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
 
 def model_card(judge: Judge, differences: dict[str, float], **file: str) -> str:
     """A run's card in Markdown: its settings, what its folder holds of measured numbers, and its ``file, format``."""
-    run, settings, chosen, _, known, *_ = judge
+    run, settings = judge.run, judge.settings
     names = ("eval.json", "scores_summary.json", CONFIG)
     paths = [None if run.folder is None else run.folder / name for name in names]
     evaluation, scored, written = (json.loads(x.read_text()) if x and x.is_file() else None for x in paths)
@@ -252,8 +250,8 @@ def model_card(judge: Judge, differences: dict[str, float], **file: str) -> str:
         parameters=sum(parameter.numel() for parameter in run.vje.parameters()),
         family=get_family(settings.score_likelihood or config.likelihood),
         score=settings,
-        meaning=chosen.description,
-        calibration=describe_calibration(known),
+        meaning=judge.score.description,
+        calibration=judge.calibration.describe() if judge.calibration else None,
         evaluation=None if evaluation is None else format_table(evaluation),
         scored=scored,
         **file,

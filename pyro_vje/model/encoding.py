@@ -89,18 +89,18 @@ def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
 
 
 def encode_batches(
-    vje: VJE, images: Images, view: View, *, batch_size: int = 256, rotations: bool = False
+    vje: VJE, images: Images, view: View, *, batch_size: int = 256, turns: bool = False
 ) -> Iterator[Encoded]:
     """Encode clean images in order, a batch at a time, in evaluation mode and float32; results stay on the device.
 
     On a CPU they do not depend on ``batch_size``, which is raised to a multiple of `cpu_rows`, nor on the other images.
-    With ``rotations`` four turns of each image are encoded too, for `VJE.log_rotation`.
+    With ``turns`` four turns of each image are encoded too, for `VJE.log_rotation`, by a model that has rotations.
     """
 
     def forward(batch: Tensor) -> tuple[Tensor, ...]:
         features = vje.features(view(batch))
         head = _head(vje, features)
-        if not rotations:
+        if not (turns and vje.rotations):
             return *head, features
         turned = (view(batch.rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
         locs = [head[1], *(vje.posterior(vje.embed(images))[0] for images in turned)]
@@ -120,12 +120,10 @@ def encode_batches(
         vje.train(was_training)
 
 
-def encode(
-    vje: VJE, images: Images, view: View, *, batch_size: int = 256, rotations: bool = False
-) -> Encoded:
+def encode(vje: VJE, images: Images, view: View, *, batch_size: int = 256, turns: bool = False) -> Encoded:
     """`encode_batches` of all ``images``, collected on the CPU; ``ValueError`` if none could be decoded."""
     parts, progress = [], Progress("encoding", len(images))
-    for batch in encode_batches(vje, images, view, batch_size=batch_size, rotations=rotations):
+    for batch in encode_batches(vje, images, view, batch_size=batch_size, turns=turns):
         parts.append(batch.to("cpu"))
         progress.add(len(batch.indices))
     clear_line()

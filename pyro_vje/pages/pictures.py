@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,6 +38,7 @@ MOST_CLASSES, MOST_POINTS = 20, 5000
 
 Labels: TypeAlias = Array | None
 Group: TypeAlias = tuple[str, str, NDArray[np.bool_]]  # name, colour, members of what is told apart
+Thumbnails: TypeAlias = Callable[[Sequence[int]], Sequence[Image.Image]]
 
 _PANELS = (
     ("loss", "Loss (negative ELBO)", "nats an image", None),
@@ -151,15 +152,17 @@ def _range(*groups: NDArray[Any]) -> tuple[float, float, bool]:
     return low - margin, high + margin, False
 
 
-def split_by_label(is_anomaly: Labels, finite: NDArray[np.bool_]) -> list[Group]:
-    """The finite images by what is told apart: normal ones, anomalies, and unlabelled ones (-1); or all of them."""
-    if is_anomaly is None:
-        return [("images", BLUE, finite)]
-    kind = as_numpy(is_anomaly).astype(np.int64)
-    if kind.shape != finite.shape:
-        raise ValueError(f"is_anomaly has shape {kind.shape}, the scores {finite.shape}")
-    named = (("normal", BLUE, 0), ("anomalies", VERMILION, 1), ("unlabelled", GREY, -1))
-    groups = [(name, colour, finite & (kind == value)) for name, colour, value in named]
+def split_by_label(is_anomaly: pd.Series, shown: Any) -> list[Group]:
+    """The images that are ``shown`` by what is told apart: normal (0), anomalies (1), unlabelled (missing); or all."""
+    if not is_anomaly.notna().any():
+        return [("images", BLUE, np.asarray(shown))]
+    kind = is_anomaly.to_numpy()
+    named = (
+        ("normal", BLUE, kind == 0),
+        ("anomalies", VERMILION, kind == 1),
+        ("unlabelled", GREY, np.isnan(kind)),
+    )
+    groups = [(name, colour, members & shown) for name, colour, members in named]
     return [group for group in groups if group[2].any()]
 
 
@@ -178,22 +181,6 @@ def draw_scores(axes: Axes, groups: Sequence[tuple[str, NDArray[Any]]], xlabel: 
     for colour, values in groups:
         draw_shares(axes, values, bins, colour)
     style(axes, "", xlabel + (", tails in the outer bars" if clipped else ""), "share of images")
-
-
-def draw_direction_radius(axes: Axes, direction: Array, radius: Array, is_anomaly: Labels) -> list[Group]:
-    """Scatter of `plot_direction_radius`; which images it shows, as `split_by_label` has them."""
-    points = np.stack([as_numpy(part).astype(np.float64) for part in (direction, radius)], axis=1)
-    groups = split_by_label(is_anomaly, _finite(points))
-    labels = []
-    for column, name in zip(points.T, ("direction", "radius"), strict=True):  # changed in place
-        low, high, clipped = _range(*(column[members] for *_, members in groups))
-        np.clip(column, low, high, out=column)
-        labels.append(f"log-likelihood of the {name} (nats)" + (", tails at the edge" if clipped else ""))
-    chosen = _some(_finite(points))
-    colours = {i: colour for _, colour, members in groups for i in np.flatnonzero(members)}
-    _scatter(axes, points[chosen], [(colours[i], "o") for i in chosen])
-    style(axes, "", *labels)
-    return groups
 
 
 def draw_marks(levels: NDArray[Any], ordinary: float, threshold: float | None) -> Image.Image:
@@ -266,16 +253,15 @@ def plot_embedding(embeddings: Array, labels: Labels, classes: Sequence[str] | N
         axes.set_aspect("equal", adjustable="datalim")
 
 
-def plot_score_histogram(scores: Array, is_anomaly: Labels, path: Path) -> None:
+def plot_score_histogram(scores: pd.Series, is_anomaly: pd.Series, path: Path) -> None:
     """Histogram of the finite scores ``(N,)``, normal images against anomalies ``(N,)`` where known, with the AUROC."""
     with picture(path, 6.4, 3.6) as figure:
-        values, axes = as_numpy(scores).astype(np.float64), figure.subplots()
+        values, axes = scores.to_numpy(np.float64), figure.subplots()
         groups = split_by_label(is_anomaly, _finite(values))
-        shown = [(colour, values[members]) for _, colour, members in groups]
-        draw_scores(axes, shown, "anomaly score (higher is stranger)")
-        if is_anomaly is not None:
+        draw_scores(axes, [(colour, values[members]) for _, colour, members in groups], "anomaly score")
+        title = f"Anomaly scores of {sum(members.sum() for *_, members in groups):,} images"
+        if is_anomaly.notna().any():
             _legend(axes, sizes(groups))
-        title = f"Anomaly scores of {sum(len(part) for _, part in shown):,} images"
         members = {name: group for name, _, group in groups}
         if {"normal", "anomalies"} <= members.keys():
             known = members["normal"] | members["anomalies"]
@@ -283,30 +269,16 @@ def plot_score_histogram(scores: Array, is_anomaly: Labels, path: Path) -> None:
         axes.set_title(title, fontsize=11, loc="left")
 
 
-def plot_direction_radius(direction: Array, radius: Array, is_anomaly: Labels, path: Path) -> None:
-    """Scatter of the two parts of the log-likelihood ``(N,)`` in nats, of at most 5,000 images with finite ones."""
-    with picture(path) as figure:
-        axes = figure.subplots()
-        groups = draw_direction_radius(axes, direction, radius, is_anomaly)
-        if is_anomaly is not None:
-            _legend(axes, sizes(groups))
-        axes.set_title("Where the likelihood comes from", fontsize=11, loc="left")
+def plot_strangest(scores: pd.Series, thumbnails: Thumbnails, path: Path, k: int = 12) -> None:
+    """Grid of the ``k`` most normal and the ``k`` strangest images with their scores ``(N,)``.
 
-
-def plot_strangest(images: Array, scores: Array, path: Path, k: int = 12) -> None:
-    """Grid of the ``k`` most normal and the ``k`` strangest images ``(N, 3, H, W)`` with their scores ``(N,)``.
-
-    They are uint8 or float in [0, 1]; with fewer than 2k finite scores each half shows half of them.
+    ``thumbnails`` gives the images of entries of ``scores``, by its index. With fewer than 2k finite scores each half
+    shows half of them.
     """
     with picture(path) as figure:
-        pixels, values = as_numpy(images), as_numpy(scores).astype(np.float64)
-        if pixels.dtype != np.uint8:
-            pixels = np.clip(np.nan_to_num(pixels.astype(np.float32)), 0, 1)
-        pixels = np.moveaxis(np.broadcast_to(pixels, (len(pixels), 3, *pixels.shape[2:])), 1, -1)
-        finite = np.flatnonzero(_finite(values))
-        order = finite[np.argsort(values[finite], kind="stable")]
+        order = scores[_finite(scores.to_numpy())].sort_values(kind="stable")
         half = min(k, (len(order) + 1) // 2)
-        ends = ("Most normal", BLUE, order[:half]), ("Strangest", VERMILION, order[half:][-k:][::-1])
+        ends = (("Most normal", BLUE, order[:half]), ("Strangest", VERMILION, order[half:][-k:][::-1]))
         rows = [end for end in ends if len(end[2])]
         across = min(6, half)
         down = -(-half // across)
@@ -315,12 +287,12 @@ def plot_strangest(images: Array, scores: Array, path: Path, k: int = 12) -> Non
         for row, (title, colour, chosen) in enumerate(rows):
             part = figure.add_subfigure(grid[row])
             part.suptitle(title, fontsize=11, color=colour, fontweight="bold")
-            for place, i in enumerate(chosen, start=1):
+            images = thumbnails(chosen.index.tolist())
+            for place, (image, score) in enumerate(zip(images, chosen, strict=True), start=1):
                 axes = part.add_subplot(down, across, place)
                 # Small images keep their pixels; large ones are filtered as they shrink.
-                how = "nearest" if max(pixels[i].shape) <= 96 else "antialiased"
-                axes.imshow(pixels[i], interpolation=how)
-                axes.set_title(f"{values[i]:.4g}", fontsize=8, pad=2)
+                axes.imshow(image, interpolation="nearest" if max(image.size) <= 96 else "antialiased")
+                axes.set_title(f"{score:.4g}", fontsize=8, pad=2)
                 axes.set_axis_off()
 
 

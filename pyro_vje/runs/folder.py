@@ -281,7 +281,7 @@ def load_posteriors(run: LoadedRun, name: str) -> Encoded | None:
     _, tensors = _read(path, lambda values: migrate(values or {"schema_version": 1}))  # 1 had no header
     images = len(next(iter(tensors.values()))) if tensors and all(t.dim() for t in tensors.values()) else 0
     wanted = torch.empty(images, run.vje.embedding_dim, device="meta")
-    turns = {"log_rotation": wanted[:, 0]} if run.vje.rotations else {}
+    turns = {"log_rotation": wanted[:, 0]} if "log_rotation" in tensors and run.vje.rotations else {}
     check_state(path, tensors, {**dict.fromkeys(POSTERIOR, wanted), **turns})
     if not images or not (tensors["scale"] > 0).all():
         raise ValueError(f"{path} holds no image, or a scale that is not positive")
@@ -445,10 +445,19 @@ def load_split(
     return load_dataset(dataset or config.dataset, data_dir, split, **how)
 
 
-def training_images(run: LoadedRun) -> tuple[ImageSet, ImageSet | None]:
-    """The images that a run was trained on, and those it held out; raises if they are not at hand any more."""
+def training_images(run: LoadedRun, why: str) -> tuple[ImageSet, ImageSet | None]:
+    """The images that a run was trained on, and those it held out.
+
+    ``ValueError``, which says ``why`` they are needed: they are not at hand any more, or not as they were.
+    """
     config = dataclasses.replace(run.info.config, download=False)
-    return load_train_set(config, run.info.image_size, run.info.interpolation)
+    try:
+        train_set, held_out = load_train_set(config, run.info.image_size, run.info.interpolation)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{why}: {error}") from None
+    if run.info.fingerprint not in (None, train_set.fingerprint()) or len(train_set) != run.info.train_images:
+        raise ValueError(f"{why}: the training images have changed since, and with them what was held out")
+    return train_set, held_out
 
 
 def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

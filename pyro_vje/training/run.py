@@ -159,13 +159,12 @@ def _keep(
     features: Tensor | None,
 ) -> None:
     """Write what a finished run is scored with: calibration, reference images, and last the weights."""
-    turned = vje.rotations > 0
     if held_out is not None:
-        calibration = encode(vje, held_out, info.view, rotations=turned)
+        calibration = encode(vje, held_out, info.view, turns=True)
         layout.save_posteriors(folder / layout.CALIBRATION, calibration)
     if features is None:
         shown = splits.reference_images(images, info.config.seed)
-        reference = encode(vje, shown, info.view, rotations=turned)
+        reference = encode(vje, shown, info.view)
     else:
         kept = splits.evenly_spread(len(features), splits.REFERENCE_IMAGES)
         reference = encode_features(vje, features[kept, 0])

@@ -129,10 +129,10 @@ def test_from_images_to_maps_masks_and_the_page(mapped_run, photographs, tmp_pat
 def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_path, monkeypatch):
     how = {"data": photographs / "new", "maps": True, "draw": False}
     whole = score(mapped_run, out=tmp_path / "whole/scores.csv", **how)
-    true_batches, calls = rows_module.score_batches, []
+    true_rows, calls = rows_module.Judge.rows, []
 
-    def stopping(judge, images):
-        for batch in true_batches(judge, images):
+    def stopping(*arguments):
+        for batch in true_rows(*arguments):
             calls.append(batch)
             yield batch
             if len(calls) == 1:
@@ -140,12 +140,12 @@ def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_p
 
     monkeypatch.setattr(rows_module, "images_at_once", lambda *_: 8)
     monkeypatch.setattr(module, "images_at_once", lambda *_: 8)
-    monkeypatch.setattr("pyro_vje.anomaly.table.score_batches", stopping)
+    monkeypatch.setattr(rows_module.Judge, "rows", stopping)
     again = {"out": tmp_path / "again/scores.csv", **how}
     with pytest.raises(KeyboardInterrupt):
         score(mapped_run, **again)
     result = score(mapped_run, **again, resume=True)
-    assert sum(len(index) for index, _ in calls) == 20
+    assert sum(map(len, calls)) == 20
     assert result.csv.read_bytes() == whole.csv.read_bytes()
     for path in whole.maps.rglob("*.png"):
         assert (result.maps / path.relative_to(whole.maps)).read_bytes() == path.read_bytes()

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import json
 import math
+import shutil
 
 import numpy as np
 import pyro
@@ -11,7 +13,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from torch import nn
 
-from pyro_vje import VJE, SymmetricELBO, export, load_run, score, train
+from pyro_vje import VJE, SymmetricELBO, config, export, learn_maps, load_run, score, train
 from pyro_vje.data import TwoViews
 from pyro_vje.experiments import one_class
 from pyro_vje.runs.folder import REFERENCE, load_posteriors, load_split
@@ -96,9 +98,22 @@ def test_a_run_scores_by_its_rotations(turned_run, tmp_path):
             embedded = run.vje.embed(view(images)).detach().double().numpy()
             np.testing.assert_allclose(half, LedoitWolf().fit(reference).mahalanobis(embedded), rtol=1e-3)
         assert all(0 < float(row["p_value"]) <= 1 for row in rows)
+    assert score(turned_run, score="knn", out=tmp_path / "knn.csv", draw=False).passes == 1
     exported = export(turned_run, format="torch", score="rotation-joint", out=tmp_path / "model.pt2").path
     scores = torch.export.load(exported).module()(images)["score"]
     np.testing.assert_allclose(scores, found, rtol=1e-4)
+
+
+def test_maps_of_such_a_run_show_no_turns(turned_run, tmp_path, monkeypatch):
+    run = shutil.copytree(turned_run, tmp_path / "run")
+    monkeypatch.setattr(config, "HEAD_STEPS", 5)
+    learn_maps(run)
+    how = {"out": tmp_path / "scores.csv", "maps": True, "draw": False}
+    result = score(run, **how)
+    assert (result.settings.score, result.passes) == ("aggregate", 1)
+    assert json.loads(result.summary.read_text())["score"]["forward_passes_an_image"] == 1
+    with pytest.raises(ValueError, match="without the turns that 'rotation-joint' is of"):
+        score(run, **how, score="rotation-joint")
 
 
 def test_a_run_without_rotations_says_so(trained_run, tmp_path):

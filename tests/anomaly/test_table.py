@@ -69,7 +69,7 @@ def test_csv_of_the_runs_own_test_split(trained_run, out):
     assert (result.normal, result.anomalies, result.unlabelled) == (6, 12, 0)
     assert result.auroc == pytest.approx(roc_auc_score(truth, numbers(rows)))
     assert {path.name for path in (out.parent / "pictures").iterdir()} == {
-        f"scores_{kind}.png" for kind in ("histogram", "direction_radius", "strangest")
+        f"scores_{kind}.png" for kind in ("histogram", "strangest")
     }
 
 

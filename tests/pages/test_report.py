@@ -76,8 +76,6 @@ def rows(count=60, calibration=49, level=0.1, failed=(), **columns):
         "anomaly_score": scores,
         "p_value": p_values,
         "decision": decisions,
-        "log_direction": rng.normal(size=count),
-        "log_radius": rng.normal(size=count),
         "error": None,
         "is_anomaly": is_anomaly,
     }
@@ -183,7 +181,7 @@ def test_charts_and_grids():
     asked = []
     table, held_out = rows()
     html = render(table, held_out, asked=asked)
-    assert charts(html) == ["Scores", "P-values", "Direction and radius", "ROC curve"]
+    assert charts(html) == ["Scores", "P-values", "ROC curve"]
     order = np.argsort(-table["anomaly_score"].to_numpy())
     flagged = int(table["decision"].eq("anomaly").sum())
     assert flagged > report.SHOWN
@@ -292,7 +290,7 @@ def test_hostile_names(tmp_path):
 def test_few_images(count, known):
     asked = []
     table, held_out = rows(count, calibration=49 if known else 0, failed=[("a", "broken")])
-    html = render(table if known else table.drop(columns="is_anomaly"), held_out, asked=asked)
+    html = render(table if known else table.assign(is_anomaly=np.nan), held_out, asked=asked)
     page = Page(html)
     assert sorted(asked) == list(range(count))
     assert ("ROC curve" in charts(html)) == (known and count > 1)
@@ -323,7 +321,7 @@ def test_equal_scores():
 
 
 def test_scores_and_parts_that_are_not_finite():
-    table, held_out = rows(p_value=np.nan, decision="normal", log_direction=np.nan)
+    table, held_out = rows(p_value=np.nan, decision="normal")
     table.loc[:3, "anomaly_score"] = np.nan, np.inf, -np.inf, 1e30
     html = render(table, held_out)
     page = Page(html)
@@ -344,9 +342,9 @@ def test_a_level_that_nothing_can_reach():
 
 
 def test_a_chart_that_fails_is_left_out(monkeypatch, caplog):
-    monkeypatch.setattr(pictures, "draw_direction_radius", lambda *_: 1 / 0)
-    assert charts(render(*rows())) == ["Scores", "P-values", "ROC curve"]
-    assert "could not draw the report's chart 'Direction and radius': division by zero" in caplog.text
+    monkeypatch.setattr(pictures, "draw_scores", lambda *_: 1 / 0)
+    assert charts(render(*rows())) == ["P-values", "ROC curve"]
+    assert "could not draw the report's chart 'Scores': division by zero" in caplog.text
 
 
 def test_large_images_are_made_small():
