@@ -72,7 +72,7 @@ fi
     for seed in $SEEDS; do
         measure controls ablate $train --epochs "$EPOCHS" --knn-every 10 $simsiam \
             --objective benchmarks.controls:vi_simsiam --seed "$seed"
-        measure one-class-rotations $one_class --epochs "$((EPOCHS > 4 ? EPOCHS / 4 : 1))" --rotations 0.4 --seed "$seed"
+        measure one-class-rotations $one_class --epochs "$EPOCHS" --rotations 0.4 --seed "$seed"
         measure fastsiam ablate $train --epochs "$((EPOCHS / 2))" --knn-every 10 --views 4 --targets mean $simsiam --seed "$seed"
         measure one-class $one_class --epochs "$EPOCHS" --seed "$seed" --score-likelihood polar-student-t-exact
         for run in "$RUNS"/controls/cells/*objective-elbo*seed-"$seed"/; do

@@ -97,7 +97,7 @@ class TrainConfig:
     local_size: int | None = say(None, "Side of those in pixels. [default: half of a view's]", ge=4)
     crop_scale: float | None = say(None, "Least share of the area in a view. [default: the data set's]", gt=0, le=1)
     targets: Literal["each", "mean"] = say("each", "Of more than two views: each other one, or the others' mean.")
-    rotations: float = say(0.0, "Above 0, four turns of each image; weight of the turn as a target.", ge=0)
+    rotations: float = say(0.0, "Above 0, images lie at random quarter turns, which are a target of this weight.", ge=0)
     feature_views: int = say(2, "Augmented views of an image that a frozen encoder sees, each once.", ge=2)
     folds: int = say(5, "Of a frozen run, for p-values from all images; 0: none.", ge=0)
     projector: Literal["auto", "none", "linear", "mlp", "whiten"] = say("auto", "auto: whiten if frozen, else none.")
@@ -196,7 +196,7 @@ class TrainConfig:
         A batch size that was asked for stays. A frozen encoder's head gets `HEAD_STEPS` steps unless epochs are said.
         Raises ``ValueError`` if there are too few images for any batch.
         """
-        most, default = self.batch_size, self._defaults()["batch_size"] // (4 if self.rotations else 1)
+        most, default = self.batch_size, self._defaults()["batch_size"]
         if most is None:
             most = min(default, max(images // STEPS, min(SMALLEST_BATCH, images)))
             most -= most % processes

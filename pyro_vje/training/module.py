@@ -72,8 +72,11 @@ class Pretraining(lightning.LightningModule):
         generator = self._seeded_generator(batch.device)
         given: list[Tensor] = []
         if self.config.rotations:
-            given = [torch.arange(4, device=batch.device).repeat(len(batch))]
-            batch = torch.stack([batch.rot90(quarters, (-2, -1)) for quarters in range(4)], 1).flatten(0, 1)
+            # Each image lies in one of its turns: as good as all four in a step, by a quarter of the passes.
+            drawn = torch.randint(4, (world_size, len(batch)), generator=generator, device=batch.device)
+            given = [turns := drawn[rank]]
+            turned = torch.stack([batch.rot90(quarters, (-2, -1)) for quarters in range(4)])
+            batch = turned[turns, torch.arange(len(batch), device=batch.device)]
         views = self._draw_views(batch, generator, rank=rank, world_size=world_size)
         noise: GlobalNoise | nullcontext[None] = nullcontext()
         if world_size > 1:  # from the seed of the only process's latents, see below
@@ -109,8 +112,7 @@ class Pretraining(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with decay on matrices and kernels, after warm-up and cosine but for a constant predictor."""
         config = self.config
-        images = self.batch_size * (4 if config.rotations else 1)
-        lr = HEAD_LR if config.frozen else (config.lr or 0.0) * images / 256
+        lr = HEAD_LR if config.frozen else (config.lr or 0.0) * self.batch_size / 256
         groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.vje.named_parameters():
             if parameter.requires_grad:

@@ -84,6 +84,7 @@ SETTINGS = {
     "image_size": 16,
     "views": 3,
     "local_views": 2,
+    "rotations": 0.5,
 }
 
 
