@@ -28,7 +28,8 @@ from pyro_vje.data import load_dataset, load_train_set
 from pyro_vje.data.decode import decode_image
 from pyro_vje.metrics.localisation import PixelCounts
 from pyro_vje.model.encoding import encode_features
-from pyro_vje.model.places import PlaceFeatures
+from pyro_vje.model.places import KINDS, PlaceDensity, PlaceFeatures, share_scales
+from pyro_vje.model.vje import VJE
 from pyro_vje.runs import folder as runs
 from pyro_vje.runs.files import write_json
 from pyro_vje.training.features import fit_head
@@ -36,6 +37,7 @@ from pyro_vje.training.features import fit_head
 STEEL = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 REWEIGHTED = 9  # neighbours of the nearest reference place in PatchCore's score of an image
 SMALL = 1_000  # places of the references that are thinned by either rule
+PROJECTED = 32  # random directions in which a coreset of all places is chosen, as PatchCore does
 Maps = Callable[[Tensor], Tensor]  # features of places (N, h, h, C) to maps (N, h, h)
 
 
@@ -168,13 +170,10 @@ def measure(
     return row
 
 
-def learned(run: runs.LoadedRun, views: Tensor, seed: int) -> tuple[own.Maps, float]:
-    """Our head and kernels on drawn places and their neighbours, and the seconds that it took."""
-    began = time.process_time()
-    head = fit_head(own.place_head(views.shape[-1], own.DIM, seed, len(views)), views)
-    reference = encode_features(head, views[:, 0])
-    modules = PlaceFeatures(run.vje.encoder, run.info.view_size).modules
-    return own.Maps(run, modules, head, reference.embeddings, reference.scale), time.process_time() - began
+def density(head: VJE, places: Tensor, seed: int) -> PlaceDensity:
+    """Our density, with kernels at places."""
+    encoded = encode_features(head, places)
+    return PlaceDensity(head, encoded.embeddings, *share_scales(encoded.scale, seed))
 
 
 def task(
@@ -185,11 +184,14 @@ def task(
     views = own.with_neighbours(normal.float(), -(-own.REFERENCE // len(normal)), generator)
     views = views[torch.randperm(len(views), generator=generator)[: own.REFERENCE]]
     reference = views[:, 0]
-    maps, seconds = learned(run, views, seed)
-    smooth, count, dim = maps._smooth, len(reference), reference.shape[1]
-    rows = [measure("ours", maps.strangeness, test, labels, masks, smooth)]
-    width = maps.reference.shape[1]
-    rows[-1] |= {"fit_seconds": seconds, "kept_mb": (2 * count * width + dim * width) * 4 / 1e6}
+    began = time.process_time()
+    head = fit_head(own.place_head(views.shape[-1], own.DIM, seed, len(views)), views)
+    mine = density(head, reference, seed)
+    seconds = time.process_time() - began
+    smooth, count, dim = own.smoothing(run.info.view_size, test.shape[1]), len(reference), reference.shape[1]
+    rows = [measure("ours", mine, test, labels, masks, smooth)]
+    width = head.embedding_dim
+    rows[-1] |= {"fit_seconds": seconds, "kept_mb": (count + KINDS + dim) * width * 4 / 1e6}
     rows.append(
         measure("k-NN at places", nearest(reference), test, labels, masks, smooth, patchcore(reference))
     )
@@ -200,34 +202,30 @@ def task(
     rows.append(measure("Gaussian at each place", padim, test, labels, masks, smooth))
     rows[-1] |= {"fit_seconds": seconds, "kept_mb": normal.shape[1] ** 2 * dim * (dim + 1) * 4 / 1e6}
     if thin:
-        few = {"random": torch.arange(SMALL)}
-        began = time.process_time()
-        few["greedy coreset"] = coreset(reference, SMALL)
-        seconds = time.process_time() - began
-        for how, index in few.items():
-            mine = own.Maps(run, maps.features.modules, maps.head, *_kernels(maps.head, reference[index]))
-            rows.append(measure(f"ours, {SMALL:,} {how}", mine.strangeness, test, labels, masks, smooth))
-            rows.append(
-                measure(
-                    f"k-NN at places, {SMALL:,} {how}", nearest(reference[index]), test, labels, masks, smooth
-                )
-            )
-            rows[-1]["thinning_seconds"] = seconds if how != "random" else 0.0
+        every = normal.flatten(0, 2)
+        projected = every.float() @ torch.randn(dim, PROJECTED, generator=generator)
+        for how, choose in {
+            f"{SMALL:,} random": lambda: reference[:SMALL],
+            f"{SMALL:,} greedy coreset": lambda: reference[coreset(reference, SMALL)],
+            f"{own.REFERENCE:,} greedy coreset": lambda: every[coreset(projected, own.REFERENCE)].float(),
+        }.items():
+            began = time.process_time()
+            few = choose()
+            seconds = time.process_time() - began
+            for name, score in (("ours", density(head, few, seed)), ("k-NN at places", nearest(few))):
+                rows.append(measure(f"{name}, {how}", score, test, labels, masks, smooth))
+                rows[-1]["thinning_seconds"] = seconds
     return rows
-
-
-def _kernels(head: Any, places: Tensor) -> tuple[Tensor, Tensor]:
-    encoded = encode_features(head, places)
-    return encoded.embeddings, encoded.scale
 
 
 def speed(run: runs.LoadedRun, places: int = own.REFERENCE) -> dict[str, Any]:
     """Time of maps, the encoder's pass among it, against the bare pass, a batch of 8 images on one thread."""
-    size, dim = run.info.image_size, own.DIM
+    size = run.info.image_size
     found = PlaceFeatures(run.vje.encoder, run.info.view_size)
-    head = runs.build_head(own.place_head(found.dim, dim), found.dim).eval()
-    dim = head.embedding_dim
-    maps = own.Maps(run, found.modules, head, torch.randn(places, dim), 0.5 + torch.rand(places, dim))
+    head = runs.build_head(own.place_head(found.dim, own.DIM), found.dim).eval()
+    scale, kind = share_scales(0.5 + torch.rand(places, head.embedding_dim), 0)
+    kernels = PlaceDensity(head, torch.randn(places, head.embedding_dim), scale, kind)
+    maps = own.Maps(run, found.modules, kernels)
     batch = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8)
 
     def bare() -> None:

@@ -2,7 +2,7 @@
 
 The head is that of images (whitening, posterior network, kernels at reference embeddings), trained on places of normal
 images; two views of a place are the place and a neighbour of it. Beside the encoder's pass, which gives the features of
-places as well, an image costs one matrix product.
+places as well, an image costs one matrix product (`pyro_vje.model.places.PlaceDensity`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
 
 from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import ImageSet, derive_seed
@@ -27,8 +26,7 @@ from pyro_vje.data.decode import decode_image, image_shape, list_images, shown_b
 from pyro_vje.data.splits import evenly_spread
 from pyro_vje.metrics.localisation import PixelCounts
 from pyro_vje.model.encoding import Encoded, cpu_rows, encode_features, images_at_once, in_equal_parts
-from pyro_vje.model.places import PlaceFeatures
-from pyro_vje.model.vje import MIN_SCALE, VJE
+from pyro_vje.model.places import PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.progress import Progress
 from pyro_vje.runs import folder as runs
 from pyro_vje.training.features import fit_head
@@ -42,9 +40,6 @@ IMAGES = 2_000
 LEAST_CALIBRATION = 20  # images, of 40 or more: enough for a p-value below 0.05
 DIM = 128
 """Directions of the whitened features: 96 of 152 lost 0.08 of AUROC on screws."""
-GROUP = 32
-"""Kernels of which the densest alone counts: the sum of all would take two fifths longer."""
-_AT_ONCE = 256  # kernels: what lies between their products and their minima stays in a CPU's cache
 SMOOTHING = 0.6
 """Standard deviation of the map's smoothing, in distances of neighbouring places."""
 TAIL = 0.03
@@ -66,72 +61,24 @@ def place_head(features: int, dim: int, seed: int = 0, places: int = REFERENCE) 
 class Maps:
     """Maps of images by a run's encoder and its head of places.
 
-    ``reference`` and ``scale`` ``(R, D)`` are the kernels' embeddings and scales; ``calibration`` ``(n, 2)`` holds the
-    `peak` and `tail` of maps of normal images that the head has not seen, and ``floor`` the least value of these maps.
+    ``calibration`` ``(n, 2)`` holds the largest value and the score `places` of the maps of normal images (`peaks`,
+    `tails`) that nothing was learned from, and ``floor`` is the least value of these maps.
     """
 
     def __init__(
         self,
         run: runs.LoadedRun,
         modules: Sequence[str],
-        head: VJE,
-        reference: Tensor,
-        scale: Tensor,
+        density: PlaceDensity,
         calibration: Tensor | None = None,
-        floor: Tensor | None = None,
+        floor: float = 0.0,
     ) -> None:
-        self.run, self.device = run, run.vje.device
+        self.run, self.device, self.density = run, run.vje.device, density
         self.features = PlaceFeatures(run.vje.encoder, run.info.view_size, modules)
-        self.head = head.to(self.device)
-        self.calibration = None if calibration is None else calibration.double().cpu().numpy()
-        self.floor = 0.0 if floor is None else float(floor)
-        group = GROUP if len(reference) >= GROUP**2 else 1
-        count = len(reference) // group * group
-        self._group, dim, df = group, reference.shape[1], self.head.settings.df
-        self.reference, self._count = reference, count
-        e, scale = (x[:count].to(self.device) for x in (reference, scale))
-        # Each kernel is a power -n of a linear function of (u², u), times one -n / 2 of a quadratic one of the radius,
-        # as the degrees of freedom of a head of places are D - 2.
-        n = (df + dim) / 2
-        mean, precision = normalize(e), self.head.settings.unit_radius**2 / scale.square()
-        weight = (scale.log().sum(-1) / n).double()
-        self._log_weight, self._n = weight.mean(), n
-        weight = (weight - self._log_weight).exp()[:, None]
-        constant = (mean.square() * precision).sum(-1, keepdim=True) / df + 1
-        linear = torch.cat([precision / df, -2 * mean * precision / df], 1) * weight
-        width = softplus(head.raw_radius_scale) + MIN_SCALE  # type: ignore[arg-type]
-        self._width = float(width.detach() * math.sqrt(df))
-        radii = e.norm(dim=-1, keepdim=True) / self._width
-        radial = torch.cat([1 + radii.square(), -2 * radii, torch.ones_like(radii)], 1)
-        each = zip(*(x.float().split(_AT_ONCE) for x in (linear, constant * weight, radial)), strict=True)
-        self._kernels = [tuple(x.T.contiguous() for x in part) for part in each]
-        smooth = torch.arange(run.info.view_size) + 0.5
-        centres = (torch.arange(self.features.side) + 0.5) * run.info.view_size / self.features.side
-        distance = (smooth[:, None] - centres) * self.features.side / run.info.view_size / SMOOTHING
-        self._smooth = distance.square().mul(-0.5).softmax(1).to(self.device)
-
-    @torch.no_grad()
-    def strangeness(self, places: Tensor) -> Tensor:
-        """-log of the density of places ``(N, h, w, C)``, in nats up to a constant, ``(N, h, w)``.
-
-        Of every `GROUP` kernels the densest counts, which is at most log `GROUP` nats too strange.
-        """
-        found = []
-        for image in places.flatten(1, 2).to(self.device):
-            t = self.head.project(image)
-            radius = t.norm(dim=-1, keepdim=True)
-            u = t / radius
-            r, inputs, best = radius / self._width, torch.cat([u.square(), u], 1), []
-            powers = torch.cat([torch.ones_like(r), r, r.square()], 1)
-            for linear, constant, radial in self._kernels:
-                # The square of what is to the power -n, which is taken of the densest kernels alone.
-                far = (inputs @ linear).add_(constant).square_().mul_(powers @ radial)
-                best.append(far.unflatten(1, (-1, self._group)).amin(-1))
-            log_far = torch.cat(best, 1).log() / 2
-            log_kernels = -self._n * (log_far + self._log_weight)
-            log_mean = log_kernels.logsumexp(1) - math.log(self._count)
-            found.append((t.shape[1] - 1) * radius[:, 0].log() - log_mean)
-        return torch.stack(found).unflatten(1, places.shape[1:3]).float()
+        calibration = torch.empty(0, 2) if calibration is None else calibration
+        self.peaks, self.tails = calibration.double().numpy().T
+        self.floor = floor
+        self._smooth = smoothing(run.info.view_size, self.features.side).to(self.device)
 
     @torch.no_grad()
     def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,28 +88,13 @@ class Maps:
             return self.features(self.run.info.view(part))
 
         features, places = in_equal_parts(forward, batch.to(self.device), rows=cpu_rows(batch.shape[-1]))
-        return features, self._smooth @ self.strangeness(places) @ self._smooth.T
+        return features, self._smooth @ self.density(places) @ self._smooth.T
 
     def encode_batches(self, images: ImageSet, batch_size: int) -> Iterator[tuple[Encoded, Tensor]]:
         """What the run's model says of the images of each batch, and their maps."""
         for index, batch in images.batches(images_at_once(images, batch_size, self.device)):
             features, maps = self(batch)
             yield encode_features(self.run.vje, features)._replace(indices=index), maps
-
-    @property
-    def peaks(self) -> NDArray[np.float64]:
-        """Largest values of the calibration images' maps."""
-        return self._calibration[:, 0]
-
-    @property
-    def tails(self) -> NDArray[np.float64]:
-        """Scores `places` of the calibration images."""
-        return self._calibration[:, 1]
-
-    @property
-    def _calibration(self) -> NDArray[np.float64]:
-        assert self.calibration is not None
-        return self.calibration
 
     def threshold(self, share: float) -> float | None:
         """Above which a map's value is a mark, so that at most this share of normal images shows one.
@@ -194,6 +126,13 @@ class Maps:
         picture.paste(seen, (round(left), round(top)))
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(picture).astype(np.uint16)).save(path, compress_level=1)
+
+
+def smoothing(size: int, side: int) -> Tensor:
+    """Weights ``(size, side)`` of a row of places for a row of pixels: a Gaussian's, to sum 1 for each pixel."""
+    centres = (torch.arange(side) + 0.5) * size / side
+    distance = (torch.arange(size)[:, None] + 0.5 - centres) * side / size / SMOOTHING
+    return distance.square().mul(-0.5).softmax(1)
 
 
 def peaks_and_tails(maps: Tensor) -> Tensor:
@@ -248,7 +187,9 @@ def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: b
     views = _draw_places(PlaceFeatures(run.vje.encoder, run.info.view_size, modules), run, known, generator)
     head = fit_head(place_head(views.shape[-1], DIM, run.info.config.seed, len(views)), views)
     reference = encode_features(head, views[:, 0])
-    maps = Maps(run, modules, head, reference.embeddings, reference.scale)
+    scale, kind = share_scales(reference.scale, seed)
+    kernels = {"reference": reference.embeddings, "scale": scale, "kind": kind}
+    maps = Maps(run, modules, PlaceDensity(head.to(run.vje.device), **kernels))
     found: list[Tensor] = []
     floor, progress = math.inf, Progress("maps of the images that calibrate them", len(held_out))
     for _, batch in held_out.batches(images_at_once(held_out, 64, maps.device)):
@@ -257,8 +198,8 @@ def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: b
         progress.add(len(batch))
     if not found:
         raise ValueError("not one of the images that calibrate the maps could be decoded")
-    tensors = {"reference": reference.embeddings, "scale": reference.scale, "calibration": torch.cat(found)}
-    return runs.save_maps(run, modules, head, {**tensors, "floor": torch.tensor(floor)})
+    calibration = {"calibration": torch.cat(found), "floor": torch.tensor(floor)}
+    return runs.save_maps(run, modules, head, kernels | calibration)
 
 
 @torch.no_grad()
@@ -301,7 +242,12 @@ def load_maps(run: runs.LoadedRun) -> Maps:
             f"the run {run.folder or ''} has learned no maps: pyro-vje maps --ckpt RUN does, from its training images"
         )
     modules, head, tensors = found
-    return Maps(run, modules, head, **tensors)
+    if "kind" not in tensors:
+        raise ValueError(
+            "the maps of the run are of an earlier version: pyro-vje maps --ckpt RUN learns them again"
+        )
+    density = PlaceDensity(head.to(run.vje.device), tensors["reference"], tensors["scale"], tensors["kind"])
+    return Maps(run, modules, density, tensors["calibration"], float(tensors["floor"]))
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -370,7 +316,7 @@ def describe_maps(
         "folder": str(folder),
         "places": maps.features.modules,
         "places_an_image": maps.features.side**2,
-        "reference_places": len(maps.reference),
+        "reference_places": maps.density.count,
         "nats": f"level / {NAT} + {maps.floor:.6g}: -log density of the place, up to a constant",
         "calibration_images": len(maps.peaks),
         "normal_images_with_a_mark": share,

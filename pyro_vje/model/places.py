@@ -1,15 +1,22 @@
-"""Features of an encoder at places: what its middle stages say of each part of an image, in the same pass."""
+"""Places of images: their features, from an encoder's middle stages in the same pass, and the density of these."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from math import isqrt
 from typing import Any
 
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, normalize, softplus
 
+from pyro_vje.model.vje import MIN_SCALE, VJE
+
+KINDS = 16
+"""Scales that the kernels of a density share: a scale for each kernel doubles the time, and finds no more."""
+GROUP = 32
+"""Kernels of which the densest alone counts: the sum of all would take two fifths longer."""
 _EXTRA_TOKENS = (0, 1, 2, 5)  # of a transformer beside its patches: class, distillation, registers
 
 
@@ -68,6 +75,69 @@ class PlaceFeatures:
         return features.float(), torch.cat(stages, 1).movedim(1, -1)
 
 
+def share_scales(scale: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Scales ``(K, D)``, at most `KINDS`, in place of those of R kernels ``(R, D)``, and which is whose, ``(R,)``.
+
+    They are geometric means of scales that are alike (k-means of their logarithms).
+    """
+    kinds = max(1, min(KINDS, len(scale) // GROUP))
+    found = KMeans(kinds, n_init=1, random_state=seed % 2**32).fit(scale.log().cpu().numpy())
+    return torch.from_numpy(found.cluster_centers_).exp(), torch.from_numpy(found.labels_).long()
+
+
+class PlaceDensity:
+    """The density of places under a head's kernels, at most log `GROUP` nats too low: of each group the densest counts.
+
+    Kernels are at the embeddings ``reference`` ``(R, D)``, and have one of the scales ``scale`` ``(K, D)``, as ``kind``
+    ``(R,)`` says.
+    """
+
+    def __init__(self, head: VJE, reference: Tensor, scale: Tensor, kind: Tensor) -> None:
+        self.head, self.count = head, len(reference)
+        df, dim = head.settings.df, reference.shape[1]
+        self._group = GROUP if len(reference) >= GROUP**2 else 1
+        self._width = (softplus(head.raw_radius_scale) + MIN_SCALE).item() * math.sqrt(df)  # type: ignore[arg-type]
+        self._n = (df + dim) / 2
+        kinds = kind.unique()
+        scale = scale[kinds].to(head.device)
+        self._precision = head.settings.unit_radius**2 / df / scale.square()
+        self._kernels, log_scale = [], []
+        for k, shared, precision in zip(kinds, scale.log().sum(-1), self._precision, strict=True):
+            e = reference[kind == k].to(head.device)
+            # Whole groups: the same kernel twice in one is the densest once.
+            e = torch.cat([e, e[-1:].expand(-len(e) % self._group, -1)])
+            mean = normalize(e)
+            direction = torch.stack([torch.ones(len(e), device=e.device), 1 + mean.square() @ precision])
+            direction = torch.cat([-2 * (mean * precision).T, direction])
+            self._kernels.append((direction, e.norm(dim=-1) / self._width))
+            log_scale.append(shared.expand(len(e) // self._group))
+        self._log_scale = torch.cat(log_scale)
+
+    @torch.no_grad()
+    def __call__(self, places: Tensor) -> Tensor:
+        """-log of the density of places ``(N, h, w, C)``, in nats up to a constant, ``(N, h, w)``."""
+        found = []
+        for image in places.flatten(1, 2).to(self.head.device):  # one at a time, which stays in a CPU's cache
+            t = self.head.project(image)
+            radius = t.norm(dim=-1, keepdim=True)
+            u, one, nearest = t / radius, torch.ones_like(radius), []
+            inputs = torch.cat([u, one, one], 1)
+            for spread, (direction, radii) in zip(self._precision @ u.square().T, self._kernels, strict=True):
+                # With the D - 2 degrees of freedom of such a head, the factor of the direction is the power -n of what
+                # is linear in (u, Σ u²/v, 1), that of the radius the power -n / 2 of what is quadratic. The power
+                # is taken of the densest kernels alone.
+                inputs[:, -2] = spread
+                far = (inputs @ direction).square_()
+                far.addcmul_(far, (radius / self._width - radii).square_())
+                nearest.append(far.unflatten(1, (-1, self._group)).amin(-1))
+            log_kernels = -self._n / 2 * torch.cat(nearest, 1).log() - self._log_scale
+            most = log_kernels.amax(1, keepdim=True)
+            # Less than e^-80 of the densest does not count, and its exponential would be a denormal, which takes long.
+            log_sum = most[:, 0] + (log_kernels - most).clamp_min_(-80).exp_().sum(1).log()
+            found.append((t.shape[1] - 1) * radius[:, 0].log() - log_sum + math.log(self.count))
+        return torch.stack(found).unflatten(1, places.shape[1:3]).float()
+
+
 def _is_map(output: Any) -> bool:
     return isinstance(output, Tensor) and output.dim() in (3, 4) and _grid(output).shape[-1] > 0
 
@@ -81,7 +151,7 @@ def _grid(output: Tensor) -> Tensor:
     if output.dim() == 3:
         tokens = output.shape[1]
         for extra in _EXTRA_TOKENS:
-            if (side := isqrt(tokens - extra)) ** 2 == tokens - extra and side > 1:
+            if (side := math.isqrt(tokens - extra)) ** 2 == tokens - extra and side > 1:
                 return output[:, extra:].transpose(1, 2).unflatten(2, (side, side))
     return output.new_empty(len(output), 0, 0, 0)
 

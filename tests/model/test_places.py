@@ -1,11 +1,16 @@
-"""Features at places: which modules are chosen, and that each place's features are its own."""
+"""Features at places: which modules are chosen, that each place's are its own; their density against the library's."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from pyro_vje.anomaly.maps import place_head
+from pyro_vje.distributions import pairwise_log_prob
 from pyro_vje.model import build_encoder
-from pyro_vje.model.places import PlaceFeatures
+from pyro_vje.model.places import GROUP, KINDS, PlaceDensity, PlaceFeatures, share_scales
+from pyro_vje.runs.folder import build_head
 
 
 @pytest.mark.parametrize(
@@ -57,3 +62,31 @@ def test_what_has_no_places_says_so():
     mixed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 4))
     with pytest.raises(ValueError, match="its module 2 gives no"):
         PlaceFeatures(mixed, 8, ["2"])
+
+
+@pytest.mark.parametrize(("count", "slack"), [(50, 0.0), (4096, math.log(GROUP))])
+def test_the_density_is_that_of_the_kernels(count, slack):
+    torch.manual_seed(1)
+    head = build_head(place_head(24, 16), 24).eval()
+    torch.nn.init.normal_(head.raw_radius_scale)
+    reference = torch.randn(count, 16) * 2
+    scale, kind = share_scales(0.3 + torch.rand(count, 16), seed=0)
+    places = torch.randn(2, 3, 3, 24)
+    found = PlaceDensity(head, reference, scale, kind)(places).flatten().double()
+    kernels = pairwise_log_prob(head.likelihood(reference, scale[kind]), head.project(places.flatten(0, 2)))
+    exact = math.log(count) - kernels.double().logsumexp(0)
+    excess = found - exact
+    excess = excess - (excess.mean() if not slack else excess.min())  # up to a constant
+    assert excess.abs().max() <= slack + 1e-3
+
+
+def test_kernels_share_the_scales_that_are_alike():
+    torch.manual_seed(0)
+    true = 0.2 + torch.rand(KINDS, 8)
+    whose = torch.arange(KINDS).repeat(100)
+    scale = true[whose] * torch.exp(0.01 * torch.randn(len(whose), 8))
+    shared, kind = share_scales(scale, seed=0)
+    assert shared.shape == (KINDS, 8)
+    torch.testing.assert_close(shared[kind].log(), scale.log(), atol=0.05, rtol=0)
+    own = scale[kind == kind[0]]
+    torch.testing.assert_close(shared[kind[0]], own.log().mean(0).exp())
