@@ -10,11 +10,7 @@ The public API, imported on first use so that ``import pyro_vje`` costs nothing:
     BatchScorer, BatchEmbedder               the same of batches, for an engine over many machines
 """
 
-import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,38 +40,18 @@ _HOMES = {
     "anomaly.batches": "BatchEmbedder BatchScorer", "anomaly.inspection": "calibrate inspect",
     "anomaly.maps": "learn_maps", "anomaly.table": "embed score",
     "experiments.ablation": "ablate",
-    "config": "ScoreConfig TrainConfig load_recipe", "export.deploy": "export", "model.encoders": "build_encoder",
+    "config": "ScoreConfig TrainConfig load_recipe", "export.deploy": "export",
+    "model": "likelihoods", "model.encoders": "build_encoder",
     "model.objective": "SymmetricELBO", "model.vje": "VJE PosteriorNetwork", "training.run": "train",
     "representation.evaluation": "evaluate", "runs.folder": "load_run",
 }  # fmt: skip
 
 
-_MOVED = {
-    "ablation": "experiments.ablation", "calibration": "metrics.detection", "detectors": "experiments.protocols",
-    "encoders": "model.encoders", "evaluation": "representation.evaluation", "likelihoods": "model.likelihoods",
-    "objective": "model.objective", "pictures": "pages.pictures", "protocols": "experiments.protocols",
-    "report": "pages.report", "scores": "anomaly.scores", "scoring": "anomaly.table",
-}  # fmt: skip
-"""Modules of version 0.1 that stand in a folder now and keep their names: ``import pyro_vje.likelihoods``."""
-
-
-class _Moved(MetaPathFinder, Loader):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name.removeprefix("pyro_vje.") in _MOVED else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        home = _MOVED[module.__name__.removeprefix("pyro_vje.")]
-        sys.modules[module.__name__] = import_module(f"pyro_vje.{home}")
-
-
-sys.meta_path.append(_Moved())
-
-
 def __getattr__(name: str) -> Any:
     if home := next((home for home, names in _HOMES.items() if name in names.split()), None):
         return getattr(import_module(f"pyro_vje.{home}"), name)
-    if name == "distributions" or name in _MOVED:
-        return import_module(f"pyro_vje.{name}")
+    if name == "distributions":
+        return import_module("pyro_vje.distributions")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

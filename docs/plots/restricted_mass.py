@@ -10,7 +10,7 @@ scale = torch.logspace(-2.5, 0, 100)
 for dim, colour in ((3, GREEN), (64, BLUE), (512, VERMILION)):
     likelihood = PolarStudentT(3.0, torch.ones(100, dim), scale.unsqueeze(1).expand(100, dim))
     for panel in (ax, close):
-        panel.plot(scale, likelihood.log_direction_mass, color=colour, label=f"D = {dim}")
+        panel.plot(scale, likelihood.direction_factor.log_mass, color=colour, label=f"D = {dim}")
 for panel in (ax, close):
     panel.axhline(0, color=GREY, lw=1)
     panel.set(xscale="log", xlabel="scale σ of each feature", ylabel="log of the mass on the sphere")

@@ -78,12 +78,8 @@ class VectorDistribution(TorchDistribution):
         """
         return self._log_prob(self._checked(value))
 
-    def pairwise_log_prob(self, value: Tensor) -> Tensor:
-        """Log density of every value (M, D) under every batch element, as in :func:`pairwise_log_prob`."""
-        return self._log_prob(self._checked(as_column(self, value)), matrix=True).movedim(0, -1)
-
     def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        """Log density; with ``matrix``, value is that of `as_column` and reductions are matrix products."""
+        """Log density; with ``matrix``, of values (M, 1, ..., 1, D), by matrix products (`pairwise_log_prob`)."""
         raise NotImplementedError
 
     def _checked(self, value: Tensor) -> Tensor:
@@ -158,15 +154,6 @@ class VectorDistribution(TorchDistribution):
         return {name: p.detach() for name, p in parameters().items()}
 
 
-def as_column(distribution: TorchDistribution, value: Tensor) -> Tensor:
-    """Shape values (M, D) as (M, 1, ..., 1, D), to broadcast against the batch shape, or raise a ValueError."""
-    if not isinstance(value, Tensor) or value.shape[1:] != distribution.event_shape or value.dim() != 2:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        dim = tuple(distribution.event_shape)
-        raise ValueError(f"value must be a tensor of shape (M, D) for event shape (D,) = {dim}, not {found}")
-    return value.reshape(value.shape[0], *(1 for _ in distribution.batch_shape), *distribution.event_shape)
-
-
 def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:
     """Log density of every value (M, D) under every element of a batch, shape ``batch_shape + (M,)``.
 
@@ -179,9 +166,13 @@ def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:
     """
     if len(distribution.event_shape) != 1:
         raise ValueError(f"distribution must have event shape (D,), not {tuple(distribution.event_shape)}")
-    column = as_column(distribution, value)
-    if hasattr(distribution, "pairwise_log_prob"):
-        return distribution.pairwise_log_prob(value)
+    if not isinstance(value, Tensor) or value.shape[1:] != distribution.event_shape:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        dim = tuple(distribution.event_shape)
+        raise ValueError(f"value must be a tensor of shape (M, D) for event shape (D,) = {dim}, not {found}")
+    column = value.reshape(len(value), *(1 for _ in distribution.batch_shape), *distribution.event_shape)
+    if isinstance(distribution, VectorDistribution):
+        return distribution._log_prob(distribution._checked(column), matrix=True).movedim(0, -1)
     normal = getattr(distribution, "base_dist", None)
     if isinstance(distribution, Independent) and isinstance(normal, Normal):
         if distribution._validate_args:

@@ -71,7 +71,7 @@ class PolarStudentT(PolarDensity, DirectionalStudentT):
         diag(scale²) projected onto the direction of ``loc`` (the mean scale where ``loc`` is zero).
     direction : {"restricted", "projected"}
         ``restricted`` is the ambient Student-t at the points of the sphere (the paper's "spherical subdensity"):
-        it does not integrate to one, and its mass depends on ``scale`` (:attr:`log_direction_mass`).
+        it does not integrate to one, and its mass depends on ``scale`` (``direction_factor.log_mass``).
         ``projected`` is the law of x/‖x‖ for Student-t x, :class:`ProjectedStudentT`.
     radius : {"student-t", "log-student-t"} or None
         ``student-t``, the paper's, has location ‖loc‖ and is *not* truncated to r > 0: the mass below zero is left
@@ -134,17 +134,6 @@ class PolarStudentT(PolarDensity, DirectionalStudentT):
         factor = family(self._df, unit(self.loc), self.scale / self.unit_radius, validate_args=False)
         return factor.expand(self.batch_shape)
 
-    @property
-    def log_direction_mass(self) -> Tensor:
-        """Log of the directional factor's integral over the sphere, shape ``batch_shape``, in float64.
-
-        Zero for the projected factor; of the restricted one a ValueError says if ``scale`` differs between features.
-        """
-        factor = self.direction_factor
-        if isinstance(factor, RestrictedStudentT):
-            return factor.log_mass
-        return torch.zeros_like(self.df, dtype=torch.float64)
-
     def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
         return self.direction_factor._log_prob(u, matrix)
 
@@ -165,7 +154,7 @@ class PolarStudentT(PolarDensity, DirectionalStudentT):
 
         A NotImplementedError unless ``direction="projected"``, ``radius="log-student-t"``: others have :meth:`sample`.
         """
-        if not self.has_rsample:
+        if not self.is_normalized:
             raise NotImplementedError(
                 f"PolarStudentT with direction={self.direction!r}, radius={self.radius!r} has sample() alone: "
                 "direction='projected' with radius='log-student-t' has rsample()"

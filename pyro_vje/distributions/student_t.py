@@ -36,6 +36,10 @@ class StudentTDistribution(VectorDistribution):
         self._df = df  # a number stays one: its normaliser launches no kernel
         self._set_parameters(validate_args, loc=loc, scale=scale, df=df)
 
+    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
+        squared = numerics.squared_distance(value, self.loc, self.scale, matrix)
+        return student_t_log_density(self._df, self.event_shape[0], squared) - self.scale.log().sum(-1)
+
 
 class DirectionalStudentT(StudentTDistribution):
     """Base (ours) of those whose ``loc`` and ``scale`` are not the values': Pyro's ``LocScaleReparam`` is stopped."""
@@ -61,10 +65,6 @@ class DiagonalStudentT(StudentTDistribution):
 
     support = constraints.real_vector
     has_rsample = True
-
-    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        squared = numerics.squared_distance(value, self.loc, self.scale, matrix)
-        return student_t_log_density(self._df, self.event_shape[0], squared) - self.scale.log().sum(-1)
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised in df, loc and scale."""
@@ -113,10 +113,6 @@ class RestrictedStudentT(DirectionalStudentT):
     support = constraints.sphere
     has_rsample = False
 
-    def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        squared = numerics.squared_distance(value, self.loc, self.scale, matrix)
-        return student_t_log_density(self._df, self.event_shape[0], squared) - self.scale.log().sum(-1)
-
     @property
     def log_mass(self) -> Tensor:
         """Log of the integral over the sphere, shape ``batch_shape``, in float64; for unit ``loc``.
@@ -126,8 +122,8 @@ class RestrictedStudentT(DirectionalStudentT):
         """
         if not torch.equal(self.scale, self.scale[..., :1].expand_as(self.scale)):
             raise ValueError(
-                "log_direction_mass is known only for a scale equal in all features; pass such a scale, or use "
-                "direction='projected', whose mass is one for any"
+                "log_mass is known only for a scale equal in all features; pass such a scale, or take "
+                "ProjectedStudentT, whose mass is one for any"
             )
         dim, df, scale = self.event_shape[0], self.df.double().clamp(max=1e12), self.scale[..., 0].double()
         law = rational_law(4 / (df * scale.square()), 0.5 * (df + dim), dim)
@@ -195,7 +191,19 @@ class ProjectedStudentT(DirectionalDistribution, DirectionalStudentT):
     has_rsample = True
 
     def _log_prob(self, value: Tensor, matrix: bool = False) -> Tensor:
-        return projected_student_t_log_prob(self._df, self.loc, self.scale, value, matrix)
+        tiny = torch.finfo(value.dtype).tiny  # a zero value is outside the support, but gives no NaN
+        if matrix:  # the residual by a difference, whose error is about 1e-16 ‖loc/scale‖²
+            u, m, precision = value.double(), self.loc.double(), self.scale.double().square().reciprocal()
+            a = numerics.row_products(u.square(), precision).clamp_min(tiny)
+            b = numerics.row_products(u, m * precision)
+            residual = ((m.square() * precision).sum(-1) - b.square() / a).clamp_min(0)
+        else:
+            direction, location = value / self.scale, self.loc / self.scale
+            a = direction.square().sum(-1).clamp_min(tiny)
+            b = (direction * location).sum(-1)
+            residual = (location - (b / a).unsqueeze(-1) * direction).square().sum(-1)
+        log_density = directional_log_density(self._df, self.event_shape[0], a, b, residual)
+        return (log_density - self.scale.log().sum(-1)).to(torch.result_type(value, self.loc))
 
     def rsample(self, sample_shape: Sequence[int] = Size()) -> Tensor:
         """Draw exactly, reparameterised in df, loc and scale."""
@@ -266,50 +274,25 @@ class ProjectedStudentT(DirectionalDistribution, DirectionalStudentT):
         return direction(best).to(self.loc.dtype)
 
 
-def projected_student_t_log_prob(
-    df: Scalar, loc: Tensor, scale: Tensor, value: Tensor, matrix: bool = False
-) -> Tensor:
-    """Log density of :class:`ProjectedStudentT` at unit vectors value (..., D), shape ``(...)``.
+def directional_log_density(df: Scalar, dim: int, a: Tensor, b: Tensor, residual: Tensor) -> Tensor:
+    """Log density of the projected Student-t plus Σ log scale, from its reductions, in float64 (derived here).
 
     The density of x at x = r u, times r^(D-1), is integrated over r > 0. With whitened direction u/scale and
     location loc/scale, all that enters is A = ‖u/scale‖², B = <u/scale, loc/scale> and the squared distance R
     of loc/scale from the line through u/scale (R = C - B²/A for C = ‖loc/scale‖², but that cancels).
 
-    With ``matrix``, A and B are matrix products in float64, of value (M, 1, ..., 1, D), and R is formed by the
-    difference: its error is about 1e-16 C.
-    """
-    tiny = torch.finfo(value.dtype).tiny  # a zero value is outside the support, but gives no NaN
-    if matrix:
-        u, m, precision = value.double(), loc.double(), scale.double().square().reciprocal()
-        a = numerics.row_products(u.square(), precision).clamp_min(tiny)
-        b = numerics.row_products(u, m * precision)
-        residual = ((m.square() * precision).sum(-1) - b.square() / a).clamp_min(0)
-    else:
-        direction, location = value / scale, loc / scale
-        a = direction.square().sum(-1).clamp_min(tiny)
-        b = (direction * location).sum(-1)
-        residual = (location - (b / a).unsqueeze(-1) * direction).square().sum(-1)
-    log_density = directional_log_density(df, value.shape[-1], a, b, residual, scale.log().sum(-1))
-    return log_density.to(torch.result_type(value, loc))
-
-
-def directional_log_density(
-    df: Scalar, dim: int, a: Tensor, b: Tensor, residual: Tensor, log_scale: Tensor
-) -> Tensor:
-    """Log density of the projected Student-t from its reductions, in float64 (derived here).
-
     Completing the square in r, A r² - 2 B r + C = R + A (r - B/A)². Put cot(angle) = -B / sqrt(A (df + R)) and
     r = (B + sqrt(A (df + R)) cot(angle - α)) / A, with α from 0 to angle: powers of sines remain,
 
-        log p = log t_df(0) - Σ log scale - df/2 log(1 + R/df) - D/2 log(A/df) - (D-1) log sin(angle) + log I,
+        log p + Σ log scale = log t_df(0) - df/2 log(1 + R/df) - D/2 log(A/df) - (D-1) log sin(angle) + log I,
 
     where log t_df(0) is the log density of the standard D-variate Student-t at the origin and
     I = ∫_0^angle sin(α)^(D-1) sin(angle - α)^(df-1) dα is :func:`log_directional_integral`. For large df, and the
     projected normal, the integral over x = sqrt(A) r is taken as it is (:func:`log_radial_integral`).
 
-    df broadcasts with a = A, b = B, residual = R (see :func:`projected_student_t_log_prob`), log_scale = Σ log scale.
+    df broadcasts with a = A, b = B and residual = R.
     """
-    a, b, residual, log_scale = a.double(), b.double(), residual.double(), log_scale.double()
+    a, b, residual = a.double(), b.double(), residual.double()
 
     def angles(df: Scalar) -> Tensor:
         across = (a * (df + residual)).sqrt()
@@ -317,12 +300,12 @@ def directional_log_density(
         log_sin = across.log() - torch.hypot(across, b).log()
         log_power = 0.5 * df * torch.log1p(residual / df) + 0.5 * dim * (a / df).log() + (dim - 1) * log_sin
         log_integral = log_directional_integral(angle, df, dim)
-        return numerics.student_t_log_normalizer(df, dim) - log_scale - log_power + log_integral
+        return numerics.student_t_log_normalizer(df, dim) - log_power + log_integral
 
     def radii(df: Tensor) -> Tensor:
         log_integral = log_radial_integral(b / a.sqrt(), df + residual, df, dim)
         log_power = 0.5 * (df + dim) * torch.log1p(residual / df) + 0.5 * dim * a.log()
-        return numerics.student_t_log_normalizer(df, dim) - log_scale - log_power + log_integral
+        return numerics.student_t_log_normalizer(df, dim) - log_power + log_integral
 
     if not isinstance(df, Tensor):
         return angles(df) if df <= _LARGE_DF else radii(a.new_full((), df).clamp(max=_INFINITE_DF))

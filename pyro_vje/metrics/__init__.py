@@ -14,12 +14,12 @@ from pyro_vje.metrics.detection import (
 )
 from pyro_vje.metrics.representation import (
     alignment,
-    collapse_warning,
     effective_rank,
     embedding_spread,
     knn_predict,
     knn_sweep,
     linear_probe,
     posterior_snr,
+    unhealthy,
     uniformity,
 )

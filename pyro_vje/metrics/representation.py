@@ -180,16 +180,25 @@ def posterior_snr(loc: Array, scale: Array) -> float:
     return (mean.square().mean(0) / noise.square().mean(0)).sqrt().median().item()
 
 
-def collapse_warning(effective_rank: float, spread: float, snr: float, dim: int) -> str | None:
-    """What is unhealthy, with thresholds and settings to change, or ``None``; ``dim`` is the number of features."""
+def unhealthy(effective_rank: float, spread: float, posterior_snr: float, dim: int) -> dict[str, str]:
+    """Of these signs those that are unhealthy, each with what to change; ``dim`` is the number of features."""
     least_rank = max(1.5, MIN_RANK_SHARE * dim)
-    signs = (
-        (spread, MIN_SPREAD, "all images come to look the same to the model, which may be collapsing (spread "
-         f"{spread:.2f}, healthy from {MIN_SPREAD}): lower lr, raise warmup_epochs"),
-        (effective_rank, least_rank, "few of the features tell images apart (effective rank "
-         f"{effective_rank:.1f} of {dim}, healthy from {least_rank:.1f}): lower lr, or use a larger batch_size"),
-        (snr, MIN_POSTERIOR_SNR, "what the model says of an image is still mostly noise (signal-to-noise "
-         f"{snr:.2f}, healthy from {MIN_POSTERIOR_SNR}): train longer (epochs), or lower kl_weight"),
-    )  # fmt: skip
+    found = {}
     # "not >=" rather than "<", so that NaN is reported as well.
-    return "; ".join(message for value, least, message in signs if not value >= least) or None
+    if not effective_rank >= least_rank:
+        found["effective_rank"] = (
+            f"few of the features tell images apart (effective rank {effective_rank:.1f} of {dim}, healthy from "
+            f"{least_rank:.1f}): lower lr, or use a larger batch_size"
+        )
+    if not spread >= MIN_SPREAD:
+        found["spread"] = (
+            f"all images come to look the same to the model, which may be collapsing (spread {spread:.2f}, healthy "
+            f"from {MIN_SPREAD}): lower lr, raise warmup_epochs"
+        )
+    if not posterior_snr >= MIN_POSTERIOR_SNR:
+        found["posterior_snr"] = (
+            "what the model says of an image is still mostly noise (signal by noise "
+            f"{posterior_snr:.2f}, healthy from {MIN_POSTERIOR_SNR}): train longer (epochs), or make it cheaper to "
+            "say more (a lower kl_weight)"
+        )
+    return found

@@ -62,16 +62,6 @@ ENCODERS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def describe_stem(name: str, image_size: int) -> str:
-    """Say in words which stem `build_encoder` gives to a built-in encoder at this image size."""
-    if name == "resnet-small":
-        return f"3×3 stem of stride {2 if image_size >= 32 else 1}"
-    if name in ENCODERS:
-        cifar = "CIFAR stem (3×3, stride 1, no max-pooling)"
-        return cifar if image_size <= SMALL_IMAGE else "ImageNet stem (7×7, stride 2, max-pooling)"
-    return "its own stem"
-
-
 def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Module:
     """Build an encoder by name: built in, ``timm:NAME``, ``torchvision:NAME``, or your own ``module:factory``.
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import CleanView, ImageSet, TwoViews, find_dataset, load_dataset, load_train_set
 from pyro_vje.data.datasets import recipe_for
-from pyro_vje.model.encoders import build_encoder, describe_stem, feature_dim
+from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.pretrained import LIBRARIES, Preprocessing, preprocessing
 from pyro_vje.model.vje import VJE
@@ -104,7 +104,6 @@ class RunInfo:
     std: tuple[float, ...]
     classes: tuple[str, ...] | None  # of the training data, if it has labels
     train_images: int
-    stem: str  # the encoder's, in words
     view_size: int  # what the encoder sees, a central square: less than image_size for a pretrained one
     interpolation: str  # how image files are resized: bilinear or bicubic
     fingerprint: str | None  # of the images (`pyro_vje.data.ImageSet.fingerprint`)
@@ -143,7 +142,7 @@ class RunInfo:
         """Read `to_dict`'s form, of this schema version or an older one; a ``ValueError`` says what is wrong in it."""
         form: dict[str, Any] = {
             **{"config": dict, "image_size": int, "mean": list, "std": list, "classes": list | None},
-            **{"train_images": int, "stem": str, "view_size": int, "interpolation": str},
+            **{"train_images": int, "view_size": int, "interpolation": str},
             "fingerprint": str | None,
         }
         values = migrate(values)
@@ -215,8 +214,7 @@ def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     view_size = round(size * wanted.crop) if wanted and config.fit == "crop" else size
     mean, std = (wanted.mean, wanted.std) if wanted else (own.mean, own.std)
     interpolation = wanted.interpolation if wanted else "bilinear"
-    stem = describe_stem(config.encoder or "", view_size)
-    images = (train_set.classes, len(train_set), stem, view_size, interpolation, train_set.fingerprint())
+    images = (train_set.classes, len(train_set), view_size, interpolation, train_set.fingerprint())
     return RunInfo(config, size, tuple(mean), tuple(std), *images)
 
 

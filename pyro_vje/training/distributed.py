@@ -12,8 +12,6 @@ from torch.distributed.nn.functional import all_reduce
 from torch.distributions import Normal
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_vje.distributions.numerics import at_least_float32
-
 
 class GlobalNoise(Messenger):
     """Pyro handler in which a normal latent of plate ``image`` gets this process's part of the global batch's noise.
@@ -40,7 +38,7 @@ class GlobalNoise(Messenger):
 
 
 class CPUSyncBatchNorm(LayerSync):
-    """Batch norm over the global batch on CPUs, which ``SyncBatchNorm`` lacks: only ``forward`` is another."""
+    """Batch norm over the global batch on CPUs, which ``SyncBatchNorm`` lacks: every process gathers all of it."""
 
     def apply(self, model: torch.nn.Module) -> torch.nn.Module:
         """Synchronise all batch norms of the model."""
@@ -59,23 +57,11 @@ class CPUSyncBatchNorm(LayerSync):
 
 
 def _global_batch_norm(module: _BatchNorm, images: Tensor) -> Tensor:
+    forward = type(module).forward
     if not module.training:
-        return type(module).forward(module, images)
-    x = at_least_float32(images)
-    axes, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-    count = x.numel() // x.shape[1] * distributed.get_world_size()
-    # The variance from centred values, in a second reduction: a difference of large sums would lose digits.
-    mean = all_reduce(x.sum(axes)) / count
-    centred = x - mean.view(shape)
-    variance = all_reduce(centred.square().sum(axes)) / count
-    if module.track_running_stats:
-        state: Any = module
-        with torch.no_grad():
-            state.num_batches_tracked.add_(1)
-            factor = 1 / float(state.num_batches_tracked) if module.momentum is None else module.momentum
-            state.running_mean.lerp_(mean, factor)
-            state.running_var.lerp_(variance * (count / (count - 1)), factor)
-    out = centred * (variance + module.eps).rsqrt().view(shape)
-    if module.affine:
-        out = out * module.weight.view(shape) + module.bias.view(shape)
-    return out.to(images.dtype)
+        return forward(module, images)
+    rank, shares = distributed.get_rank(), [torch.zeros_like(images)] * distributed.get_world_size()
+    shares[rank] = images
+    # Channels last, in which the encoder's convolutions are fastest.
+    batch = all_reduce(torch.cat(shares).movedim(1, -1)).movedim(-1, 1)
+    return forward(module, batch).narrow(0, rank * len(images), len(images))

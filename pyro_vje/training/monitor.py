@@ -28,7 +28,6 @@ MAX_RISE = 10.0
 """Nats a dimension above the best epoch at which the loss counts as exploding; healthy runs stay within 3 of it."""
 FEW_IMAGES = 8
 """In a batch below this the mean of a feature is off by a third of its deviation (1/√8) or more."""
-TIMED_STEPS = 10  # steps after which the time of the whole run is known well enough to be said
 CHECK_EVERY = 100  # steps between looks at whether the loss is finite: each waits for the device
 SIGNS = ("effective_rank", "spread", "posterior_snr")  # of collapse
 LITTLE_LEARNED = (
@@ -104,42 +103,32 @@ class EpochReport(lightning.pytorch.Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *arguments: Any) -> None:
-        """Say how long it will take; `TrainingDiverged` long before the end of an epoch of many steps."""
-        step, steps = trainer.fit_loop.batch_idx + 1, int(trainer.num_training_batches)
+        """Say how far it is; `TrainingDiverged` long before the end of an epoch of many steps."""
         if trainer.global_step % CHECK_EVERY == 0 and not math.isfinite(pl_module.sums["loss"].item()):
             raise TrainingDiverged(
                 f"the loss became not finite by step {trainer.global_step}: {_gentler(pl_module.config)}"
             )
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.progress.due():
             return
-        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
-        if not self.rows and step == min(TIMED_STEPS, steps):
-            log.info(
-                "about %s, by the first %d of %d steps", self._left(epochs, step, steps), step, epochs * steps
-            )
-        if self.progress.due():
-            sums, counts = pl_module.sums, pl_module.counts
-            done = {name: float(sums[name] / counts[name]) for name in sums}  # waits for the device
-            what = f"epoch {epoch}/{epochs}  step {step}/{steps}"
-            left = f"{self._left(epochs - epoch + 1, step, steps)} left"
-            self.progress.show(f"{what}  {left}{_said(done, pl_module.config, 0)}")
-
-    def _left(self, epochs: int, step: int, steps: int) -> str:
-        """How long so many epochs take, of the first of which ``step`` of ``steps`` are done, by the last and this."""
-        before = self.rows[-1]["seconds"] if self.rows else 0.0
-        a_step = (before + time.perf_counter() - self.started) / (bool(self.rows) * steps + step)
-        return duration(a_step * (epochs * steps - step))
+        step, steps = trainer.fit_loop.batch_idx + 1, int(trainer.num_training_batches)
+        done, epochs = trainer.current_epoch, trainer.max_epochs or 0
+        left = (time.perf_counter() - self.started) / step * ((epochs - done) * steps - step)
+        sums, counts = pl_module.sums, pl_module.counts
+        means = {name: float(sums[name] / counts[name]) for name in sums}  # waits for the device
+        what = f"epoch {done + 1}/{epochs}  step {step}/{steps}  {duration(left)} left"
+        self.progress.show(what + _said(means, pl_module.config, 0))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Write the row, print a line, and check the run's health; `TrainingDiverged` if the loss is not finite."""
-        config, gentler, epochs = pl_module.config, _gentler(pl_module.config), trainer.max_epochs or 0
-        row: dict[str, Any] = {"epoch": trainer.current_epoch + 1, **pl_module.epoch_means()}
+        config, gentler = pl_module.config, _gentler(pl_module.config)
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        row: dict[str, Any] = {"epoch": epoch, **pl_module.epoch_means()}
         seconds = time.perf_counter() - self.started
         row["seconds"] = round(seconds, 3)
         row["images_per_second"] = round(trainer.num_training_batches * pl_module.batch_size / seconds, 1)
         row["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
         if not math.isfinite(row["loss"]):
-            raise TrainingDiverged(f"the loss became {row['loss']} in epoch {row['epoch']}: {gentler}")
+            raise TrainingDiverged(f"the loss became {row['loss']} in epoch {epoch}: {gentler}")
         best = min((earlier["loss"] for earlier in self.rows), default=pl_module.first_loss.item())
         self.rows.append(row)
         if not trainer.is_global_zero:
@@ -147,22 +136,23 @@ class EpochReport(lightning.pytorch.Callback):
         rise = (row["loss"] - best) / pl_module.vje.embedding_dim
         if rise > MAX_RISE and "loss" not in self.warned:
             self.warned.add("loss")
-            lost = "epoch %d: the loss explodes, and what was learned is lost: %s"
-            log.warning(lost, row["epoch"], gentler)
+            log.warning("epoch %d: the loss explodes, and what was learned is lost: %s", epoch, gentler)
             log.debug("%.0f nats a dimension above its best, where %g are too many", rise, MAX_RISE)
-        last = row["epoch"] == epochs
+        last = epoch == epochs
         clear_line()
-        if last or (config.knn_every and row["epoch"] % config.knn_every == 0):
+        if last or (config.knn_every and epoch % config.knn_every == 0):
             row.update(self._measure(pl_module.vje, gentler))
             # A young posterior is noise in every run; what matters is whether it stays so.
-            if last or row["epoch"] > max(config.warmup_epochs or 0, epochs / 2):
+            if last or epoch > max(config.warmup_epochs or 0, epochs / 2):
                 self._warn(row, pl_module.vje.feature_dim, pl_module.own_objective is None, config)
         if last or not config.frozen:
             self._log(trainer.logger, self.rows if config.frozen else [row])
             table = pd.DataFrame(self.rows, columns=COLUMNS)
             write_atomic(self.path, table.to_csv(index=False, lineterminator="\n"))
-        if last or not config.frozen or row["epoch"] % max(1, epochs // 10) == 0:  # a head has hundreds
-            log.log(level(config), self._line(row, config, epochs))
+        if last or not config.frozen or epoch % max(1, epochs // 10) == 0:  # a head has hundreds
+            knn = f"  k-NN {row['knn_accuracy']:.3f}" if "knn_accuracy" in row else ""
+            left = "" if last else f"  {duration(seconds * (epochs - epoch))} left"
+            log.log(level(config), f"epoch {epoch}/{epochs}{_said(row, config)}{knn}{left}")
 
     def _log(self, logger: Any, rows: list[dict[str, Any]]) -> None:
         """Hand rows to the logger; a server that is gone costs its log, not the run."""
@@ -174,13 +164,6 @@ class EpochReport(lightning.pytorch.Callback):
             log.warning(
                 "epoch %d is not in the log of %s: %s", rows[-1]["epoch"], type(logger).__name__, error
             )
-
-    def _line(self, row: dict[str, Any], config: TrainConfig, epochs: int) -> str:
-        knn = f"  k-NN {row['knn_accuracy']:.3f}" if "knn_accuracy" in row else ""
-        left = (
-            "" if row["epoch"] == epochs else f"  {duration(row['seconds'] * (epochs - row['epoch']))} left"
-        )
-        return f"epoch {row['epoch']}/{epochs}{_said(row, config)}{knn}{left}"
 
     def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
         """Draw the curves and the embedding of held-out (else training) images into the run folder."""
@@ -210,18 +193,18 @@ class EpochReport(lightning.pytorch.Callback):
         return row
 
     def _warn(self, row: dict[str, Any], dim: int, elbo: bool, config: TrainConfig) -> None:
-        # A frozen encoder cannot collapse; without the ELBO the posterior's scale has no meaning.
-        for sign in SIGNS[2 * config.frozen : 3 if elbo else 2]:
-            # Each by itself, the others at infinity (healthy): one that lasts is said once, whatever joins it.
-            rank, spread, snr = (row[name] if name == sign else math.inf for name in SIGNS)
-            message = metrics.collapse_warning(rank, spread, snr, dim)
-            if message is None:
-                self.warned.discard(sign)
-            elif sign not in self.warned:
-                self.warned.add(sign)
-                plain = level(config) == logging.DEBUG
-                log.warning("%s", LITTLE_LEARNED if plain else f"epoch {row['epoch']}: {message}")
-                log.debug("%s %.3g", sign, row[sign])
+        found = metrics.unhealthy(*(row[sign] for sign in SIGNS), dim)
+        if config.frozen:  # it cannot collapse
+            found = {sign: message for sign, message in found.items() if sign == "posterior_snr"}
+        if not elbo:  # the posterior's scale has no meaning
+            found.pop("posterior_snr", None)
+        for sign, message in found.items():
+            if sign in self.warned:  # one that lasts is said once
+                continue
+            plain = level(config) == logging.DEBUG
+            log.warning("%s", LITTLE_LEARNED if plain else f"epoch {row['epoch']}: {message}")
+            log.debug("%s %.3g", sign, row[sign])
+        self.warned = {*found, *self.warned.difference(SIGNS)}
 
 
 def _gentler(config: TrainConfig) -> str:

@@ -106,7 +106,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     where = f"{processes} × {where}" if processes > 1 else where
     what = f"{config.encoder} on {len(train_set)} images of {info.view_size}×{info.view_size} pixels"
     log.log(level(config), f"{what}: {config.epochs} epochs of {steps} steps, on {where} ({precision})")
-    log.debug(f"{info.stem}; likelihood {config.likelihood}; batches of {config.batch_size}")
+    log.debug(f"likelihood {config.likelihood}; batches of {config.batch_size}")
     checkpoint = folder / CHECKPOINTS / checkpoints.LAST
     knn_sets = splits.monitor_sets(config, info.image_size, train_set, info.interpolation)
     if resume and checkpoint.is_file():

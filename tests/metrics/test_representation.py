@@ -290,24 +290,24 @@ class TestHealth:
             with pytest.raises(ValueError, match=message):
                 call()
 
-    def test_collapse_warning(self):
-        assert metrics.collapse_warning(60.0, 0.98, 2.0, 128) is None
-        assert "(spread 0.10, healthy from 0.5)" in metrics.collapse_warning(60.0, 0.1, 2.0, 128)
-        noisy = metrics.collapse_warning(60.0, 0.98, 0.5, 128)
-        assert "(signal-to-noise 0.50, healthy from 0.7)" in noisy
-        assert "lower kl_weight" in noisy
+    def test_signs_of_ill_health_are_told_apart(self):
+        assert metrics.unhealthy(60.0, 0.98, 2.0, 128) == {}
+        assert "(spread 0.10, healthy from 0.5)" in metrics.unhealthy(60.0, 0.1, 2.0, 128)["spread"]
         # A noisy posterior is another ailment than a collapsed representation, and has another cure.
+        (noisy,) = metrics.unhealthy(60.0, 0.98, 0.5, 128).values()
+        assert "0.50, healthy from 0.7)" in noisy
+        assert "lower kl_weight" in noisy
         assert "collaps" not in noisy
         assert "lower lr" not in noisy
-        assert "kl_weight" not in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
-        assert "effective rank 1.3 of 128" in metrics.collapse_warning(1.3, 0.98, 2.0, 128)
-        everything = metrics.collapse_warning(1.0, 0.0, 0.0, 128)
-        assert all(part in everything for part in ("rank", "spread", "kl_weight"))
-        assert metrics.collapse_warning(60.0, float("nan"), 2.0, 128) is not None
+        (narrow,) = metrics.unhealthy(1.3, 0.98, 2.0, 128).values()
+        assert "effective rank 1.3 of 128" in narrow
+        assert "kl_weight" not in narrow
+        assert set(metrics.unhealthy(1.0, 0.0, 0.0, 128)) == {"effective_rank", "spread", "posterior_snr"}
+        assert set(metrics.unhealthy(60.0, float("nan"), 2.0, 128)) == {"spread"}
 
     def test_collapsed_embeddings_are_found(self, rng):
         collapsed = 1 + 0.01 * rng.normal(size=(500, 128))
         healthy = rng.normal(size=(500, 128))
         for embeddings, warned in [(collapsed, True), (healthy, False)]:
             rank, spread = metrics.effective_rank(embeddings), metrics.embedding_spread(embeddings)
-            assert (metrics.collapse_warning(rank, spread, 3.0, 128) is not None) == warned
+            assert bool(metrics.unhealthy(rank, spread, 3.0, 128)) == warned

@@ -46,7 +46,7 @@ def batch_norms(rank=None):
     images = 5 + 2 * torch.randn(16, 4, 3, 3)
     cases = (
         (nn.BatchNorm2d(4), images.to(memory_format=torch.channels_last)),
-        (nn.BatchNorm2d(4), images.bfloat16()),
+        (nn.BatchNorm2d(4), images.bfloat16().to(memory_format=torch.channels_last)),
         (nn.BatchNorm1d(4, affine=False, momentum=None), images.mean((-2, -1))),
     )
     results = []
