@@ -21,7 +21,7 @@ from benchmarks.__main__ import describe
 from benchmarks.harness import Settings
 from benchmarks.rivals import SimSiam
 from pyro_vje import VJE, TrainConfig
-from pyro_vje.data import ResidentLoader, load_dataset, views_for
+from pyro_vje.data import load_dataset, make_loader, views_for
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.representation.evaluation import probe
@@ -61,14 +61,14 @@ def cell(data_dir: str, encoder_name: str, epochs: int, seed: int) -> dict[str, 
     encoder = build_encoder(encoder_name, SIZE).to(memory_format=torch.channels_last)
     dim = feature_dim(encoder, SIZE)
     method = SimSiam(encoder, dim).to(device)
-    loader = ResidentLoader(train_set.images, BATCH, seed=seed, device=device)  # type: ignore[arg-type]
+    loader = make_loader(train_set, BATCH, "memory", seed=seed, device=device)
     optimizer = torch.optim.SGD(method.parameters(), lr=LR * BATCH, momentum=0.9, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
     generator = torch.Generator(device).manual_seed(seed)
     start = time.perf_counter()
     for epoch in range(epochs):
-        loader.set_epoch(epoch)
-        for images in loader:
+        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        for images, _ in loader:
             loss = method(views(images, generator))
             optimizer.zero_grad()
             loss.backward()

@@ -33,7 +33,7 @@ from benchmarks.rivals import (
 )
 from pyro_vje import VJE, SymmetricELBO, TrainConfig
 from pyro_vje.anomaly.parts import Scorer
-from pyro_vje.data import ImageSet, ResidentLoader, views_for
+from pyro_vje.data import ImageSet, make_loader, views_for
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.encoding import Encoded, encode_batches
 from pyro_vje.runs.folder import build_model, describe_run
@@ -175,16 +175,21 @@ def views(settings: Settings, recipe: str, size: int) -> Iterator[Result]:
     assert isinstance(images, Tensor)
     two_views, _ = views_for(recipe, size)
     generator = torch.Generator(settings.device).manual_seed(0)
-    resident = ResidentLoader(images, batch, device=settings.device)
+    resident = make_loader(images, batch, "memory", device=settings.device)
     what = f"two views, recipe {recipe}, {size} px"
-    ours = drain(resident, lambda images: two_views(images, generator))
+    ours = drain(resident, lambda batch: two_views(batch[0], generator))
+
+    def kornia() -> Work:
+        rival = kornia_views(two_views)
+        return drain(resident, lambda batch: rival(batch[0]))
+
     # Of those that are installed: their start is part of no row.
     rivals: dict[str, tuple[str, Callable[[], Work]]] = {
         "torchvision": (
             f"torchvision v2, DataLoader of {settings.threads}",
             lambda: drain(LoaderViews(images, batch, torchvision_views(two_views), settings)),
         ),
-        "kornia": ("kornia", lambda: drain(resident, kornia_views(two_views))),
+        "kornia": ("kornia", kornia),
         "lightly": (
             f"lightly's SimSiamTransform, DataLoader of {settings.threads}",
             lambda: drain(LoaderViews(images, batch, lightly_views(two_views), settings)),
@@ -202,7 +207,7 @@ def missing(what: str, rival: str, module: str) -> Row:
     return Row(what, rival, note=f"{module} is not installed: pip install {module}")
 
 
-def drain(batches: Iterable[Tensor], function: Callable[[Tensor], object] = id) -> Callable[[], None]:
+def drain(batches: Iterable[Any], function: Callable[[Any], object] = id) -> Callable[[], None]:
     """One pass, the function applied to each batch."""
 
     def epoch() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pyro_vje.data.decode import image_shape, list_images
-from pyro_vje.data.imageset import ImageSet, LazyImages, counted, read_images
+from pyro_vje.data.imageset import RESIDENCIES, ImageSet, LazyImages, counted, read_images
 from pyro_vje.data.views import CleanView, TwoViews
 from pyro_vje.plugins import look_up
 
@@ -98,6 +98,8 @@ def load_dataset(
     entry = find_dataset(name)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if residency not in RESIDENCIES:
+        raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     root = Path(data_dir if data_dir is not None else os.environ.get("PYRO_VJE_DATA", "data_sets"))
@@ -218,22 +220,18 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
     if test is None or "train" not in parts.values():
         if parts and split != "all":
             logger.warning("%s lacks train/, or test/ or val/: %s is read as a class", root, ", ".join(parts))
-        parts = {}
-    every = [(str(path), path.relative_to(root).parts) for path in list_images(root)]
+        parts, test = {}, "test"
 
-    def class_of(place: tuple[str, ...]) -> str:
-        if parts:
-            place = place[1:] if place[0] in parts else ()
-        return place[0] if len(place) > 1 else ""
-
-    def in_split(place: tuple[str, ...], split: str) -> bool:
+    def split_and_class(place: tuple[str, ...]) -> tuple[str, str]:
         if not parts:
-            return split == "all" or _is_test(place) == (split == "test")
-        return split == "all" or parts.get(place[0]) == (test if split == "test" else "train")
+            return "test" if _is_test(place) else "train", place[0] if len(place) > 1 else ""
+        inside = place[1:] if place[0] in parts else ()
+        return parts.get(place[0], ""), inside[0] if len(inside) > 1 else ""
 
-    names = sorted({class_of(place) for _, place in every} - {""})
-    index = {name: i for i, name in enumerate(names)}
-    files = [(path, place) for path, place in every if in_split(place, split)]
+    every = [(str(path), *split_and_class(path.relative_to(root).parts)) for path in list_images(root)]
+    names = sorted({name for _, _, name in every} - {""})
+    wanted = test if split == "test" else "train"
+    files = [(path, name) for path, part, name in every if split == "all" or part == wanted]
     if not parts and split != "all":
         train = "to train on, a tenth by a hash of the paths for testing"
         what = "kept for testing" if split == "test" else train
@@ -242,12 +240,12 @@ def _folder(request: Request, held_out: tuple[str, ...] = ("test", "val")) -> Im
         how = "without train/ and test/ about a tenth are test images, by a hash of the path. Add images, "
         how += "sort them into train/ and test/, or take the split 'all'"
         raise ValueError(f"{root} has no image in the split {split!r}: {how}")
-    sized = [path for path, place in every if not parts or in_split(place, "train")]
     paths = [path for path, _ in files]
-    labels = torch.tensor([index.get(class_of(place), -1) for _, place in files])
-    size = request.image_size or _typical_size(sized)
-    lazy = LazyImages(paths, size, request.interpolation, request.fit)
-    labelled = labels if bool((labels >= 0).any()) else None
+    index = {"": -1, **{name: i for i, name in enumerate(names)}}
+    labels = torch.tensor([index[name] for _, name in files])
+    sized = [path for path, part, _ in every if not parts or part == "train"]
+    lazy = LazyImages(paths, request.image_size or _typical_size(sized), request.interpolation, request.fit)
+    labelled = labels if (labels >= 0).any() else None
     images = ImageSet(lazy, paths, labelled, tuple(names) or None, root=str(root))
     return read_images(images, request.residency)
 

@@ -34,7 +34,6 @@ _HEIC = {".heic", ".heif", ".hif"}
 _UNREAD = {".avif", ".jxl", ".psd", ".tga", ".svg", ".exr", ".dcm", ".dng", ".cr2", ".nef", ".arw"}
 _LISTED = EXTENSIONS | _HEIC | _UNREAD  # images to whoever put them there: each is decoded, or a failure
 
-FITS = ("crop", "pad", "squeeze")
 MARGIN = (124, 116, 104)
 """RGB of the margins of ``"pad"``: the mean of ImageNet, near zero once an encoder's pixels are normalised."""
 MAX_PIXELS = 89_478_485  # where Pillow warns (268 MB as RGB); a small file can claim to be any size

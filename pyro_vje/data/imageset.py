@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pyro_vje.data.decode import ImageError, Source, decode_image
 from pyro_vje.progress import Progress
@@ -37,19 +36,6 @@ class LazyImages:
 
     def __getitem__(self, index: int) -> Tensor:
         return decode_image(self.paths[index], self.size, self.interpolation, self.fit)
-
-
-class Decoded(Dataset[Any]):
-    """Each image, or (path, reason) where it cannot be decoded."""
-
-    def __init__(self, images: LazyImages) -> None:
-        self.images = images
-
-    def __getitem__(self, index: int) -> Tensor | tuple[str, str]:
-        try:
-            return self.images[index]
-        except ImageError as error:
-            return error.path, error.reason
 
 
 @dataclass
@@ -160,13 +146,20 @@ class ImageSet:
         if isinstance(self.images, Tensor):
             yield from zip(parts, self.images.split(batch_size), strict=True)
             return
-        decode = Decoded(self.images).__getitem__
+        lazy = self.images
+
+        def decode(index: int) -> Tensor | ImageError:
+            try:
+                return lazy[index]
+            except ImageError as error:
+                return error
+
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
             ahead = pool.map(decode, parts[0].tolist())
             for index, following in zip(parts, (*parts[1:], parts[0][:0]), strict=True):
                 now, ahead = ahead, pool.map(decode, following.tolist())
                 items = list(now)
-                self.add_failed([item for item in items if not isinstance(item, Tensor)])
+                self.add_failed([(item.path, item.reason) for item in items if isinstance(item, ImageError)])
                 good = [isinstance(item, Tensor) for item in items]
                 if any(good):
                     yield index[good], torch.stack([item for item in items if isinstance(item, Tensor)])
@@ -185,9 +178,8 @@ class ImageSet:
 def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
     """Decode a lazy set into memory, if half of what is free holds it or ``residency`` says so, or return it as it is.
 
-    Raises ``ValueError`` if ``residency`` is none of `RESIDENCIES`, or not one image can be decoded.
+    Raises ``ValueError`` if not one image can be decoded.
     """
-    check_residency(residency)
     count, side = len(files), files.image_size
     need, allowed = count * 3 * side**2, free_memory() // 2
     in_memory = residency == "memory" or (residency == "auto" and need <= allowed)
@@ -207,12 +199,6 @@ def read_images(files: ImageSet, residency: str = "auto") -> ImageSet:
         raise ValueError(f"not one of {count} images could be decoded; the first: {first}")
     labels = None if files.labels is None else files.labels[good]
     return replace(files, images=images[: len(good)], paths=[files.paths[i] for i in good], labels=labels)
-
-
-def check_residency(residency: str) -> None:
-    """Raise ``ValueError`` unless it is one of `RESIDENCIES`."""
-    if residency not in RESIDENCIES:
-        raise ValueError(f"unknown residency {residency!r}; known: {', '.join(RESIDENCIES)}")
 
 
 def counted(images: int) -> str:

@@ -2,17 +2,19 @@
 
 import hashlib
 import logging
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from pyro_vje.data.imageset import Decoded, ImageSet, LazyImages, check_residency, free_memory
+from pyro_vje.data.decode import ImageError
+from pyro_vje.data.imageset import ImageSet, LazyImages, free_memory
 
 logger = logging.getLogger("pyro_vje")
+
+Batch = tuple[Tensor, list[tuple[str, str]]]  # images, and (path, reason) of those that could not be decoded
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -32,131 +34,100 @@ def check_batch(batch_size: int, count: int, processes: int = 1) -> None:
         raise ValueError(f"batch_size {batch_size} {why}")
 
 
-class _EpochLoader:
-    """Length, order and shard of the batches; a last one that would be short is left out.
+class EpochOrder:
+    """Indices of the batches of an epoch, in an order that is a function of (seed, epoch): a batch sampler.
 
     ``batch_size`` counts the images of all ranks together; each takes the ``rank``-th of ``world_size`` equal parts of
-    every batch. A CPU and a GPU draw different orders, hence the ``device``.
+    every batch, and a last batch that would be short is left out. A CPU and a GPU draw different orders, hence the
+    ``device``. The next pass leaves out its first ``start`` batches, which were taken before.
     """
 
     def __init__(
-        self, n: int, batch_size: int, seed: int = 0, device: Any = "cpu", rank: int = 0, world_size: int = 1
+        self,
+        count: int,
+        batch_size: int,
+        seed: int = 0,
+        device: Any = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        check_batch(batch_size, n, world_size)
-        self.count, self.batch_size, self.seed, self.device = n, batch_size, seed, torch.device(device)
+        check_batch(batch_size, count, world_size)
+        self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, torch.device(device)
         self.rank, self.share = rank, batch_size // world_size
-        self.epoch = self.taken = self._start = 0
+        self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Choose the order of the next pass; Lightning calls this."""
         self.epoch = epoch
-
-    def state_dict(self) -> dict[str, int]:
-        """The epoch and the number of its batches that were taken."""
-        return {"epoch": self.epoch, "taken": self.taken}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next pass go on from there, without reading what was taken."""
-        self.epoch, self._start = state_dict["epoch"], state_dict["taken"]
 
     def __len__(self) -> int:
         return self.count // self.batch_size
 
-    def _indices(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[list[int] | Tensor]:
+        start, self.start = self.start, 0
         generator = torch.Generator(self.device).manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator, device=self.device)
-        for batch in range(self.taken, len(self)):
-            yield order[batch * self.batch_size + self.rank * self.share :][: self.share]
+        for batch in range(start, len(self)):
+            index = order[batch * self.batch_size + self.rank * self.share :][: self.share]
+            yield index if self.device.type == "cuda" else index.tolist()  # workers are sent no tensors
 
 
-class ResidentLoader(_EpochLoader):
-    """Shuffled batches, uint8 (batch_size / world_size, 3, S, S), of images that were copied to ``device`` once."""
+class Resident(Dataset[Any]):
+    """Images, or features, that were copied to ``device`` once, and are taken a batch at once."""
 
-    def __init__(self, images: Tensor, batch_size: int, **order: Any) -> None:
-        super().__init__(len(images), batch_size, **order)
-        self.images = images.to(self.device)
+    def __init__(self, images: Tensor, device: Any = "cpu") -> None:
+        self.images = images.to(device)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        self.taken, self._start = self._start, 0
-        for index in self._indices():
-            self.taken += 1
-            yield self.images[index]
+    def __getitems__(self, indices: list[int] | Tensor) -> Batch:
+        return self.images[indices], []
 
 
-class StreamingLoader(_EpochLoader):
-    """Shuffled batches of :class:`LazyImages` that ``num_workers`` processes (0: this one) decode ahead of their use.
+class Streamed(Dataset[Any]):
+    """Images that are decoded when they are read: each, or the next one that can be (black where none can)."""
 
-    They lie in host memory, pinned where there is a GPU, in the order of a :class:`ResidentLoader` on a CPU. In the
-    place of an image that cannot be decoded stands another one of its batch; it is noted in ``image_set.failed``.
-    """
+    def __init__(self, images: LazyImages) -> None:
+        self.images = images
 
-    def __init__(self, image_set: ImageSet, batch_size: int, *, num_workers: int = 0, **order: Any) -> None:
-        super().__init__(len(image_set), batch_size, **order)
-        if not isinstance(image_set.images, LazyImages):
-            raise ValueError("these images are in memory already: take ResidentLoader, or make_loader")
-        self.image_set = image_set
-        workers = {"num_workers": num_workers, "persistent_workers": True, "prefetch_factor": 4}
-        how: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), **(workers if num_workers else {})}
-        # A circle would leave the workers to the garbage collector, which waits five seconds for each.
-        order_now, decoded = _EpochBatches(weakref.proxy(self)), Decoded(image_set.images)
-        self._batches = DataLoader(decoded, batch_sampler=order_now, collate_fn=_collate, **how)
+    def __getitems__(self, indices: list[int]) -> Batch:
+        failed: dict[str, str] = {}
+        return torch.stack([self._decodable(index, failed) for index in indices]), [*failed.items()]
 
-    def __iter__(self) -> Iterator[Tensor]:
-        # After resuming, from one before: it stands in for the next if that is damaged.
-        before = self._start > 0
-        self.taken, self._start = self._start - before, 0
-        batch: Tensor | None = None
-        for decoded, failed in self._batches:
-            self.image_set.add_failed(failed)
-            self.taken += 1
-            if decoded is not None:
-                batch = decoded
-            elif batch is None and not before:
-                raise ValueError(f"not one image of the first batch could be decoded: {failed[0]}")
-            if not before:
-                assert batch is not None
-                yield batch  # the one before, where a whole batch is damaged: every rank makes the same steps
-            before = False
+    def _decodable(self, index: int, failed: dict[str, str]) -> Tensor:
+        for at in range(index, index + len(self.images)):
+            try:
+                return self.images[at % len(self.images)]
+            except ImageError as error:
+                failed[error.path] = error.reason
+        return torch.zeros((3, self.images.size, self.images.size), dtype=torch.uint8)
 
 
 def make_loader(
-    image_set: ImageSet, batch_size: int, residency: str = "auto", num_workers: int = 0, **order: Any
-) -> ResidentLoader | StreamingLoader:
-    """Choose the loader for a set of images, in batches of ``batch_size`` over all processes, and log the choice.
+    images: ImageSet | Tensor, batch_size: int, residency: str = "auto", num_workers: int = 0, **order: Any
+) -> DataLoader[Any]:
+    """Shuffled batches of ``batch_size`` over all processes: uint8 (B, 3, S, S), and (path, reason) of failures.
 
     Images in memory lie on the training ``device`` where ``residency`` says ``"memory"``, or ``"auto"`` and they take
-    at most half of what is free; else in host memory. A lazy set is decoded by ``num_workers`` processes (0: this one).
-    ``order``: ``device``, ``seed``, ``rank``, ``world_size``. ``ValueError``: no batch, or no equal parts of one.
+    at most half of what is free; else in host memory. A lazy set is decoded by ``num_workers`` processes (0: this one)
+    ahead of use into host memory, pinned where there is a GPU; in the place of an image that cannot be decoded stands
+    the next one that can, or where none can a black one. ``order``: ``device``, ``seed``, ``rank``, ``world_size`` of
+    `EpochOrder`. ``ValueError``: no batch, or no equal parts of one.
     """
-    check_residency(residency)
     device = torch.device(order.pop("device", "cpu"))
-    if isinstance(image_set.images, LazyImages):
-        if residency == "memory":
-            raise ValueError("these images are decoded when read: load them with residency='memory' first")
-        logger.debug("%d images: decoded by %d worker processes when read", len(image_set), num_workers)
-        return StreamingLoader(image_set, batch_size, num_workers=num_workers, **order)
-    need = image_set.images.nbytes
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    on_device = residency == "memory" or (residency == "auto" and need <= free // 2)
-    place = device if on_device else torch.device("cpu")
-    sizes = (len(image_set), need / 1e9, place, device, free / 1e9)
-    logger.debug("%d images, %.2f GB, in the memory of %s (free on %s: %.2f GB)", *sizes)
-    return ResidentLoader(image_set.images, batch_size, device=place, **order)
-
-
-class _EpochBatches:
-    """The index lists of the loader's current epoch."""
-
-    def __init__(self, loader: StreamingLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (index.tolist() for index in self.loader._indices())
-
-
-def _collate(items: list[Tensor | tuple[str, str]]) -> tuple[Tensor | None, list[tuple[str, str]]]:
-    """Stack what was decoded, repeated up to the full batch, beside what failed."""
-    good = [item for item in items if isinstance(item, Tensor)]
-    failed = [item for item in items if not isinstance(item, Tensor)]
-    batch = torch.stack([good[i % len(good)] for i in range(len(items))]) if good else None
-    return batch, failed
+    tensor = images.images if isinstance(images, ImageSet) else images
+    how: dict[str, Any] = {"collate_fn": tuple}
+    if isinstance(tensor, LazyImages):
+        logger.debug("%d images: decoded by %d worker processes when read", len(tensor), num_workers)
+        dataset: Dataset[Any] = Streamed(tensor)
+        device = torch.device("cpu")
+        how |= {"pin_memory": torch.cuda.is_available(), "num_workers": num_workers}
+        how |= {"persistent_workers": True, "prefetch_factor": 4} if num_workers else {}
+    else:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        if residency != "memory" and (residency == "stream" or tensor.nbytes > free // 2):
+            device = torch.device("cpu")
+        sizes = (len(tensor), tensor.nbytes / 1e9, device, free / 1e9)
+        logger.debug("%d images, %.2f GB, in the memory of %s (free: %.2f GB)", *sizes)
+        dataset = Resident(tensor, device)
+    return DataLoader(
+        dataset, batch_sampler=EpochOrder(len(tensor), batch_size, device=device, **order), **how
+    )

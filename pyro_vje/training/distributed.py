@@ -12,6 +12,8 @@ from torch.distributed.nn.functional import all_reduce
 from torch.distributions import Normal
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_vje.distributions.numerics import at_least_float32
+
 
 class GlobalNoise(Messenger):
     """Pyro handler in which a normal latent of plate ``image`` gets this process's part of the global batch's noise.
@@ -60,8 +62,9 @@ def _global_batch_norm(module: _BatchNorm, images: Tensor) -> Tensor:
     forward = type(module).forward
     if not module.training:
         return forward(module, images)
-    rank, shares = distributed.get_rank(), [torch.zeros_like(images)] * distributed.get_world_size()
-    shares[rank] = images
+    own = at_least_float32(images)
+    rank, shares = distributed.get_rank(), [torch.zeros_like(own)] * distributed.get_world_size()
+    shares[rank] = own
     # Channels last, in which the encoder's convolutions are fastest.
     batch = all_reduce(torch.cat(shares).movedim(1, -1)).movedim(-1, 1)
-    return forward(module, batch).narrow(0, rank * len(images), len(images))
+    return forward(module, batch).narrow(0, rank * len(own), len(own)).to(images.dtype)

@@ -20,9 +20,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
+from torch.utils.data import DataLoader
 
 from pyro_vje.config import TrainConfig
-from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, TwoViews, derive_seed, make_loader
+from pyro_vje.data import ImageSet, TwoViews, derive_seed, make_loader
 from pyro_vje.model import VJE, SymmetricELBO, own_objective
 from pyro_vje.model.vje import Views
 from pyro_vje.training.distributed import GlobalNoise
@@ -145,20 +146,38 @@ class Pretraining(lightning.LightningModule):
                 for slow, fast in zip(self.target.parameters(), self.vje.parameters(), strict=True):
                     slow.lerp_(fast, 1 - (self.config.ema or 0.0))
 
-    def train_dataloader(self) -> ResidentLoader | StreamingLoader:
+    def train_dataloader(self) -> DataLoader[Any]:
         """This process's share of every global batch, in the order of (seed, epoch)."""
-        share: dict[str, Any] = {"rank": self.global_rank, "world_size": self.trainer.world_size}
-        share["seed"] = self.config.seed
-        if isinstance(self.train_set, Tensor):
-            return ResidentLoader(self.train_set, self.batch_size, **share)
-        how = {"residency": self.config.residency if self.train_set.in_memory else "auto", **share}
-        workers = self.config.workers
-        return make_loader(self.train_set, self.batch_size, device=self.device, num_workers=workers, **how)
+        loader = make_loader(
+            self.train_set,
+            self.batch_size,
+            # Cached features are a mapped file.
+            residency="stream" if isinstance(self.train_set, Tensor) else self.config.residency,
+            num_workers=self.config.workers,
+            device=self.device,
+            seed=self.config.seed,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        order: Any = loader.batch_sampler
+        # Of a run that goes on, the epoch that was left, without the steps that were made.
+        order.epoch, order.start = self.current_epoch, self.global_step % len(order)
+        return loader
 
     def on_train_epoch_start(self) -> None:
-        """Choose the epoch's order, also after resuming."""
+        """Choose the epoch's order."""
         self.begun = True
-        self.trainer.train_dataloader.set_epoch(self.current_epoch)  # type: ignore[union-attr]
+        self.trainer.train_dataloader.batch_sampler.set_epoch(self.current_epoch)  # type: ignore[union-attr]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Tensor:
+        """Note what could not be decoded; ``ValueError`` if nothing could."""
+        images, failed = batch
+        if failed:
+            known: Any = self.train_set
+            known.add_failed(failed)
+            if len(failed) == len(known):
+                raise ValueError(f"not one of {len(known)} images could be decoded; {': '.join(failed[0])}")
+        return images
 
     def _seeded_generator(self, device: torch.device) -> torch.Generator:
         step, cuda = (self.config.seed, self.global_step), device.type == "cuda"

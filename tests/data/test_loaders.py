@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyro_vje.data import ImageSet, ResidentLoader, StreamingLoader, derive_seed, load_dataset, make_loader
+from pyro_vje.data import ImageSet, derive_seed, load_dataset, make_loader
 
 
 def numbered(count: int) -> torch.Tensor:
@@ -15,8 +15,8 @@ def numbered(count: int) -> torch.Tensor:
     return torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
 
 
-def numbers(batches) -> list[list[int]]:
-    return [batch[:, 0, 0, 0].tolist() for batch in batches]
+def numbers(loader) -> list[list[int]]:
+    return [images[:, 0, 0, 0].tolist() for images, _ in loader]
 
 
 @pytest.fixture
@@ -27,45 +27,45 @@ def lazy(tmp_path):
 
 
 def test_an_epoch_is_every_image_once_in_an_order_of_its_own():
-    loader = ResidentLoader(numbered(20), 6, seed=1)
+    loader = make_loader(numbered(20), 6, seed=1)
     assert len(loader) == 3
     first = numbers(loader)
     assert [len(batch) for batch in first] == [6, 6, 6]
     assert len(set(sum(first, []))) == 18  # noqa: RUF017
     assert numbers(loader) == first  # the order is a function of seed and epoch
-    loader.set_epoch(1)
+    loader.batch_sampler.set_epoch(1)
     assert numbers(loader) != first
-    resumed = ResidentLoader(numbered(20), 6, seed=1)
-    resumed.set_epoch(1)
+    resumed = make_loader(numbered(20), 6, seed=1)
+    resumed.batch_sampler.set_epoch(1)
     assert numbers(resumed) == numbers(loader)
-    assert numbers(ResidentLoader(numbered(20), 6, seed=2)) != first
+    assert numbers(make_loader(numbered(20), 6, seed=2)) != first
 
 
 def test_ranks_share_each_global_batch():
-    whole = numbers(ResidentLoader(numbered(21), 8, seed=3))
-    ranks = [numbers(ResidentLoader(numbered(21), 8, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    whole = numbers(make_loader(numbered(21), 8, seed=3))
+    ranks = [numbers(make_loader(numbered(21), 8, seed=3, rank=r, world_size=2)) for r in (0, 1)]
     assert [first + second for first, second in zip(*ranks, strict=True)] == whole
 
 
 def test_streaming_has_the_order_of_a_resident_loader(lazy):
-    loader = StreamingLoader(lazy, 6, seed=1, num_workers=0)
-    resident = ResidentLoader(numbered(20), 6, seed=1)
+    loader = make_loader(lazy, 6, seed=1, num_workers=0)
+    resident = make_loader(numbered(20), 6, seed=1)
     for epoch in (0, 3):
-        loader.set_epoch(epoch)
-        resident.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
+        resident.batch_sampler.set_epoch(epoch)
         assert numbers(loader) == numbers(resident)
-    shard = StreamingLoader(lazy, 6, seed=1, num_workers=0, rank=1, world_size=2)
-    shard.set_epoch(3)
+    shard = make_loader(lazy, 6, seed=1, num_workers=0, rank=1, world_size=2)
+    shard.batch_sampler.set_epoch(3)
     assert numbers(shard) == [batch[3:] for batch in numbers(resident)]
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_worker_processes_change_nothing(lazy):
-    loader = StreamingLoader(lazy, 6, seed=1, num_workers=1)
-    alone = StreamingLoader(lazy, 6, seed=1, num_workers=0)
+    loader = make_loader(lazy, 6, seed=1, num_workers=1)
+    alone = make_loader(lazy, 6, seed=1, num_workers=0)
     for epoch in (0, 1):  # the workers stay alive between epochs and must see the new order
-        loader.set_epoch(epoch)
-        alone.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
+        alone.batch_sampler.set_epoch(epoch)
         assert numbers(loader) == numbers(alone)
 
 
@@ -73,53 +73,51 @@ def test_a_damaged_file_leaves_every_batch_full(lazy, caplog):
     for i in (3, 7):
         with open(lazy.paths[i], "wb") as file:
             file.write(b"damaged")
-    loader = StreamingLoader(lazy, 5, seed=1, num_workers=0)
+    loader = make_loader(lazy, 5, seed=1, num_workers=0)
     for _ in range(2):
-        batches = numbers(loader)
+        batches, failed = zip(*loader, strict=True)
         assert [len(batch) for batch in batches] == [5] * 4
-        assert {3, 7}.isdisjoint(sum(batches, []))  # noqa: RUF017
+        assert {3, 7}.isdisjoint(torch.cat(batches)[:, 0, 0, 0].tolist())
+        for some in failed:
+            lazy.add_failed(some)
     assert sorted(path for path, _ in lazy.failed) == [lazy.paths[3], lazy.paths[7]]
     assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 2
 
 
-def test_a_wholly_damaged_batch_is_replaced_and_wholly_damaged_data_are_an_error(lazy):
-    order = sum(numbers(StreamingLoader(lazy, 2, seed=1, num_workers=0)), [])  # noqa: RUF017
-    for i in order[2:4]:
+def test_the_next_image_stands_in_for_a_damaged_one_and_wholly_damaged_data_are_an_error(lazy):
+    order = sum(numbers(make_loader(lazy, 2, seed=1, num_workers=0)), [])  # noqa: RUF017
+    for i in (18, 19):
         with open(lazy.paths[i], "wb") as file:
             file.write(b"damaged")
-    batches = numbers(StreamingLoader(lazy, 2, seed=1, num_workers=0))
-    assert batches[1] == batches[0]
+    now = sum(numbers(make_loader(lazy, 2, seed=1, num_workers=0)), [])  # noqa: RUF017
+    assert now == [0 if i in (18, 19) else i for i in order]
     for path in lazy.paths:
         with open(path, "wb") as file:
             file.write(b"damaged")
-    with pytest.raises(ValueError, match="not one image of the first batch"):
-        next(iter(StreamingLoader(lazy, 2, num_workers=0)))
+    _, failed = next(iter(make_loader(lazy, 2, num_workers=0)))
+    assert sorted(path for path, _ in failed) == lazy.paths
     assert list(lazy.batches(6)) == []
 
 
 @pytest.mark.parametrize("kind", ["resident", "stream", "workers"])
 def test_a_pass_goes_on_where_it_was_left(lazy, kind):
-    """Also where the first batch to be read is wholly damaged: the one before stands in, as it would have."""
+    """Also where the first batch to be read is damaged."""
 
     def make():
         if kind == "resident":
-            return ResidentLoader(numbered(20), 4, seed=1)
-        return StreamingLoader(lazy, 4, seed=1, num_workers=2 * (kind == "workers"))
+            return make_loader(numbered(20), 4, seed=1)
+        return make_loader(lazy, 4, seed=1, num_workers=2 * (kind == "workers"))
 
-    left, whole, resumed = make(), make(), make()
-    for loader in (left, whole):
-        loader.set_epoch(3)
+    whole, resumed = make(), make()
+    for loader in (whole, resumed):
+        loader.batch_sampler.set_epoch(3)
     if kind != "resident":
-        for i in list(whole._indices())[2].tolist():
+        for i in list(whole.batch_sampler)[2]:
             with open(lazy.paths[i], "wb") as file:
                 file.write(b"damaged")
     expected = numbers(whole)
-    passing = iter(left)
-    assert numbers([next(passing), next(passing)]) == expected[:2]
-    assert left.state_dict() == {"epoch": 3, "taken": 2}
-    resumed.load_state_dict(left.state_dict())
+    resumed.batch_sampler.start = 2
     assert numbers(resumed) == expected[2:]
-    assert resumed.state_dict() == {"epoch": 3, "taken": 5}
     assert numbers(resumed) == expected  # the next pass is whole
 
 
@@ -132,20 +130,12 @@ def test_evaluation_order(lazy):
         assert [len(b) for b in batch] == [6, 6, 6, 2]
 
 
-def test_the_choice_of_loader(lazy, caplog):
-    images = ImageSet(numbered(20), [str(i) for i in range(20)])
+def test_the_choice_of_loader_is_logged(lazy, caplog):
     with caplog.at_level(logging.DEBUG, "pyro_vje"):
-        assert isinstance(make_loader(images, 5, seed=1), ResidentLoader)
-        assert isinstance(make_loader(images, 5, residency="stream"), ResidentLoader)
-        assert isinstance(make_loader(lazy, 5, num_workers=0), StreamingLoader)
+        make_loader(ImageSet(numbered(20), [str(i) for i in range(20)]), 5, seed=1)
+        make_loader(lazy, 5, num_workers=0)
     assert "20 images, 0.00 GB, in the memory of cpu" in caplog.text
     assert "decoded by 0 worker processes" in caplog.text
-    with pytest.raises(ValueError, match="load them with residency='memory' first"):
-        make_loader(lazy, 5, residency="memory")
-    with pytest.raises(ValueError, match="unknown residency"):
-        make_loader(images, 5, residency="gpu")
-    with pytest.raises(ValueError, match="in memory already"):
-        StreamingLoader(images, 5, num_workers=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -153,18 +143,18 @@ def test_resident_on_a_gpu():
     images = ImageSet(numbered(20), [str(i) for i in range(20)])
     loader = make_loader(images, 5, device="cuda", seed=1)
     batches = list(loader)
-    assert batches[0].is_cuda
+    assert batches[0][0].is_cuda
     assert numbers(batches) == numbers(loader)
-    assert not next(iter(make_loader(images, 5, device="cuda", residency="stream"))).is_cuda
+    assert not next(iter(make_loader(images, 5, device="cuda", residency="stream")))[0].is_cuda
 
 
 def test_user_errors_name_both_numbers():
     with pytest.raises(
         ValueError, match="batch_size 32 is larger than the data, 20 images: choose at most 20"
     ):
-        ResidentLoader(numbered(20), 32)
+        make_loader(numbered(20), 32)
     with pytest.raises(ValueError, match="batch_size 9 cannot be shared equally by 2 processes"):
-        ResidentLoader(numbered(20), 9, world_size=2)
+        make_loader(numbered(20), 9, world_size=2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         next(ImageSet(numbered(2), ["0", "1"]).batches(0))
 

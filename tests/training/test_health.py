@@ -110,4 +110,4 @@ def test_batch_norm_of_one_or_few_images(train_with, said, tiny_config, tmp_path
     module = training.Pretraining(build_model(config, 16), config, load_train_set(config)[0])
     assert len(module.train_set) % 3 == 1  # one is left over
     loader = make_loader(module.train_set, 3)
-    assert {len(batch) for batch in loader} == {3}
+    assert {len(images) for images, _ in loader} == {3}
