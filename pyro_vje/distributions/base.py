@@ -19,24 +19,18 @@ class VectorDistribution(TorchDistribution):
     """Base (ours) of distributions over vectors, of parameters ``batch_shape`` or ``(..., D)``."""
 
     arg_constraints: Any
-    _parameter_names: tuple[str, ...]
+    _parameter_names: tuple[str, ...] = ()
     _moments_are_mle = False
 
     def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
         """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
+        stored: dict[str, Tensor] = {}
+        like = next((at_least_float32(p) for p in parameters.values() if isinstance(p, Tensor)), torch.empty(0))
         for name, p in parameters.items():
             if not isinstance(p, Tensor | Real):
                 raise TypeError(f"{name.lstrip('_')} must be a tensor or a number, not a {type(p).__name__}")
-        tensors = [p for p in parameters.values() if isinstance(p, Tensor)]
-        if not tensors:
-            names = ", ".join(parameters)
-            raise TypeError(f"of the parameters {names} at least one must be a tensor (..., D)")
-        # Sums of D squares do not survive half precision; new_full copies nothing from the host.
-        like = at_least_float32(tensors[0])
-        stored = {
-            name: at_least_float32(p) if isinstance(p, Tensor) else like.new_full((), p)
-            for name, p in parameters.items()
-        }
+            # Sums of D squares do not survive half precision; new_full copies nothing from the host.
+            stored[name] = at_least_float32(p) if isinstance(p, Tensor) else like.new_full((), float(p))
         shapes = {name.lstrip("_"): p.shape for name, p in stored.items()}
         batch_shape, event_shape = self.infer_shapes(**shapes)
         if len(event_shape) != 1 or event_shape[0] < 2:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Size, Tensor
@@ -215,7 +215,8 @@ class PolarProduct(PolarDensity):
                 f"not {tuple(direction.event_shape)} and {tuple(radius.event_shape)}"
             )
         batch_shape = Size(broadcast_shape(direction.batch_shape, radius.batch_shape))
-        self.direction, self.radius = direction.expand(batch_shape), radius.expand(batch_shape)
+        self.direction, self.radius = direction, radius
+        self._expand_parameters({}, batch_shape, direction.event_shape)
         TorchDistribution.__init__(self, batch_shape, direction.event_shape, validate_args=validate_args)
 
     @property
@@ -246,14 +247,8 @@ class PolarProduct(PolarDensity):
         square = (r.variance + r.mean.square()).unsqueeze(-1) * (u.variance + u.mean.square())
         return square - self.mean.square()
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> Any:
-        """Expand the batch shape of both factors."""
-        new = self._get_checked_instance(PolarProduct, _instance)
-        shape = Size(batch_shape)
-        new.direction, new.radius = self.direction.expand(shape), self.radius.expand(shape)
-        TorchDistribution.__init__(new, shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
+    def _expand_parameters(self, parameters: dict[str, Tensor], batch_shape: Size, event_shape: Size) -> None:
+        self.direction, self.radius = self.direction.expand(batch_shape), self.radius.expand(batch_shape)
 
     def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
         if matrix:

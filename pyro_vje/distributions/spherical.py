@@ -54,7 +54,6 @@ class HypersphericalUniform(DirectionalDistribution):
     ) -> None:
         if dim < 2:
             raise ValueError(f"dim must be 2 or more, not {dim}")
-        self._parameter_names = ()
         self._like = torch.empty(0, dtype=dtype, device=device)
         TorchDistribution.__init__(self, Size(), Size([dim]), validate_args=validate_args)
 

@@ -122,9 +122,7 @@ def student_t(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> Torch
 @_register("student-t-independent", "a univariate Student-t for each feature", uses=("df",))
 def student_t_independent(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
     """A product of univariate Student-t."""
-    if math.isinf(settings.df):
-        return normal(loc, scale, settings)
-    return dist.StudentT(settings.df, loc, scale).to_event(1)
+    return _univariate(loc, scale, settings).to_event(1)
 
 
 @_register("normal", "diagonal Gaussian, no polar split", uses=())
@@ -162,6 +160,11 @@ def spherical_cauchy(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -
     return _product(own.SphericalCauchy(functional.normalize(loc, dim=-1), rho), loc, scale, settings)
 
 
+def _univariate(loc: Tensor, scale: Tensor, settings: LikelihoodSettings) -> TorchDistribution:
+    """Student-t of each element, of which Pyro's has no Gaussian limit."""
+    return dist.Normal(loc, scale) if math.isinf(settings.df) else dist.StudentT(settings.df, loc, scale)
+
+
 def _direction_variance(scale: Tensor, settings: LikelihoodSettings) -> Tensor:
     return scale.square().mean(-1) / settings.unit_radius**2
 
@@ -175,9 +178,6 @@ def _product(
         log_scale = settings.radius_scale / norm
     else:
         log_scale = torch.linalg.vector_norm(loc * scale, dim=-1) / norm.square()
-    if math.isinf(settings.df):
-        base: TorchDistribution = dist.Normal(norm.log(), log_scale)
-    else:
-        base = dist.StudentT(settings.df, norm.log(), log_scale)
-    radius = dist.TransformedDistribution(base, [dist.transforms.ExpTransform()])
+    log_radius = _univariate(norm.log(), log_scale, settings)
+    radius = dist.TransformedDistribution(log_radius, [dist.transforms.ExpTransform()])
     return own.PolarProduct(direction, radius)

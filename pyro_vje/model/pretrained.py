@@ -119,18 +119,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def load_state(network: nn.Module, state: dict[str, Tensor], path: Path, classifier: str = "") -> None:
     """Load weights, but for those of the layer ``classifier``, which is taken off: it may have any width, or lack."""
     ignored = f"{classifier or None}."
-    wanted = {name: value for name, value in network.state_dict().items() if not name.startswith(ignored)}
-    state = {name: value for name, value in state.items() if not name.startswith(ignored)}
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    kept = {name: value for name, value in state.items() if not name.startswith(ignored)}
+    try:
+        lacking, unknown = network.load_state_dict(kept, strict=False)
+    except RuntimeError as error:  # of a shape; its first line names the network's class
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} does not fit the encoder: {reason}") from None
+    missing = [name for name in lacking if not name.startswith(ignored)]
     if missing or unknown:
         raise ValueError(
             f"{path} does not fit the encoder: it lacks {', '.join(missing[:3]) or 'nothing'} ({len(missing)} tensors) "
             f"and has {', '.join(unknown[:3]) or 'nothing'} ({len(unknown)}) that the encoder does not know"
         )
-    for name, value in state.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(
-                f"{path} does not fit the encoder: {name} has shape {tuple(value.shape)}, not "
-                f"{tuple(wanted[name].shape)}"
-            )
-    network.load_state_dict(state, strict=False)

@@ -121,7 +121,7 @@ def test_arguments_of_another_type_are_named(family):
     for name, value in keywords.items():
         with pytest.raises(TypeError, match=f"{name} must be a tensor or a number, not a list"):
             family(**(keywords | {name: [value.tolist()]}))
-    with pytest.raises(TypeError, match="at least one must be a tensor"):
+    with pytest.raises(ValueError, match="parameters must be vectors"):
         family(**dict.fromkeys(keywords, 0.5))
 
 

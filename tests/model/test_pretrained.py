@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_named(state, tmp_path):
     with pytest.raises(ValueError, match=rf"lacks {first} \(1 tensors\) and has head\.extra \(1\)"):
         build_encoder(NAME, 32, str(tmp_path / "keys.pth"))
     torch.save({**state, first: torch.ones(2, 2)}, tmp_path / "shape.pth")
-    with pytest.raises(ValueError, match=rf"{first} has shape \(2, 2\), not \("):
+    with pytest.raises(ValueError, match=rf"size mismatch for {first}: .*\[2, 2\]"):
         build_encoder(NAME, 32, str(tmp_path / "shape.pth"))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(ValueError, match="no readable file of weights"):
