@@ -160,8 +160,8 @@ class Pretraining(lightning.LightningModule):
             world_size=self.trainer.world_size,
         )
         order: Any = loader.batch_sampler
-        # Of a run that goes on, the epoch that was left, without the steps that were made.
-        order.epoch, order.start = self.current_epoch, self.global_step % len(order)
+        # Of a run that goes on, the epoch that was left, without the steps that were made: workers read ahead from here.
+        order.epoch, order.start = divmod(self.global_step, len(order))
         return loader
 
     def on_train_epoch_start(self) -> None:
