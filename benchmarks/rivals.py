@@ -105,7 +105,7 @@ def torchvision_views(ours: TwoViews) -> Callable[[Tensor], list[Tensor]]:
         v2.RandomHorizontalFlip(r.flip),
         v2.RandomApply([v2.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue)], r.jitter),
         v2.RandomGrayscale(r.grey),
-        *([v2.RandomApply([v2.GaussianBlur(ours.kernel, r.sigma)], r.blur[0])] if any(r.blur) else []),
+        *([v2.RandomApply([v2.GaussianBlur(ours.kernel, r.sigma)], r.blur)] if r.blur else []),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(ours.mean, ours.std),
     ])  # fmt: skip
@@ -126,7 +126,7 @@ def lightly_views(ours: TwoViews) -> Callable[[Tensor], list[Tensor]]:
         cj_hue=r.hue,
         min_scale=r.scale[0],
         random_gray_scale=r.grey,
-        gaussian_blur=r.blur[0],
+        gaussian_blur=r.blur,
         sigmas=r.sigma,
         hf_prob=r.flip,
         normalize={"mean": list(ours.mean), "std": list(ours.std)},
@@ -153,7 +153,7 @@ def kornia_views(ours: TwoViews) -> Callable[[Tensor], Tensor]:
         k.RandomHorizontalFlip(r.flip),
         k.ColorJitter(r.brightness, r.contrast, r.saturation, r.hue, p=r.jitter),
         k.RandomGrayscale(p=r.grey),
-        *([k.RandomGaussianBlur((ours.kernel,) * 2, r.sigma, p=r.blur[0])] if any(r.blur) else []),
+        *([k.RandomGaussianBlur((ours.kernel,) * 2, r.sigma, p=r.blur)] if r.blur else []),
         k.Normalize(ours.mean, ours.std),
         data_keys=["input"],
     )

@@ -88,7 +88,7 @@ def measure(run: LoadedRun, count: int) -> list[dict[str, Any]]:
     )
     doubts["spread of 8 views' directions"] = (1 - directions.mean(0).norm(dim=-1), None)
     crops = [viewed(run, test, replace(STILL, scale=(area, area)))[0] for area in AREAS]
-    blurs = [viewed(run, test, replace(STILL, blur=(1.0, 1.0), sigma=(s, s)))[0] for s in SIGMAS]
+    blurs = [viewed(run, test, replace(STILL, blur=1.0, sigma=(s, s)))[0] for s in SIGMAS]
     return [
         {"doubt": name, "r_auroc": r_auroc(correct, doubt), "recall_at_1": correct.double().mean().item()}
         | (answer(of, crops, "crop") | answer(of, blurs, "blur") if of else {})

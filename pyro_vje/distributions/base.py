@@ -25,7 +25,9 @@ class VectorDistribution(TorchDistribution):
     def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
         """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
         stored: dict[str, Tensor] = {}
-        like = next((at_least_float32(p) for p in parameters.values() if isinstance(p, Tensor)), torch.empty(0))
+        like = next(
+            (at_least_float32(p) for p in parameters.values() if isinstance(p, Tensor)), torch.empty(0)
+        )
         for name, p in parameters.items():
             if not isinstance(p, Tensor | Real):
                 raise TypeError(f"{name.lstrip('_')} must be a tensor or a number, not a {type(p).__name__}")

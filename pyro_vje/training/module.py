@@ -160,7 +160,7 @@ class Pretraining(lightning.LightningModule):
             world_size=self.trainer.world_size,
         )
         order: Any = loader.batch_sampler
-        # Of a run that goes on, the epoch that was left, without the steps that were made: workers read ahead from here.
+        # Where the run goes on; workers read ahead from here, before an epoch is begun.
         order.epoch, order.start = divmod(self.global_step, len(order))
         return loader
 

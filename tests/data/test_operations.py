@@ -74,11 +74,6 @@ def test_greyscale_is_torchvisions(images):
     torch.testing.assert_close(pixels.greyscale_(images.clone(), FLAGS), expected, atol=1e-6, rtol=0)
 
 
-def test_solarise_is_torchvisions(images):
-    expected = one_by_one(lambda image, on: reference.solarize(image, 0.5) if on else image, images, FLAGS)
-    torch.testing.assert_close(pixels.solarise_(images.clone(), FLAGS), expected, atol=0, rtol=0)
-
-
 @pytest.mark.parametrize("kernel", [3, 9])
 def test_blur_is_torchvisions(images, kernel):
     sigma = uniform(0.1, 2.0)
@@ -100,7 +95,6 @@ def test_neutral_parameters_change_nothing(images):
         (pixels.saturation_, one),
         (pixels.hue_, zero),
         (pixels.greyscale_, never),
-        (pixels.solarise_, never),
     ):
         torch.testing.assert_close(function(x.clone(), parameter), images, atol=1e-6, rtol=0)
     torch.testing.assert_close(pixels.blur_(x, one, never, 5), images, atol=0, rtol=0)

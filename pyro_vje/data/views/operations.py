@@ -104,11 +104,6 @@ def blur_(images: Tensor, sigma: Tensor, apply: Tensor, kernel: int) -> Tensor:
     return images.copy_(conv2d(x, weights[:, None, :, None], groups=batch * channels).view(images.shape))
 
 
-def solarise_(images: Tensor, apply: Tensor) -> Tensor:
-    """Invert what is at least half bright, where wanted: ``solarize(threshold=0.5)``."""
-    return torch.where(_per_image(apply) & (images >= 0.5), 1 - images, images, out=images)
-
-
 def _per_image(parameter: Tensor) -> Tensor:
     return parameter[:, None, None, None]
 

@@ -24,9 +24,9 @@ class Recipe:
     """Distribution of a random view.
 
     Ranges: ``scale`` of the crop's area, as a fraction of the image's, ``ratio`` of its width / height (log-uniform),
-    ``sigma`` of the blur's standard deviation in pixels. Probabilities: ``flip``, ``jitter``, ``grey``; ``blur`` and
-    ``solarise`` (inverting what is brighter than half) in the first view and in every other. The jitter draws factors
-    from [1 - x, 1 + x] for ``brightness``, ``contrast`` and ``saturation``, and a shift from [-x, x] turns for ``hue``.
+    ``sigma`` of the blur's standard deviation in pixels. Probabilities: ``flip``, ``jitter``, ``grey``, ``blur``. The
+    jitter draws factors from [1 - x, 1 + x] for ``brightness``, ``contrast`` and ``saturation``, and a shift from
+    [-x, x] turns for ``hue``.
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
@@ -38,9 +38,8 @@ class Recipe:
     saturation: float = 0.4
     hue: float = 0.1
     grey: float = 0.2
-    blur: tuple[float, float] = (0.0, 0.0)
+    blur: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
-    solarise: tuple[float, float] = (0.0, 0.0)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -48,20 +47,18 @@ RECIPES: dict[str, Recipe] = {
     "cifar": Recipe(),
     # a digit has a fixed orientation and no colour
     "digits": Recipe(scale=(0.4, 1.0), flip=0.0, saturation=0.0, hue=0.0, grey=0.0),
-    "stl10": Recipe(blur=(0.5, 0.5)),
+    "stl10": Recipe(blur=0.5),
     # MoCo v2 and SimSiam on ImageNet
-    "imagenet": Recipe(blur=(0.5, 0.5)),
-    # BYOL (Grill et al. 2020, table 6): the two views differ
-    "byol": Recipe(scale=(0.08, 1.0), saturation=0.2, blur=(1.0, 0.1), solarise=(0.0, 0.2)),
+    "imagenet": Recipe(blur=0.5),
 }
 
 
 ViewParameters = namedtuple(
     "ViewParameters",
-    "top left height width flip brightness contrast saturation hue grey blur sigma solarise",
+    "top left height width flip brightness contrast saturation hue grey blur sigma",
 )
 """What was drawn for V views of each of B images, (V, B) each, or for one view of each, (B,): the crop's box in whole
-pixels, factors, a shift of the hue in turns, sigma in pixels, and whether to flip, grey, blur and solarise."""
+pixels, factors, a shift of the hue in turns, sigma in pixels, and whether to flip, grey and blur."""
 
 
 class CleanView:
@@ -104,10 +101,10 @@ class CleanView:
 class TwoViews(CleanView):
     """Two augmented views of each image, or more, by a :class:`Recipe` or the name of one in :data:`RECIPES`.
 
-    The order is fixed: crop and resize, flip, brightness, contrast, saturation, hue, greyscale, blur, solarisation,
-    normalisation. The pixels are those of ``torchvision.transforms.v2.functional`` on float images; torchvision's
-    ``ColorJitter`` shuffles the four colour operations, this does not. Raises ``ValueError`` if the recipe is unknown
-    or blurs a single pixel, or as :class:`CleanView`.
+    The order is fixed: crop and resize, flip, brightness, contrast, saturation, hue, greyscale, blur, normalisation.
+    The pixels are those of ``torchvision.transforms.v2.functional`` on float images; torchvision's ``ColorJitter``
+    shuffles the four colour operations, this does not. Raises ``ValueError`` if the recipe is unknown or blurs a single
+    pixel, or as :class:`CleanView`.
     """
 
     def __init__(
@@ -117,7 +114,7 @@ class TwoViews(CleanView):
         if isinstance(recipe, str) and recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-        if any(self.recipe.blur) and image_size < 2:
+        if self.recipe.blur and image_size < 2:
             raise ValueError("one pixel cannot be blurred: take image_size 2, or a recipe without blur")
         self.kernel = max(3, image_size // 10 // 2 * 2 + 1)  # SimCLR's: a tenth of the image, odd
 
@@ -167,10 +164,8 @@ class TwoViews(CleanView):
                 x = getattr(pixels, f"{name}_")(x, getattr(p, name))
         if recipe.grey:
             x = pixels.greyscale_(x, p.grey)
-        if any(recipe.blur):
+        if recipe.blur:
             x = pixels.blur_(x, p.sigma, p.blur, self.kernel)
-        if any(recipe.solarise):
-            x = pixels.solarise_(x, p.solarise)
         return x
 
 
@@ -202,10 +197,6 @@ def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recip
     def factor(number: Tensor, strength: float) -> Tensor:
         return torch.where(jitter, _between(number, max(0.0, 1 - strength), 1 + strength), 1.0)
 
-    def either(number: Tensor, probabilities: tuple[float, float]) -> Tensor:
-        # A tensor of the two numbers would be copied to the device, and waited for.
-        return torch.stack([x < probabilities[min(view, 1)] for view, x in enumerate(number)])
-
     return ViewParameters(
         *(top, left, height, width),
         flip=u[2] < recipe.flip,
@@ -214,9 +205,8 @@ def draw_parameters(uniform: Tensor, image_shape: tuple[int, int], recipe: Recip
         saturation=factor(u[6], recipe.saturation),
         hue=torch.where(jitter, _between(u[7], -recipe.hue, recipe.hue), 0.0),
         grey=u[8] < recipe.grey,
-        blur=either(u[9], recipe.blur),
+        blur=u[9] < recipe.blur,
         sigma=_between(u[10], *recipe.sigma),
-        solarise=either(u[11], recipe.solarise),
     )
 
 
