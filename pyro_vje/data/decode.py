@@ -88,17 +88,13 @@ def decode_image(
 
 
 def _square(rgb: Image.Image, size: int, how: Image.Resampling, fit: str) -> Image.Image:
-    if fit == "pad":
-        longest = max(rgb.size)
-        width, height = (max(1, round(size * side / longest)) for side in rgb.size)
-        square = Image.new("RGB", (size, size), MARGIN)
-        square.paste(rgb.resize((width, height), how), ((size - width) // 2, (size - height) // 2))
-        return square
-    if fit == "squeeze":
-        return rgb.resize((size, size), how)
-    side = min(rgb.size)  # in one step: the whole of 20000 x 20 would take 1000 times the memory
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-    return rgb.resize((size, size), how, box=(left, top, left + side, top + side))
+    if fit != "pad":  # in one step: the whole of 20000 x 20 would take 1000 times the memory
+        return rgb.resize((size, size), how, box=shown_box(*rgb.size, fit))
+    longest = max(rgb.size)
+    width, height = (max(1, round(size * side / longest)) for side in rgb.size)
+    square = Image.new("RGB", (size, size), MARGIN)
+    square.paste(rgb.resize((width, height), how), ((size - width) // 2, (size - height) // 2))
+    return square
 
 
 def shown_box(width: int, height: int, fit: str) -> tuple[float, float, float, float]:

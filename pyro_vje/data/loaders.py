@@ -63,7 +63,7 @@ class EpochOrder:
     def __len__(self) -> int:
         return self.count // self.batch_size
 
-    def __iter__(self) -> Iterator[list[int] | Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         start, self.start = self.start, 0
         generator = torch.Generator(self.device).manual_seed(derive_seed("order", self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator, device=self.device)

@@ -29,8 +29,8 @@ from pyro_vje.model.vje import Views
 from pyro_vje.training.distributed import GlobalNoise
 
 HEAD_LR = 1e-3  # of AdamW, for a head on cached features
-LOUD = ("enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
-QUIET: dict[str, Any] = dict.fromkeys(LOUD, False)  # of Lightning's trainer
+# Of Lightning's trainer.
+QUIET: Any = {"enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
 PART_EVERY = 5
 """Steps between readings of the objective's parts: they cost a second evaluation of the likelihood."""
 
@@ -212,6 +212,8 @@ class Pretraining(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take this process's sums; with another number of processes, the mean."""
+        # Of runs before, whose loaders kept where they were: the number of steps says it.
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         names, rows, self.counts = checkpoint.get("sums", ([], torch.empty(1, 0), {}))
         mine = rows[self.global_rank] if len(rows) == self.trainer.world_size else rows.mean(0)
         self.sums = dict(zip(names, mine, strict=True))

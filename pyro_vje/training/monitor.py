@@ -193,17 +193,17 @@ class EpochReport(lightning.pytorch.Callback):
         return row
 
     def _warn(self, row: dict[str, Any], dim: int, elbo: bool, config: TrainConfig) -> None:
-        found = metrics.unhealthy(*(row[sign] for sign in SIGNS), dim)
+        found = metrics.unhealthy(row["effective_rank"], row["spread"], row["posterior_snr"], dim)
         if config.frozen:  # it cannot collapse
             found = {sign: message for sign, message in found.items() if sign == "posterior_snr"}
         if not elbo:  # the posterior's scale has no meaning
             found.pop("posterior_snr", None)
-        for sign, message in found.items():
-            if sign in self.warned:  # one that lasts is said once
-                continue
-            plain = level(config) == logging.DEBUG
-            log.warning("%s", LITTLE_LEARNED if plain else f"epoch {row['epoch']}: {message}")
-            log.debug("%s %.3g", sign, row[sign])
+        new = [sign for sign in found if sign not in self.warned]  # one that lasts is said once
+        plain = level(config) == logging.DEBUG
+        if new and plain:
+            log.warning(LITTLE_LEARNED)
+        for sign in new:
+            log.log(logging.DEBUG if plain else logging.WARNING, "epoch %d: %s", row["epoch"], found[sign])
         self.warned = {*found, *self.warned.difference(SIGNS)}
 
 
