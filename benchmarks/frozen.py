@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.__main__ import describe
 from benchmarks.harness import Settings
 from pyro_vje import VJE, TrainConfig
-from pyro_vje.anomaly.calibration import cross_calibration
 from pyro_vje.anomaly.detectors import kernel_density, mahalanobis, nearest_neighbour
+from pyro_vje.anomaly.judge import cross_calibration
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.data import load_dataset

@@ -85,14 +85,15 @@ def _say(result: Any, *, plain: bool = False) -> None:
     """
     from pyro_vje.data import counted
 
-    config, scored, flagged = result.settings, result.scored, result.flagged
+    config, scored = result.settings, result.scored
     passes = f"{result.passes} forward pass{'es' if result.passes > 1 else ''} an image"
     how = f"{config.score} ({passes}, {config.num_particles} particles, seed {config.seed})"
     log.debug("scored by %s", how)
     if not plain:
         click.echo(f"{counted(scored)} scored by {how}: {result.csv}")
-    said = []
-    if flagged is not None:
+    elif result.flagged is None:
+        click.echo(f"{counted(scored)}, ordered by how strange they look; none is called strange")
+    if result.flagged is not None:
         rule = f"Benjamini-Hochberg at a false-discovery rate of {config.fdr}"
         sure = f"at most {100 * (config.fdr or 0):g} % of those are normal, on average"
         if config.alpha is not None:
@@ -100,16 +101,12 @@ def _say(result: Any, *, plain: bool = False) -> None:
             sure = f"about {100 * config.alpha:g} % of normal images are marked by mistake, here "
             sure += f"{config.alpha * scored:.0f} if all {scored} were normal"
         called = "look strange" if plain else "called anomalies"
-        said.append(f"{flagged} of {scored} {called} ({rule})\nhow sure: {sure}")
-    elif plain:
-        said.append(f"{counted(scored)}, ordered by how strange they look; none is called strange")
+        click.echo(f"{result.flagged} of {scored} {called} ({rule})\nhow sure: {sure}")
     if result.auroc is not None:
+        means = "by the names of the folders, 1 is perfect: " if plain else ""
         counts = f"anomalies positive: {result.anomalies}, normal: {result.normal}"
         counts += f"; left out, without a label: {result.unlabelled}" if result.unlabelled else ""
-        means = "by the names of the folders, 1 is perfect: " if plain else ""
-        said.insert(len(said) if plain else 0, f"{means}AUROC {result.auroc:.4f} ({counts})")
-    for line in said:
-        click.echo(line)
+        click.echo(f"{means}AUROC {result.auroc:.4f} ({counts})")
     if result.maps:
         click.echo(f"maps: {result.maps}")
     for name, value in (result.pixels or {}).items():

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vje.anomaly.calibration import say_level
-from pyro_vje.anomaly.rows import HOW, prepare
+from pyro_vje.anomaly.judge import HOW, prepare, say_level
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet, LazyImages
 from pyro_vje.model.encoding import encode_batches

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vje.anomaly.calibration import say_level
+from pyro_vje.anomaly.judge import say_level
 from pyro_vje.anomaly.maps import learn_maps
 from pyro_vje.anomaly.table import ScoreResult, score
-from pyro_vje.config import INSPECTION, ScoreConfig, TrainConfig
+from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import ImageSet, list_images, load_train_set, views_for
 from pyro_vje.data.datasets import SQUARE, short_to_long
 from pyro_vje.model import build_encoder, encode
@@ -53,36 +53,45 @@ def inspect(
     out: str | Path = "inspection",
     *,
     settings: ScoreConfig | None = None,
-    **how: Any,
+    encoder: str | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
+    fit: Any = None,
+    places: Sequence[str] = (),
+    **overrides: Any,
 ) -> ScoreResult:
     """Learn what good images look like, and say which of the new ones look strange.
 
     Trains a model on all images of the folder ``good``, whatever its subfolders, in ``out/model`` (once: a second call
     scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
-    ``out/scores_report.html``. ``how``: ``encoder``, ``weights``, ``image_size`` and ``fit`` of `TrainConfig`, by
-    default what `choose_encoder` finds, images that are not square whole between margins; ``places`` of `MapConfig`,
-    for maps, which a finished model without them learns then; and fields of `ScoreConfig`
+    ``out/scores_report.html``. ``encoder``, ``weights``, ``image_size`` and ``fit`` are those of `TrainConfig`, by
+    default what `choose_encoder` finds, images that are not square whole between margins; ``places`` that of
+    `MapConfig`, for maps, which a finished model without them learns then; ``overrides`` are fields of `ScoreConfig`
     in place of those of ``settings``, by default decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``:
     one folder lies within another or has no images, or the decision asked for cannot be met by any image.
     """
-    encoder, weights, image_size, fit, parts = (how.pop(name, None) for name in (*INSPECTION, "places"))
-    places = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
-    for (name, place), (other, outer) in permutations(places.items(), 2):
-        if place.is_relative_to(outer):
+    folders = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
+    for (name, folder), (other, outer) in permutations(folders.items(), 2):
+        if folder.is_relative_to(outer):
             raise ValueError(
-                f"{name} ({place}) lies within {other} ({outer}): images would count twice, name another"
+                f"{name} ({folder}) lies within {other} ({outer}): images would count twice, name another"
             )
     learned = [str(path) for path in list_images(good)]
     count, new_count = len(learned), len(list_images(new))
-    settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **how})
-    name, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
+    settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **overrides})
+    network, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
     log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
-    holdout = min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None
-    shape = fit or ("crop" if short_to_long(learned) >= SQUARE else "pad")
-    squares = {"image_size": image_size, "fit": shape}
-    config = TrainConfig("images", str(good), encoder=name, weights=source, holdout=holdout, **squares)
-    frozen = config.resolved().frozen
-    calibrated = count if frozen else round((config.holdout or 0) * count)
+    config = TrainConfig(
+        "images",
+        str(good),
+        encoder=network,
+        weights=source,
+        holdout=min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None,
+        image_size=image_size,
+        fit=fit or ("crop" if short_to_long(learned) >= SQUARE else "pad"),
+    )
+    resolved = config.resolved()
+    calibrated = count if resolved.frozen else round((resolved.holdout or 0) * count)
     if settings.alpha is not None or settings.fdr is not None:
         say_level(calibrated, new_count, settings.alpha, settings.fdr)
     elif calibrated >= 1 / ALPHA - 1:
@@ -94,11 +103,11 @@ def inspect(
         _check_learned(run, good, encoder, fit)
         log.info("the model in %s is there already; remove it to learn anew", run)
     else:
-        if frozen:
-            log.info("this will take about %s", duration(_seconds(config.resolved(), count, new_count)))
+        if resolved.frozen:
+            log.info("this will take about %s", duration(_seconds(resolved, count, new_count)))
         train(config, run, resume=(run / runs.CONFIG).is_file())
     if settings.maps and not (run / runs.MAPS).is_file():
-        learn_maps(run, places=parts or (), trust_plugins=settings.trust_plugins)
+        learn_maps(run, places=places, trust_plugins=settings.trust_plugins)
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import pyro
 import torch
@@ -39,6 +39,7 @@ def latent_noise(num_particles: int, dim: int, seed: int) -> Tensor:
     return torch.cat([half, -half])[:num_particles]
 
 
+@dataclass(eq=False)
 class Scorer:
     """A model, a likelihood family and reference images, by which encoded images are judged.
 
@@ -49,33 +50,24 @@ class Scorer:
     ``num_particles`` negative.
     """
 
-    kl_weight: float
+    vje: VJE
+    _: KW_ONLY
+    reference: Encoded | None = None
+    num_particles: int = 16
+    seed: int = 0
+    likelihood: str | None = None
+    kl_weight: float = 1.0
 
-    def __init__(
-        self,
-        vje: VJE,
-        *,
-        reference: Encoded | None = None,
-        num_particles: int = 16,
-        seed: int = 0,
-        likelihood: str | None = None,
-        kl_weight: float = 1.0,
-    ) -> None:
-        if num_particles < 0:
-            raise ValueError(f"num_particles must be at least 0, not {num_particles}")
-        self.vje, self.kl_weight = vje, kl_weight
-        self.family = vje.family if likelihood is None else get_family(likelihood)
-        self.family.check(vje.embedding_dim, vje.settings)
-        self.device = vje.device
-        self._reference = None if reference is None else reference.to(self.device)
-        self.noise = latent_noise(num_particles, vje.embedding_dim, seed).to(self.device)
+    def __post_init__(self) -> None:
+        if self.num_particles < 0:
+            raise ValueError(f"num_particles must be at least 0, not {self.num_particles}")
+        dim, self.device = self.vje.embedding_dim, self.vje.device
+        self.family = self.vje.family if self.likelihood is None else get_family(self.likelihood)
+        self.family.check(dim, self.vje.settings)
+        self.reference = None if self.reference is None else self.reference.to(self.device)
+        self.noise = latent_noise(self.num_particles, dim, self.seed).to(self.device)
+        self.rotation_weight = self.vje.rotations * dim  # as trained
         self._fitted: dict[str, detectors.Fitted] = {}
-        how = {"num_particles": num_particles, "seed": seed, "likelihood": likelihood, "kl_weight": kl_weight}
-        self._how: dict[str, Any] = how
-
-    def of(self, vje: VJE, reference: Encoded) -> Scorer:
-        """The same settings for another model and other reference images."""
-        return Scorer(vje, reference=reference, **self._how)
 
     def scores(self, name: str, encoded: Encoded) -> Tensor:
         """Score ``name`` of N encoded images, float64 ``(N,)``."""
@@ -92,31 +84,25 @@ class Scorer:
             )
         return LikelihoodParts(self, encoded)
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether there are reference images."""
-        return self._reference is not None
-
-    @property
-    def reference(self) -> Encoded:
+    def known(self) -> Encoded:
         """The reference images; ``ValueError`` where there are none."""
-        if self._reference is None:
+        if self.reference is None:
             raise ValueError(
                 "this score compares with images that were trained on, and there are none at hand: score with a run "
                 "folder that holds reference.safetensors (train --resume writes it into a finished run)"
             )
-        return self._reference
+        return self.reference
 
     @cached_property
     def typical(self) -> float:
         """Median log-likelihood of the reference images."""
-        parts = [self.parts(part).log_likelihood for part in self.reference.split(_AT_ONCE)]
+        parts = [self.parts(part).log_likelihood for part in self.known().split(_AT_ONCE)]
         return float(torch.cat(parts).median())
 
     def fitted(self, detector: str) -> detectors.Fitted:
         """A function of `detectors` by name, fitted on the reference images' embeddings once."""
         if detector not in self._fitted:
-            self._fitted[detector] = getattr(detectors, detector)(self.reference.embeddings)
+            self._fitted[detector] = getattr(detectors, detector)(self.known().embeddings)
         return self._fitted[detector]
 
     def log_likelihood(self, embeddings: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -142,10 +128,10 @@ class Scorer:
         Matrix products over ``chunk`` reference images at a time, by default as many as are fast.
         """
         chunk = chunk or max(1, _PAIRS // max(1, len(embeddings)))
-        parts = self.reference.split(chunk)
+        parts = self.known().split(chunk)
         kernels = (self.vje.likelihood(part.embeddings, part.scale, self.family) for part in parts)
         found = [pairwise_log_prob(kernel, embeddings).double().logsumexp(0) for kernel in kernels]
-        return torch.stack(found).logsumexp(0) - math.log(len(self.reference.loc))
+        return torch.stack(found).logsumexp(0) - math.log(len(self.known().loc))
 
 
 class LikelihoodParts:
@@ -207,16 +193,6 @@ class LikelihoodParts:
             )
         return self.encoded.log_rotation.double()
 
-    @property
-    def log_joint(self) -> Tensor:
-        """Log-density of the embedding, a Gaussian fitted to the references, and of the rotation at its weight.
-
-        Up to a constant.
-        """
-        vje = self.scorer.vje
-        weight = vje.rotations * vje.embedding_dim
-        return weight * self.log_rotation - 0.5 * self.by_detector("mahalanobis")
-
     @cached_property
     def variance(self) -> Tensor:
         """Mean posterior variance over features, in squared units of the latent."""
@@ -234,7 +210,7 @@ class LikelihoodParts:
     @cached_property
     def log_aggregate(self) -> Tensor:
         """Log of the mean over reference images i of p(t | e_i, v_i)."""
-        chunk = len(self.scorer.reference.loc) if self._at_once else None
+        chunk = len(self.scorer.known().loc) if self._at_once else None
         log_aggregate = partial(self.scorer.log_aggregate, chunk=chunk)
         return self._evaluate(log_aggregate, self.encoded.embeddings, rows=self._rows)
 

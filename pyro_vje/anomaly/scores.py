@@ -55,7 +55,8 @@ _SCORES = [
     Score("rotation", "negative log-probability of the image's own rotation, mean over its four turns (--rotations)",
           lambda parts: -parts.log_rotation, of="rotations"),
     Score("rotation-joint", "rotation at its trained weight, and half of mahalanobis: both in nats (--rotations)",
-          lambda parts: -parts.log_joint, True, "rotations"),
+          lambda parts: 0.5 * parts.by_detector("mahalanobis") - parts.scorer.rotation_weight * parts.log_rotation,
+          True, "rotations"),
 ]
 # fmt: on
 SCORES = {score.name: score for score in _SCORES}

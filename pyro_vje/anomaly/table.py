@@ -1,14 +1,17 @@
 """`score` and `embed`: what is found of images, and what is written of it.
 
 One table, a row for each image, is what the CSV, the Parquet file, the summary, the pictures and the report tell of.
+Its rows are on disk as they come: memory does not grow with them, and an interrupted call can go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,9 +23,8 @@ import pandas as pd
 from PIL import Image
 
 from pyro_vje import metrics
-from pyro_vje.anomaly.calibration import say_level
+from pyro_vje.anomaly.judge import HOW, MAP_COLUMNS, PARTS, Judge, prepare, say_level
 from pyro_vje.anomaly.maps import describe_maps, find_masks, map_file, read_levels
-from pyro_vje.anomaly.rows import HOW, MAP_COLUMNS, PARTS, Judge, Rows, prepare, score_images
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
 from pyro_vje.data.decode import shown_box
@@ -30,8 +32,9 @@ from pyro_vje.metrics.detection import benjamini_hochberg
 from pyro_vje.model.encoding import encode
 from pyro_vje.pages import pictures
 from pyro_vje.pages.report import render_report
+from pyro_vje.progress import Progress, clear_line
 from pyro_vje.runs import folder as runs
-from pyro_vje.runs.files import check_writable, sha256, write_atomic, write_json
+from pyro_vje.runs.files import check_writable, locked, parse_json, sha256, write_atomic, write_json
 
 log = logging.getLogger("pyro_vje")
 
@@ -84,9 +87,9 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     maps_folder = target.parent / runs.PICTURES / f"{target.stem}_maps" if judge.maps else None
     masks = find_masks(settings.masks, images, _are_normal(images, normal)) if settings.masks else {}
 
-    weights = run.folder / runs.WEIGHTS if run.folder else ckpt
-    made: dict[str, Any] = {name: getattr(settings, name) for name in HOW}
-    made |= {"weights_sha256": sha256(weights), "images": images.fingerprint()}
+    made = {name: getattr(settings, name) for name in HOW}
+    made["weights_sha256"] = sha256(run.folder / runs.WEIGHTS if run.folder else ckpt)
+    made["images"] = images.fingerprint()
     if judge.maps and run.folder:
         made["maps_sha256"] = sha256(run.folder / runs.MAPS)
     shape = (len(images), len(judge.columns))
@@ -99,36 +102,36 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     if scored.anomaly_score.isna().all():
         family = judge.scorer.family.name
         raise ValueError(f"score {judge.score.name!r} does not exist for the likelihood {family!r}")
-    decision = _decide(table, settings)
-    counts, found = _against_labels(table)
+
     maps = None
     if judge.maps and maps_folder:
-        shown = (scored.position.tolist(), scored.map_peak.to_numpy())
-        maps = describe_maps(judge.maps, maps_folder, settings, images, *shown, masks)
+        positions, peaks = scored.position.tolist(), scored.map_peak.to_numpy()
+        maps = describe_maps(judge.maps, maps_folder, settings, images, positions, peaks, masks)
+    counts, found = _against_labels(table)
+    decision = _decide(table, settings)
     summary = {
-        **{"run": str(ckpt), "data": _data(run, settings), "score": _how(judge), "normal_class": normal},
-        "counts": {"scored": len(scored), "failed": len(failed), **counts},
+        "run": str(ckpt),
+        "data": _data(run, settings),
+        "score": {
+            **{name: made[name] for name in HOW},
+            "meaning": judge.score.description,
+            "likelihood": judge.scorer.family.name,
+            "forward_passes_an_image": judge.passes,
+        },
+        "normal_class": normal,
+        "counts": counts,
         "calibration": calibration.describe() if calibration else None,
-        **{"decision": decision, "metrics": found, "maps": maps, "weights_sha256": made["weights_sha256"]},
+        "decision": decision,
+        "metrics": found,
+        "maps": maps,
+        "weights_sha256": made["weights_sha256"],
         "versions": runs.versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write(target, table, parquet=settings.parquet)
-    thumbnails = partial(_thumbnails, images, table)
-    if settings.draw:
-        _draw(target, scored, thumbnails)
-    report = None
-    if settings.report:
-        overlays = partial(_overlays, images, table, maps) if maps else None
-        held_out = calibration.scores if calibration else None
-        page = render_report(table, summary, held_out, thumbnails, target.parent, overlays)
-        report = write_atomic(target.with_name(f"{target.stem}_report.html"), page)
     result = ScoreResult(
         csv=target,
-        summary=write_json(target.with_name(f"{target.stem}_summary.json"), summary),
-        report=report,
-        scored=len(scored),
-        failed=len(failed),
+        summary=target.with_name(f"{target.stem}_summary.json"),
+        report=target.with_name(f"{target.stem}_report.html") if settings.report else None,
         **counts,
         auroc=found["auroc"] if found else None,
         flagged=decision["anomalies"] if decision else None,
@@ -137,6 +140,16 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         maps=maps_folder,
         pixels=maps["metrics"] if maps else None,
     )
+    _write(target, table, parquet=settings.parquet)
+    write_json(result.summary, summary)
+    thumbnails = partial(_thumbnails, images, table)
+    if settings.draw:
+        _draw(target, table[table.error.isna()], thumbnails)
+    if result.report:
+        overlays = partial(_overlays, images, table, maps) if maps else None
+        held_out = calibration.scores if calibration else None
+        page = render_report(table, summary, held_out, thumbnails, target.parent, overlays)
+        write_atomic(result.report, page)
     rows.remove()  # only now is everything written
     return result
 
@@ -169,6 +182,81 @@ def _are_normal(images: ImageSet, normal: str | None) -> list[bool]:
     if normal is None or images.labels is None:
         return [False] * len(images)
     return (images.labels == images.class_index(normal)).tolist()
+
+
+# Rows on disk ---------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Numbers of images on disk while they are scored: a line of JSON each, after one that says how they were ``made``.
+
+    ``shape`` is the number of images and of numbers in a row. Without ``resume`` the file is begun anew.
+    """
+
+    def __init__(self, path: Path, made: dict[str, Any], shape: tuple[int, int], *, resume: bool) -> None:
+        self.path, self._lock = path, ExitStack()
+        self._lock.enter_context(locked(path))
+        self.numbers: dict[int, list[float]] = {}
+        *lines, _ = (
+            path.read_bytes().split(b"\n") if resume and path.is_file() else [b""]
+        )  # a kill cuts off the last
+        if lines:
+            self._read(lines, made, shape)
+        else:
+            lines = [json.dumps(made).encode()]
+            if resume:
+                log.info("there is no %s to resume: from the beginning", path)
+        write_atomic(path, b"\n".join([*lines, b""]))
+
+    def _read(self, lines: Sequence[bytes], made: dict[str, Any], shape: tuple[int, int]) -> None:
+        damaged = f"{self.path} is damaged: score again without --resume"
+        try:
+            before, *rows = map(parse_json, lines)
+            changed = ", ".join(name for name, value in made.items() if before[name] != value)
+            self.numbers = {} if changed else dict(rows)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(damaged) from None
+        if changed:
+            how = f"was made with other settings ({changed})"
+            raise ValueError(f"{self.path} {how}: score again without --resume")
+        kinds = [float] * shape[1]
+        good = all(type(i) is int and 0 <= i < shape[0] for i in self.numbers)
+        good = good and all([type(x) for x in numbers] == kinds for numbers in self.numbers.values())
+        if not good or len(self.numbers) < len(rows):
+            raise ValueError(damaged)
+
+    def add(self, rows: Mapping[int, list[float]]) -> None:
+        """Append the numbers of images by their positions."""
+        self.numbers |= rows
+        with open(self.path, "a", encoding="ascii") as file:
+            file.writelines(f"{json.dumps(row)}\n" for row in rows.items())
+
+    def remove(self) -> None:
+        """Remove the file, when all that was made of it is written, and let other processes write it."""
+        self.path.unlink()
+        self._lock.close()
+
+
+def score_images(
+    judge: Judge, images: ImageSet, rows: Rows, maps_folder: Path | None
+) -> list[tuple[str, str]]:
+    """Score the images that have no row yet; returns path and reason of each that cannot be decoded."""
+    remaining = [i for i in range(len(images)) if i not in rows.numbers]
+    if len(remaining) < len(images):
+        log.info("%d of %d images were scored before", len(images) - len(remaining), len(images))
+    todo = images.select(remaining)
+    progress = Progress("scoring", len(todo))
+    try:
+        for table in judge.rows(todo, maps_folder) if remaining else ():
+            numbers = zip(table.index, table.to_numpy().tolist(), strict=True)
+            rows.add({remaining[i]: row for i, row in numbers})
+            progress.add(len(table))
+    except KeyboardInterrupt:
+        clear_line()
+        log.warning("%d of %d images are in %s; --resume goes on", progress.done, len(todo), rows.path)
+        raise
+    clear_line()  # images that cannot be read leave it short of its end
+    return sorted(todo.failed)
 
 
 # The table and what it says -------------------------------------------------------------------------------------------
@@ -210,14 +298,18 @@ def _decide(table: pd.DataFrame, settings: ScoreConfig) -> dict[str, Any] | None
 
 
 def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Numbers of normal, anomalous and unlabelled images, if there are labels, and metrics over the first two."""
-    known = table.is_anomaly.dropna()
+    """Numbers of images, also by their labels if there are any; metrics over those known to be normal or anomalies."""
+    scored, known = int(table.error.isna().sum()), table.is_anomaly.dropna()
+    counts: dict[str, Any] = {"scored": scored, "failed": len(table) - scored}
     if not len(known):
-        return dict.fromkeys(("normal", "anomalies", "unlabelled")), None
-    anomalies, unlabelled = int(known.sum()), int(table.error.isna().sum()) - len(known)
-    scores = table.anomaly_score[known.index].to_numpy()
-    found = metrics.detection_metrics(scores, known.to_numpy(bool)) if known.nunique() == 2 else None
-    return {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": unlabelled}, found
+        return {**counts, "normal": None, "anomalies": None, "unlabelled": None}, None
+    anomalies = int(known.sum())
+    counts |= {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": scored - len(known)}
+    if known.nunique() == 1:
+        return counts, None
+    return counts, metrics.detection_metrics(
+        table.anomaly_score[known.index].to_numpy(), known.to_numpy(bool)
+    )
 
 
 def _data(run: runs.LoadedRun, settings: ScoreConfig) -> str:
@@ -226,16 +318,6 @@ def _data(run: runs.LoadedRun, settings: ScoreConfig) -> str:
     dataset = settings.dataset or config.dataset
     place = settings.data_dir or config.data_dir if dataset == "folder" else dataset
     return str(settings.data or f"{place}, split test")
-
-
-def _how(judge: Judge) -> dict[str, Any]:
-    """Everything on which the scores depend, and what they mean."""
-    return {
-        **{name: getattr(judge.settings, name) for name in HOW},
-        "meaning": judge.score.description,
-        "likelihood": judge.scorer.family.name,
-        "forward_passes_an_image": judge.passes,
-    }
 
 
 # What is written ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from pyro_vje.anomaly.rows import HOW
+from pyro_vje.anomaly.judge import HOW
 from pyro_vje.anomaly.table import score
 from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
 from pyro_vje.data.splits import load_train_set

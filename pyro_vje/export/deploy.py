@@ -22,12 +22,12 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
-from pyro_vje.anomaly.rows import HOW, Judge, prepare
+from pyro_vje.anomaly.judge import HOW, Judge, prepare
+from pyro_vje.anomaly.parts import LikelihoodParts
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data.decode import MARGIN
 from pyro_vje.distributions.numerics import _stirling
-from pyro_vje.model.encoding import Encoded
+from pyro_vje.model.encoding import Encoded, encode_images
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.representation.evaluation import format_table
 from pyro_vje.runs.files import check_writable, sha256, write_atomic
@@ -65,18 +65,8 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor, at_once: bool = True) -> dict[str, Tensor]:
         """Outputs by name; in parts, as `pyro_vje.score` computes them, where not ``at_once``."""
-        features = self.vje.features(self.view(images))
-
-        def judged(scorer: Scorer) -> tuple[Encoded, Tensor]:
-            embedding = scorer.vje.project(features)
-            encoded = Encoded(embedding, *scorer.vje.posterior(embedding))
-            if self.score.of == "rotations":  # four passes, where the others need one
-                turned = [self.vje.embed(self.view(images.rot90(turn, (-2, -1)))) for turn in (1, 2, 3)]
-                locs = [encoded.loc, *(self.vje.posterior(embedding)[0] for embedding in turned)]
-                encoded = encoded._replace(log_rotation=self.vje.log_rotation(locs))
-            return encoded, self.score(LikelihoodParts(scorer, encoded, at_once=at_once))
-
-        encoded, score = judged(self.scorer)
+        encoded = encode_images(self.vje, self.view, images, turns=self.score.of == "rotations")
+        score = self.score(LikelihoodParts(self.scorer, encoded, at_once=at_once))
         outputs = {
             "embedding": encoded.embeddings,
             "loc": encoded.loc,
@@ -84,7 +74,11 @@ class Deployed(nn.Module):
             "score": score,
         }
         if self.folds:
-            scores = [judged(own)[1] for own in self.fold_scorers] or [score]
+            scores = [] if self.fold_scorers else [score]
+            for scorer in self.fold_scorers:
+                embeddings = scorer.vje.project(encoded.features)
+                own = Encoded(embeddings, *scorer.vje.posterior(embeddings))
+                scores.append(self.score(LikelihoodParts(scorer, own, at_once=at_once)))
             at_least = [(x >= s.unsqueeze(-1)).sum(-1) for x, s in zip(self.folds, scores, strict=True)]
             outputs["p_value"] = (1 + torch.stack(at_least).sum(0)).double() / (sum(map(len, self.folds)) + 1)
         return outputs

@@ -88,6 +88,17 @@ def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
     return embeddings, *vje.posterior(embeddings)
 
 
+def encode_images(vje: VJE, view: View, images: Tensor, *, turns: bool = False) -> Encoded:
+    """`encode_batches` of one batch ``(N, 3, S, S)`` on the model's device, in one pass, or four with ``turns``."""
+    features = vje.features(view(images))
+    encoded = Encoded(*_head(vje, features))._replace(features=features)
+    if not (turns and vje.rotations):
+        return encoded
+    turned = (view(images.rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
+    locs = [encoded.loc, *(vje.posterior(vje.embed(each))[0] for each in turned)]
+    return encoded._replace(log_rotation=vje.log_rotation(locs))
+
+
 def encode_batches(
     vje: VJE, images: Images, view: View, *, batch_size: int = 256, turns: bool = False
 ) -> Iterator[Encoded]:
@@ -97,14 +108,8 @@ def encode_batches(
     With ``turns`` four turns of each image are encoded too, for `VJE.log_rotation`, by a model that has rotations.
     """
 
-    def forward(batch: Tensor) -> tuple[Tensor, ...]:
-        features = vje.features(view(batch))
-        head = _head(vje, features)
-        if not (turns and vje.rotations):
-            return *head, features
-        turned = (view(batch.rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
-        locs = [head[1], *(vje.posterior(vje.embed(images))[0] for images in turned)]
-        return *head, features, vje.log_rotation(locs)
+    def forward(batch: Tensor) -> list[Tensor]:
+        return [x for x in encode_images(vje, view, batch, turns=turns) if x is not None]
 
     @torch.no_grad()
     def run(batch: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,11 +31,11 @@ from pyro_vje.runs.files import write_atomic
 
 log = logging.getLogger("pyro_vje")
 
-# Okabe & Ito's palette, told apart with any colour vision; classes beyond its seven take another marker as well.
+# Okabe & Ito's palette, told apart with any colour vision; more classes than its seven take Matplotlib's twenty.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#9A9A9A"
 PALETTE = (BLUE, "#E69F00", "#009E73", VERMILION, "#CC79A7", "#56B4E9", "#4D4D4D")
-MARKERS = ("o", "^", "s")
 MOST_CLASSES, MOST_POINTS = 20, 5000
+SHOWN = 12  # images at each end
 
 Labels: TypeAlias = Array | None
 Group: TypeAlias = tuple[str, str, NDArray[np.bool_]]  # name, colour, members of what is told apart
@@ -96,13 +97,12 @@ def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(axes: Axes, entries: Sequence[tuple[str, ...]], **settings: Any) -> None:
-    """Legend of name, colour and, where it is not a square, marker."""
-    looks = [(colour, *marker, "s")[:2] for _, colour, *marker in entries]
-    handles = [Line2D([], [], linestyle="", color=colour, marker=marker) for colour, marker in looks]
+def _legend(axes: Axes, entries: Sequence[tuple[str, Any]], **settings: Any) -> None:
+    """Legend of names and colours."""
+    handles = [Line2D([], [], linestyle="", color=colour, marker="s") for _, colour in entries]
     legend = axes.legend(handles, map(str, range(len(handles))), frameon=False, fontsize=8, **settings)
     # Names are set afterwards: Matplotlib leaves out labels that begin with "_", and reads "$" as mathematics.
-    for text, (name, *_) in zip(legend.get_texts(), entries, strict=True):
+    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
         text.set_parse_math(False)
         text.set_text(name if len(name) <= 24 else name[:23] + "…")
 
@@ -110,16 +110,6 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, ...]], **settings: Any) -> 
 def sizes(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Names, with the number of images, and colours for a legend."""
     return [(f"{name} ({members.sum():,})", colour) for name, colour, members in groups]
-
-
-def _scatter(axes: Axes, points: NDArray[Any], looks: Sequence[tuple[str, str]]) -> None:
-    """Points ``(N, 2)``, each with its colour and marker."""
-    size = float(np.clip(6000 / len(points), 5, 30))
-    for marker in sorted({marker for _, marker in looks}):
-        chosen = [i for i, look in enumerate(looks) if look[1] == marker]
-        colours = [looks[i][0] for i in chosen]
-        x, y = points[chosen].T
-        axes.scatter(x, y, s=size, c=colours, marker=marker, alpha=0.6, linewidths=0)
 
 
 def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:
@@ -130,26 +120,21 @@ def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:
     return finite
 
 
-def _some(members: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """At most `MOST_POINTS` of the members, always the same ones, in an order that hides no class behind another."""
-    return np.random.default_rng(0).permutation(np.flatnonzero(members))[:MOST_POINTS]
-
-
-def _range(*groups: NDArray[Any]) -> tuple[float, float, bool]:
+def _range(groups: Sequence[NDArray[Any]]) -> tuple[float, float, bool]:
     """Limits of an axis, and whether they leave out tails: a few extreme scores must not squeeze all others.
 
-    Groups count alike, whatever their sizes, except those of fewer than twenty beside larger ones.
+    Of each group the middle 90 % are within them, with as much again at both ends; a group of fewer than twenty does
+    not count beside larger ones.
     """
-    low, high = float(min(map(np.min, groups))), float(max(map(np.max, groups)))
     large = [values for values in groups if len(values) >= 20] or groups
-    typical = np.concatenate([np.quantile(values, np.linspace(0, 1, 501)) for values in large])
-    inner_low, inner_high = np.quantile(typical, [0.05, 0.95])
-    margin = inner_high - inner_low
-    bottom, top = float(max(low, inner_low - margin)), float(min(high, inner_high + margin))
-    if top > bottom and high - low > 2 * (top - bottom):
-        return bottom, top, True
-    margin = max(0.5, 1e-3 * abs(low)) if high == low else 0.0
-    return low - margin, high + margin, False
+    inner = np.array([np.quantile(values, [0.05, 0.95]) for values in large])
+    margin = np.ptp(inner)
+    whole = np.array([values for group in groups for values in (group.min(), group.max())])
+    low, high = max(whole.min(), inner.min() - margin), min(whole.max(), inner.max() + margin)
+    if high > low and np.ptp(whole) > 2 * (high - low):
+        return float(low), float(high), True
+    margin = max(0.5, 1e-3 * abs(whole[0])) if np.ptp(whole) == 0 else 0.0
+    return float(whole.min() - margin), float(whole.max() + margin), False
 
 
 def split_by_label(is_anomaly: pd.Series, shown: Any) -> list[Group]:
@@ -173,14 +158,14 @@ def draw_shares(axes: Axes, values: NDArray[Any], bins: NDArray[Any], colour: st
     axes.stairs(shares, bins, color=colour, linewidth=1.5)
 
 
-def draw_scores(axes: Axes, groups: Sequence[tuple[str, NDArray[Any]]], xlabel: str) -> None:
+def draw_scores(axes: Axes, groups: Sequence[tuple[str, NDArray[Any]]]) -> None:
     """Histogram of finite scores of groups (colour, scores), each as shares of its own images."""
-    low, high, clipped = _range(*(values for _, values in groups))
+    low, high, clipped = _range([values for _, values in groups])
     count = sum(len(values) for _, values in groups)
     bins = np.linspace(low, high, int(np.clip(np.sqrt(count), 8, 50)) + 1)
     for colour, values in groups:
         draw_shares(axes, values, bins, colour)
-    style(axes, "", xlabel + (", tails in the outer bars" if clipped else ""), "share of images")
+    style(axes, "", "anomaly score" + ", tails in the outer bars" * clipped, "share of images")
 
 
 def draw_marks(levels: NDArray[Any], ordinary: float, threshold: float | None) -> Image.Image:
@@ -231,21 +216,23 @@ def plot_embedding(embeddings: Array, labels: Labels, classes: Sequence[str] | N
     """First two principal components of normalised embeddings ``(N, D)``, coloured by labels ``(N,)``, or grey."""
     with picture(path, 6.4, 5.0) as figure:
         points = as_numpy(embeddings).astype(np.float64)
-        chosen = _some(_finite(points))
+        # At most `MOST_POINTS`, always the same ones, in an order that hides no class behind another.
+        chosen = np.random.default_rng(0).permutation(np.flatnonzero(_finite(points)))[:MOST_POINTS]
         points = normalize(points[chosen])
         left, singular, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
         shares = [*singular**2 / max((singular**2).sum(), 1e-24), 0.0]
-        flat = np.pad((left * singular)[:, :2], ((0, 0), (0, max(0, 2 - len(singular)))))
+        x, y = np.pad((left * singular)[:, :2], ((0, 0), (0, max(0, 2 - len(singular))))).T
         kinds = np.full(len(chosen), -1) if labels is None else as_numpy(labels)[chosen].astype(np.int64)
         present, named = np.unique(kinds[kinds >= 0]), dict(enumerate(classes or ()))
         told_apart = present[: len(present) if len(present) <= MOST_CLASSES else 0]
-        looks = {label: (PALETTE[i % 7], MARKERS[i // 7]) for i, label in enumerate(told_apart)}
-        other = (GREY if looks else BLUE, "o")
-        axes = figure.subplots()
-        _scatter(axes, flat, [looks.get(label, other) for label in kinds])
-        entries = [(printable(named.get(label, f"class {label}")), *look) for label, look in looks.items()]
-        if looks:
-            entries += [("unlabelled", *other)] if (kinds < 0).any() else []
+        palette = PALETTE if len(told_apart) <= len(PALETTE) else colormaps["tab20"].colors  # type: ignore[attr-defined]
+        colours = dict(zip(told_apart, palette, strict=False))
+        other, axes = GREY if colours else BLUE, figure.subplots()
+        size = float(np.clip(6000 / len(points), 5, 30))
+        axes.scatter(x, y, s=size, c=[colours.get(kind, other) for kind in kinds], alpha=0.6, linewidths=0)
+        if colours:
+            entries = [(printable(named.get(x, f"class {x}")), colour) for x, colour in colours.items()]
+            entries += [("unlabelled", other)] if (kinds < 0).any() else []
             _legend(axes, entries, loc="center left", bbox_to_anchor=(1.0, 0.5))
         many = f" of {len(present)} classes" if len(present) > MOST_CLASSES else ""
         names = (f"principal component {i + 1} ({shares[i]:.0%} of variance)" for i in range(2))
@@ -258,7 +245,7 @@ def plot_score_histogram(scores: pd.Series, is_anomaly: pd.Series, path: Path) -
     with picture(path, 6.4, 3.6) as figure:
         values, axes = scores.to_numpy(np.float64), figure.subplots()
         groups = split_by_label(is_anomaly, _finite(values))
-        draw_scores(axes, [(colour, values[members]) for _, colour, members in groups], "anomaly score")
+        draw_scores(axes, [(colour, values[members]) for _, colour, members in groups])
         title = f"Anomaly scores of {sum(members.sum() for *_, members in groups):,} images"
         if is_anomaly.notna().any():
             _legend(axes, sizes(groups))
@@ -269,16 +256,16 @@ def plot_score_histogram(scores: pd.Series, is_anomaly: pd.Series, path: Path) -
         axes.set_title(title, fontsize=11, loc="left")
 
 
-def plot_strangest(scores: pd.Series, thumbnails: Thumbnails, path: Path, k: int = 12) -> None:
-    """Grid of the ``k`` most normal and the ``k`` strangest images with their scores ``(N,)``.
+def plot_strangest(scores: pd.Series, thumbnails: Thumbnails, path: Path) -> None:
+    """Grid of the `SHOWN` most normal and the `SHOWN` strangest images with their scores ``(N,)``.
 
-    ``thumbnails`` gives the images of entries of ``scores``, by its index. With fewer than 2k finite scores each half
+    ``thumbnails`` gives the images of entries of ``scores``, by its index. With fewer finite scores each half
     shows half of them.
     """
     with picture(path) as figure:
         order = scores[_finite(scores.to_numpy())].sort_values(kind="stable")
-        half = min(k, (len(order) + 1) // 2)
-        ends = (("Most normal", BLUE, order[:half]), ("Strangest", VERMILION, order[half:][-k:][::-1]))
+        half = min(SHOWN, (len(order) + 1) // 2)
+        ends = (("Most normal", BLUE, order[:half]), ("Strangest", VERMILION, order[half:][-SHOWN:][::-1]))
         rows = [end for end in ends if len(end[2])]
         across = min(6, half)
         down = -(-half // across)
@@ -296,8 +283,8 @@ def plot_strangest(scores: pd.Series, thumbnails: Thumbnails, path: Path, k: int
                 axes.set_axis_off()
 
 
-def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path, *, ylabel: str) -> None:
-    """Accuracy of the images kept against the rejected share, up to 90 %, a line each; dotted: without rejecting."""
+def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path) -> None:
+    """Recall@1 of the images kept against the rejected share, up to 90 %, a line each; dotted: without rejecting."""
     with picture(path, 6.0, 3.8) as figure:
         axes = figure.subplots()
         for (rejected, accuracy, _), colour in zip(curves.values(), PALETTE, strict=False):
@@ -305,4 +292,9 @@ def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path, *, ylabel: 
             axes.plot(100 * rejected[shown], accuracy[shown], color=colour)
             axes.axhline(accuracy[0], color=colour, linestyle=":", linewidth=1)
         _legend(axes, [*zip(curves, PALETTE, strict=False)])
-        style(axes, "Rejecting the most uncertain images", "share rejected (%)", ylabel)
+        style(
+            axes,
+            "Rejecting the most uncertain images",
+            "share rejected (%)",
+            "Recall@1 of the test images kept",
+        )

@@ -28,11 +28,10 @@ from scipy.stats import rankdata
 from sklearn.metrics import roc_curve
 
 from pyro_vje.pages import pictures
-from pyro_vje.pages.pictures import BLUE, GREY, VERMILION, Thumbnails, drawing, printable, split_by_label
+from pyro_vje.pages.pictures import BLUE, GREY, SHOWN, VERMILION, Thumbnails, split_by_label
 
 THUMBNAIL = 192  # longest side of an image on the page, in pixels
 MOST_FLAGGED = 200  # flagged images that are shown; the others are counted
-SHOWN = 12  # strangest images shown where fewer are flagged, and most normal ones
 LEAST_CALIBRATION = 20  # held-out images below which p-values are too few different ones for a chart
 
 INK = "#000000"
@@ -85,7 +84,7 @@ def render_report(
         maps=summary.get("maps"),
         charts=_charts(read, held_out),
     )
-    return printable(page)
+    return pictures.printable(page)
 
 
 def _cards(
@@ -162,7 +161,7 @@ def _charts(read: pd.DataFrame, held_out: Floats) -> list[dict[str, Any]]:
             caption += f" Flagged from {_number(threshold)} on (dashed line)."
 
         def draw_scores(axes: Axes) -> None:
-            pictures.draw_scores(axes, shown, "anomaly score")
+            pictures.draw_scores(axes, shown)
             if has_limit and axes.get_xlim()[0] <= threshold <= axes.get_xlim()[1]:
                 axes.axvline(threshold, color=INK, linestyle="--", linewidth=1)
 
@@ -200,7 +199,7 @@ def _chart(
     title: str, caption: str, legend: Sequence[tuple[str, str]], draw: Callable[[Axes], object]
 ) -> list[dict[str, Any]]:
     """A chart as SVG inside the page, its text being text and its colours the page's; none if it cannot be drawn."""
-    with drawing(f"the report's chart {title!r}"):
+    with pictures.drawing(f"the report's chart {title!r}"):
         figure = pictures.new_figure(4.4, 2.9)
         axes = figure.subplots()
         draw(axes)

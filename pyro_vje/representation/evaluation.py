@@ -274,7 +274,7 @@ def evaluate(
     if target is not None:
         write_json(target, result)
         path = target.parent / PICTURES / f"{target.stem}_rejection.png"
-        plot_rejection(curves, path, ylabel="Recall@1 of the test images kept")
+        plot_rejection(curves, path)
     return result
 
 

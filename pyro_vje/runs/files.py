@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
+import secrets
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,21 +31,16 @@ def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:
     """Write ``content`` beside ``path``, sync it, rename it into place; an ``OSError`` names ``path``."""
     # A path from a folder may hold bytes that are not UTF-8; they go out as they came in.
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files private; give the result the permissions of an ordinary new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with suppress(OSError):  # on a full or read-only disk too
+            temporary.unlink()
         if isinstance(error, OSError):
             raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
         raise

@@ -25,14 +25,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from pyro_vje.config import TrainConfig
+from pyro_vje.config import TrainConfig, fields_of
 from pyro_vje.data import CleanView, ImageSet, TwoViews, find_dataset, load_dataset, load_train_set
 from pyro_vje.data.datasets import recipe_for
 from pyro_vje.model.encoders import build_encoder, feature_dim
@@ -45,7 +47,6 @@ from pyro_vje.runs.files import check_form, parse_json, read_json, sha256, write
 T = TypeVar("T")
 
 SCHEMA_VERSION = 4
-MAX_IMAGE_SIZE = 8192
 CONFIG, HELD_OUT, METRICS = "config.json", "held_out.json", "metrics.csv"
 WEIGHTS, CALIBRATION = "weights.safetensors", "calibration.safetensors"
 REFERENCE, FOLDS, MAPS = "reference.safetensors", "folds.safetensors", "maps.safetensors"
@@ -60,53 +61,50 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _lacked(**settings: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A step from runs without these settings, which did what the settings say here."""
-
-    def step(values: dict[str, Any]) -> dict[str, Any]:
-        config = values.get("config")
-        return values | ({"config": {**settings, **config}} if isinstance(config, dict) else {})
-
-    return step
-
-
-MIGRATIONS = {
-    1: _lacked(holdout=0.0),
-    2: _lacked(projector="mlp", radius_scale="shared"),
-    3: _lacked(fit="crop"),
+LACKED: dict[int, dict[str, Any]] = {
+    1: {"holdout": 0.0},
+    2: {"projector": "mlp", "radius_scale": "shared"},
+    3: {"fit": "crop"},
 }
-"""From each older schema version to the next: what a file of that version would say today."""
+"""For each older schema version the settings that its runs did not have, and what they would say today."""
 
 
 def migrate(values: Any) -> dict[str, Any]:
     """The content of ``config.json`` or of a file's header, of whatever version, in the form of `SCHEMA_VERSION`."""
-    try:
-        version = check_form(values, {"schema_version": int})["schema_version"]
-    except ValueError as error:
-        raise ValueError(f"{error}: not written by pyro-vje") from None
-    if version not in (*MIGRATIONS, SCHEMA_VERSION):
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if type(version) is not int:
+        raise ValueError("schema_version is missing or no number: not written by pyro-vje")
+    if not 1 <= version <= SCHEMA_VERSION:
         raise ValueError(
-            f"schema version {version}, but this pyro-vje reads {min(MIGRATIONS)} to {SCHEMA_VERSION}: "
-            "use the version that wrote it, or a newer one"
+            f"schema version {version}, but this pyro-vje reads 1 to {SCHEMA_VERSION}: use the version that wrote it, "
+            "or a newer one"
         )
     for step in range(version, SCHEMA_VERSION):
-        values = MIGRATIONS[step](values)
+        if isinstance(values.get("config"), dict):
+            values = {**values, "config": {**LACKED[step], **values["config"]}}
     return {**values, "schema_version": SCHEMA_VERSION}
 
 
-@dataclass(frozen=True)
+Side = Annotated[int, Field(ge=1, le=8192)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(gt=0, le=1)]
+FromList = Field(strict=False)  # which JSON has in place of tuples
+Three = Field(strict=False, min_length=3, max_length=3)
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True))
 class RunInfo:
     """What a run was trained with and on: the content of ``config.json`` and of the weights' header."""
 
     config: TrainConfig  # with the data set's defaults filled in
-    image_size: int  # pixels of the square images as they are decoded
-    mean: tuple[float, ...]  # of each channel, in [0, 1], as is std
-    std: tuple[float, ...]
-    classes: tuple[str, ...] | None  # of the training data, if it has labels
+    image_size: Side  # pixels of the square images as they are decoded
+    mean: Annotated[tuple[Share, ...], Three]  # of each channel, as is std
+    std: Annotated[tuple[Scale, ...], Three]
+    classes: Annotated[tuple[str, ...], FromList] | None  # of the training data, if it has labels
     train_images: int
-    view_size: int  # what the encoder sees, a central square: less than image_size for a pretrained one
-    interpolation: str  # how image files are resized: bilinear or bicubic
-    fingerprint: str | None  # of the images (`pyro_vje.data.ImageSet.fingerprint`)
+    view_size: Side  # what the encoder sees, a central square: less than image_size for a pretrained one
+    interpolation: str = "bilinear"  # how image files are resized, or bicubic
+    fingerprint: str | None = None  # of the images (`pyro_vje.data.ImageSet.fingerprint`)
 
     @property
     def fit(self) -> str:
@@ -121,8 +119,9 @@ class RunInfo:
     def class_name(self, which: str | None) -> str | None:
         """The name of a class that is given by name or by its index here: an index means nothing elsewhere."""
         known = self.classes or ()
-        index = which is not None and which not in known and which.isdecimal() and int(which) < len(known)
-        return known[int(which)] if index else which  # type: ignore[arg-type]
+        if which is None or which in known or not which.isdecimal() or int(which) >= len(known):
+            return which
+        return known[int(which)]
 
     @property
     def views(self) -> TwoViews:
@@ -140,27 +139,20 @@ class RunInfo:
     @classmethod
     def from_dict(cls, values: Any) -> RunInfo:
         """Read `to_dict`'s form, of this schema version or an older one; a ``ValueError`` says what is wrong in it."""
-        form: dict[str, Any] = {
-            **{"config": dict, "image_size": int, "mean": list, "std": list, "classes": list | None},
-            **{"train_images": int, "view_size": int, "interpolation": str},
-            "fingerprint": str | None,
-        }
         values = migrate(values)
-        later = {"view_size": values.get("image_size"), "interpolation": "bilinear", "fingerprint": None}
-        kept = {name: value for name, value in check_form({**later, **values}, form).items() if name in form}
-        kept["config"] = TrainConfig.from_dict(kept["config"]).resolved()
-        kept["classes"] = None if kept["classes"] is None else tuple(map(str, kept["classes"]))
-        for name in ("image_size", "view_size"):
-            if not 1 <= kept[name] <= MAX_IMAGE_SIZE:
-                raise ValueError(f"{name} must lie between 1 and {MAX_IMAGE_SIZE}, not {kept[name]}")
-        for name in ("mean", "std"):
-            numbers = kept[name]
-            if len(numbers) != 3 or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in numbers):
-                raise ValueError(f"{name} must be three numbers between 0 and 1, not {numbers}")
-            kept[name] = tuple(map(float, numbers))
-        if not all(kept["std"]):
-            raise ValueError(f"std must be positive, not {kept['std']}")
-        return cls(**kept)
+        known = {name: value for name, value in values.items() if name in fields_of(cls)}
+        if "image_size" in known:
+            known = {"view_size": known["image_size"], **known}
+        if isinstance(known.get("config"), dict):
+            known["config"] = TrainConfig.from_dict(known["config"]).resolved()
+        try:
+            return cls(**known)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        if name not in known and first["type"] == "missing":
+            raise ValueError(f"{name} is missing")
+        raise ValueError(f"{name}: {first['msg']}, not {first['input']!r}")
 
 
 @dataclass(frozen=True)
@@ -213,9 +205,17 @@ def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
     wanted, own, size = _preprocessing(config), find_dataset(config.dataset), train_set.image_size
     view_size = round(size * wanted.crop) if wanted and config.fit == "crop" else size
     mean, std = (wanted.mean, wanted.std) if wanted else (own.mean, own.std)
-    interpolation = wanted.interpolation if wanted else "bilinear"
-    images = (train_set.classes, len(train_set), view_size, interpolation, train_set.fingerprint())
-    return RunInfo(config, size, tuple(mean), tuple(std), *images)
+    return RunInfo(
+        config=config,
+        image_size=size,
+        mean=tuple(mean),
+        std=tuple(std),
+        classes=train_set.classes,
+        train_images=len(train_set),
+        view_size=view_size,
+        interpolation=wanted.interpolation if wanted else "bilinear",
+        fingerprint=train_set.fingerprint(),
+    )
 
 
 def decoded_as(config: TrainConfig) -> tuple[int | None, str]:
@@ -246,9 +246,7 @@ def save_posteriors(path: Path, posteriors: Encoded) -> Path:
 
 def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor) -> Path:
     """Write what cross-conformal p-values need: each image's fold and features, and the head that has not seen it."""
-    states = (head.state_dict().items() for head in heads)
-    named = {f"{k}.{name}": value for k, state in enumerate(states) for name, value in state}
-    return _save(path, {"fold": fold, "features": features, **named})
+    return _save(path, {"fold": fold, "features": features, **nn.ModuleList(heads).state_dict()})
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any] | None = None) -> Path:
@@ -271,13 +269,22 @@ def _read(path: Path, read: Callable[[Any], T]) -> tuple[T, dict[str, Tensor]]:
         raise ValueError(f"header of {path}: {error}") from None
 
 
-def load_posteriors(run: LoadedRun, name: str) -> Encoded | None:
-    """Read what `save_posteriors` wrote as ``name``; ``None`` where there is none, ``ValueError`` if it is damaged."""
-    path = None if run.folder is None else run.folder / name
+def _kept(run: LoadedRun, name: str) -> tuple[Path, dict[str, Tensor]] | None:
+    """Path and tensors of a file of the run folder, if it has it."""
+    path = run.folder / name if run.folder else None
     if path is None or not path.is_file():
         return None
     _, tensors = _read(path, lambda values: migrate(values or {"schema_version": 1}))  # 1 had no header
-    images = len(next(iter(tensors.values()))) if tensors and all(t.dim() for t in tensors.values()) else 0
+    return path, tensors
+
+
+def load_posteriors(run: LoadedRun, name: str) -> Encoded | None:
+    """Read what `save_posteriors` wrote as ``name``; ``None`` where there is none, ``ValueError`` if it is damaged."""
+    found = _kept(run, name)
+    if found is None:
+        return None
+    path, tensors = found
+    images = len(tensors["loc"]) if "loc" in tensors and tensors["loc"].dim() else 0
     wanted = torch.empty(images, run.vje.embedding_dim, device="meta")
     turns = {"log_rotation": wanted[:, 0]} if "log_rotation" in tensors and run.vje.rotations else {}
     check_state(path, tensors, {**dict.fromkeys(POSTERIOR, wanted), **turns})
@@ -288,21 +295,21 @@ def load_posteriors(run: LoadedRun, name: str) -> Encoded | None:
 
 def load_folds(run: LoadedRun) -> tuple[Tensor, Tensor, list[VJE]] | None:
     """What `save_folds` wrote, if the run has it: folds ``(N,)``, features ``(N, F)``, heads of features."""
-    path = None if run.folder is None else run.folder / FOLDS
-    if path is None or not path.is_file():
+    found = _kept(run, FOLDS)
+    if found is None:
         return None
-    _, tensors = _read(path, migrate)
+    path, tensors = found
     folds = len({name.partition(".")[0] for name in tensors if name[:1].isdigit()})
     heads = [build_head(run.info.config, run.vje.feature_dim) for _ in range(folds)]
-    images = tensors["fold"].numel() if "fold" in tensors else 0
-    states = list(enumerate(head.state_dict() for head in heads))
-    wanted = {f"{k}.{name}": value for k, state in states for name, value in state.items()}
-    wanted["fold"] = torch.empty(images, dtype=torch.int64, device="meta")
-    wanted["features"] = torch.empty(images, run.vje.feature_dim, device="meta")
-    check_state(path, tensors, wanted)
-    for k, head in enumerate(heads):
-        head.load_state_dict({name: tensors[f"{k}.{name}"] for name in head.state_dict()})
-        head.to(run.vje.device).eval().requires_grad_(False)
+    all_heads = nn.ModuleList(heads).to(run.vje.device)
+    wanted, images = all_heads.state_dict(), tensors["fold"].numel() if "fold" in tensors else 0
+    rest = {
+        "fold": torch.empty(images, dtype=torch.int64, device="meta"),
+        "features": torch.empty(images, run.vje.feature_dim, device="meta"),
+    }
+    check_state(path, tensors, wanted | rest)
+    all_heads.load_state_dict({name: tensors[name] for name in wanted})
+    all_heads.eval().requires_grad_(False)
     return tensors["fold"], tensors["features"], heads
 
 
@@ -340,11 +347,10 @@ def load_maps(
     if matrix.dim() != 2:
         raise ValueError(f"{path} holds no head of places")
     head = build(*matrix.shape)
-    state = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith("head.")}
-    check_state(path, state, head.state_dict())
-    head.load_state_dict(state)
-    rest = {name: value for name, value in tensors.items() if not name.startswith("head.")}
-    check_state(path, rest, rest)  # that they are finite
+    state = nn.ModuleDict({"head": head}).state_dict()
+    rest = {name: value for name, value in tensors.items() if name not in state}
+    check_state(path, tensors, state | rest)
+    head.load_state_dict({name.removeprefix("head."): tensors[name] for name in state})
     return header["modules"], head.eval().requires_grad_(False), rest
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyro_vje import VJE, calibrate, score
-from pyro_vje.anomaly.calibration import Calibration, cross_calibration, say_level
+from pyro_vje.anomaly.judge import Calibration, cross_calibration, say_level
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.model import encode_features
 
@@ -40,7 +40,8 @@ def false_alarms(head, score, images, folds):
         fold = torch.randperm(images, generator=generator) % folds
         scorer = Scorer(head(known), num_particles=2)
         if folds == 1:  # half to fit, half to calibrate
-            scorer = scorer.of(head(known[::2]), encode_features(head(known[::2]), known[::2]))
+            own = head(known[::2])
+            scorer = Scorer(own, reference=encode_features(own, known[::2]), num_particles=2)
             own, found = (
                 scorer.scores(score, encode_features(scorer.vje, x)).numpy() for x in (known[1::2], new)
             )
@@ -70,7 +71,7 @@ def test_each_fold_is_compared_by_the_head_that_has_not_seen_it(head):
     found = cross_calibration("mahalanobis", fold, known, heads, scorer).p_values(np.zeros(3), new)
     expected = np.ones(3)
     for k, own in enumerate(heads):
-        knower = scorer.of(own, encode_features(own, known[fold != k]))
+        knower = Scorer(own, reference=encode_features(own, known[fold != k]), num_particles=2)
         normal, strange = (
             knower.scores("mahalanobis", encode_features(own, x)) for x in (known[fold == k], new)
         )

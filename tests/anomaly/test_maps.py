@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from pyro_vje import TrainConfig, config, learn_maps, load_run, score, train
+from pyro_vje.anomaly import judge as judge_module
 from pyro_vje.anomaly import maps as module
-from pyro_vje.anomaly import rows as rows_module
 from pyro_vje.anomaly.maps import Maps, load_maps, read_levels, with_neighbours
 from pyro_vje.config import ScoreConfig
 from pyro_vje.runs.folder import save_weights
@@ -109,7 +109,7 @@ def test_from_images_to_maps_masks_and_the_page(mapped_run, photographs, tmp_pat
 def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_path, monkeypatch):
     how = {"data": photographs / "new", "maps": True, "draw": False}
     whole = score(mapped_run, out=tmp_path / "whole/scores.csv", **how)
-    true_rows, calls = rows_module.Judge.rows, []
+    true_rows, calls = judge_module.Judge.rows, []
 
     def stopping(*arguments):
         for batch in true_rows(*arguments):
@@ -118,9 +118,9 @@ def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_p
             if len(calls) == 1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(rows_module, "images_at_once", lambda *_: 8)
+    monkeypatch.setattr(judge_module, "images_at_once", lambda *_: 8)
     monkeypatch.setattr(module, "images_at_once", lambda *_: 8)
-    monkeypatch.setattr(rows_module.Judge, "rows", stopping)
+    monkeypatch.setattr(judge_module.Judge, "rows", stopping)
     again = {"out": tmp_path / "again/scores.csv", **how}
     with pytest.raises(KeyboardInterrupt):
         score(mapped_run, **again)

@@ -14,8 +14,8 @@ from sklearn.neighbors import KernelDensity, NearestNeighbors
 
 from pyro_vje import VJE, load_run, train
 from pyro_vje.anomaly import detectors
+from pyro_vje.anomaly.judge import make_scorer
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer
-from pyro_vje.anomaly.rows import make_scorer
 from pyro_vje.anomaly.scores import SCORES, Score, get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet, decode_image

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pyro_vje import VJE, embed, load_run, score
-from pyro_vje.anomaly import rows as rows_module
+from pyro_vje.anomaly.judge import make_scorer
 from pyro_vje.anomaly.parts import Scorer
-from pyro_vje.anomaly.rows import make_scorer
 from pyro_vje.anomaly.scores import SCORES
+from pyro_vje.anomaly.table import Rows
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import decode_image, imageset
 from pyro_vje.metrics.detection import benjamini_hochberg
@@ -387,9 +387,9 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
 
 def test_damaged_rows_are_refused(tmp_path):
     path = tmp_path / "x.part"
-    rows_module.Rows(path, {"score": "a"}, (9, 2), resume=False).add({3: [1.0, math.nan], 0: [2.0, 3.0]})
+    Rows(path, {"score": "a"}, (9, 2), resume=False).add({3: [1.0, math.nan], 0: [2.0, 3.0]})
     good = path.read_bytes()
-    assert rows_module.Rows(path, {"score": "a"}, (9, 2), resume=True).numbers[0] == [2.0, 3.0]
+    assert Rows(path, {"score": "a"}, (9, 2), resume=True).numbers[0] == [2.0, 3.0]
     for line in (
         b"[9, [1.0, 2.0]]",
         b"[0, [1.0, 2.0]]",
@@ -401,7 +401,7 @@ def test_damaged_rows_are_refused(tmp_path):
     ):
         path.write_bytes(good + line + b"\n")
         with pytest.raises(ValueError, match=r"x\.part is damaged: score again without --resume"):
-            rows_module.Rows(path, {"score": "a"}, (9, 2), resume=True)
+            Rows(path, {"score": "a"}, (9, 2), resume=True)
 
 
 def test_resume_with_nothing_to_go_on_from_begins(trained_run, out):

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from pyro_vje import embed, evaluate, export, load_run, score, train
+from pyro_vje.anomaly.judge import make_scorer, prepare
 from pyro_vje.anomaly.parts import LikelihoodParts
-from pyro_vje.anomaly.rows import make_scorer, prepare
 from pyro_vje.anomaly.scores import SCORES
 from pyro_vje.cli import main
 from pyro_vje.config import ScoreConfig

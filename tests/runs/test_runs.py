@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pyro_vje import TrainConfig, load_run
 from pyro_vje.runs.folder import (
     CALIBRATION,
-    MIGRATIONS,
+    LACKED,
     SCHEMA_VERSION,
     RunInfo,
     build_model,
@@ -161,12 +161,13 @@ def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
 
 
 def test_every_older_version_has_a_way_to_this_one(monkeypatch):
-    assert list(MIGRATIONS) == list(range(1, SCHEMA_VERSION))
+    assert list(LACKED) == list(range(1, SCHEMA_VERSION))
     now = SCHEMA_VERSION
     monkeypatch.setattr("pyro_vje.runs.folder.SCHEMA_VERSION", now + 2)
-    monkeypatch.setitem(MIGRATIONS, now, lambda values: {**values, "way": [1]})
-    monkeypatch.setitem(MIGRATIONS, now + 1, lambda values: {**values, "way": [*values["way"], 2]})
-    assert migrate({"schema_version": 1}) == {"schema_version": now + 2, "way": [1, 2]}
+    monkeypatch.setitem(LACKED, now, {"lr": 1, "df": 1})
+    monkeypatch.setitem(LACKED, now + 1, {"lr": 2, "seed": 2})
+    migrated = migrate({"schema_version": now, "config": {"seed": 0}})
+    assert migrated == {"schema_version": now + 2, "config": {"lr": 1, "df": 1, "seed": 0}}
     for version in (0, now + 3, -1, True, "1", [], None):
         with pytest.raises(ValueError, match=r"schema.version"):
             migrate({"schema_version": version})
@@ -175,10 +176,12 @@ def test_every_older_version_has_a_way_to_this_one(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 10**9}, "image_size must lie between 1 and 8192"),
-        ({"std": [0.3, 0.3, 0.0]}, "std must be positive"),
-        ({"mean": [0.3, float("nan"), 0.3]}, "mean must be three numbers between 0 and 1"),
-        ({"std": [10**400] * 3}, "std must be three numbers"),
+        ({"image_size": 10**9}, "image_size: .* less than or equal to 8192, not 1000000000"),
+        ({"std": [0.3, 0.3, 0.0]}, r"std\.2: .* greater than 0, not 0\.0"),
+        ({"mean": [0.3, float("nan"), 0.3]}, r"mean\.1: .* less than or equal to 1, not nan"),
+        ({"std": [10**400] * 3}, r"std\.0: .* valid number, not 1000"),
+        ({"std": [0.3, 0.3]}, "std: Tuple should have at least 3 items"),
+        ({"image_size": True}, "image_size: .* valid integer, not True"),
         (
             {"config": {**json.loads(VERSION_1)["config"], "embedding_dim": 10**9}},
             "embedding_dim must be at least 2",

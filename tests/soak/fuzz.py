@@ -31,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 from pyro_vje import TrainConfig, load_run, train
-from pyro_vje.anomaly.rows import Rows
+from pyro_vje.anomaly.table import Rows
 from pyro_vje.data import ImageError, decode_image
 from pyro_vje.data.decode import FORMATS, image_shape
 from pyro_vje.data.splits import load_train_set

@@ -1,25 +1,21 @@
-"""From images to rows: read, encoded and scored batch by batch, each row on disk as it comes.
-
-Memory does not grow with the number of images, and an interrupted call can go on.
-"""
+"""What images are judged by: a run, a score and a calibration, which make rows of numbers of images."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_vje.anomaly.calibration import Calibration, cross_calibration
 from pyro_vje.anomaly.maps import Maps, load_maps, map_file, peaks_and_tails, picture_size
 from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import PLACES, Score, get_score
@@ -27,28 +23,22 @@ from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.data.splits import reference_images
 from pyro_vje.metrics.detection import conformal_p_values
-from pyro_vje.model.encoding import Encoded, encode, encode_batches, images_at_once
-from pyro_vje.progress import Progress, clear_line
+from pyro_vje.model.encoding import Encoded, encode, encode_batches, encode_features, images_at_once
+from pyro_vje.model.vje import VJE
 from pyro_vje.runs import folder
-from pyro_vje.runs.files import locked, parse_json, write_atomic
 from pyro_vje.runs.folder import LoadedRun
 
 log = logging.getLogger("pyro_vje")
 
+Floats = NDArray[np.float64]
+THRESHOLDS = (0.05, 0.01)
 PARTS = ("log_likelihood", "log_direction", "log_radius", "kl", "posterior_variance", "log_aggregate")
 """Columns of what the likelihood says of an image, beside the score."""
 MAP_COLUMNS = ("map_peak", "map_p_value")
 """Columns of scoring with maps: the largest value of an image's, and the share of normal images with such a one."""
 HOW = (
-    "score",
-    "score_likelihood",
-    "calibration",
-    "reference_views",
-    "num_pairs",
-    "num_particles",
-    "seed",
-    "maps",
-)
+    "score", "score_likelihood", "calibration", "reference_views", "num_pairs", "num_particles", "seed", "maps",
+)  # fmt: skip
 """Settings on which scores depend."""
 
 
@@ -77,60 +67,50 @@ class Judge:
 
     def rows(self, images: ImageSet, maps_folder: Path | None = None) -> Iterator[pd.DataFrame]:
         """Rows of each batch, by the images' positions, of those that can be decoded; their maps go to a folder."""
-        vje, info, size, pairs = (
-            self.run.vje,
-            self.run.info,
-            self.settings.batch_size,
-            self.settings.num_pairs,
-        )
+        vje, info, settings = self.run.vje, self.run.info, self.settings
         if self.maps is not None:
-            for encoded, maps in self.maps.encode_batches(images, size):
+            for encoded, maps in self.maps.encode_batches(images, settings.batch_size):
                 peaks, tails = peaks_and_tails(maps).unbind(1)
                 table = self._table(encoded.indices, [encoded], tails)
                 table["map_peak"] = peaks.cpu().numpy()
                 table["map_p_value"] = conformal_p_values(peaks, self.maps.peaks)
-                for i, image in zip(table.index, maps, strict=True):
-                    if maps_folder is not None:
-                        self.maps.write(
-                            map_file(maps_folder, images.names[i]), image, picture_size(images, i)
-                        )
+                for i, image in zip(table.index if maps_folder else (), maps, strict=False):
+                    place = map_file(cast(Path, maps_folder), images.names[i])
+                    self.maps.write(place, image, picture_size(images, i))
                 yield table
-        elif pairs:
-            for indices, batch in images.batches(images_at_once(images, size, vje.device)):
-                how = {"num_pairs": pairs, "seed": self.settings.seed}
+        elif settings.num_pairs:
+            how = {"num_pairs": settings.num_pairs, "seed": settings.seed}
+            for indices, batch in images.batches(images_at_once(images, settings.batch_size, vje.device)):
                 yield self._table(indices, augmented_pairs(vje, info.views, batch.to(vje.device), **how))
         else:
-            turns = self.score.of == "rotations"
+            size, turns = settings.batch_size, self.score.of == "rotations"
             for encoded in encode_batches(vje, images, info.view, batch_size=size, turns=turns):
                 yield self._table(encoded.indices, [encoded])
 
     def _table(self, indices: Tensor, each: list[Encoded], places: Tensor | None = None) -> pd.DataFrame:
         """Rows of N images by what the model says of them, once or of each pair, and by the scores of their maps."""
-        found = [_numbers(self.score, self.scorer.parts(encoded), places) for encoded in each]
-        means = {name: torch.stack([numbers[name] for numbers in found]).mean(0) for name in found[0]}
-        table = pd.DataFrame({name: x.cpu().numpy() for name, x in means.items()}, indices.tolist())
+        tables = [self._numbers(self.scorer.parts(encoded), places) for encoded in each]
+        table = (sum(tables[1:], tables[0]) / len(tables)).set_index(indices.numpy())
         table.insert(1, "p_value", np.nan)
         if self.calibration is not None:
             table["p_value"] = self.calibration.p_values(table["anomaly_score"].to_numpy(), each[0].features)
         return table
 
-
-def _numbers(score: Score, parts: LikelihoodParts, places: Tensor | None) -> dict[str, Tensor]:
-    """The score and `PARTS` of N images, of which ``places`` is the score of their maps."""
-    if places is not None:
-        parts.places = places
-    scores = score(parts).double()
-    # A density over thousands of kernels is there if the score is made of it.
-    is_known = "log_aggregate" in vars(parts)
-    return {
-        "anomaly_score": scores,
-        "log_likelihood": parts.log_likelihood,
-        "log_direction": parts.log_direction,
-        "log_radius": parts.log_radius,
-        "kl": parts.kl,
-        "posterior_variance": parts.variance,
-        "log_aggregate": parts.log_aggregate if is_known else torch.full_like(scores, torch.nan),
-    }
+    def _numbers(self, parts: LikelihoodParts, places: Tensor | None) -> pd.DataFrame:
+        if places is not None:
+            parts.places = places
+        columns = {
+            "anomaly_score": self.score(parts).double(),
+            "log_likelihood": parts.log_likelihood,
+            "log_direction": parts.log_direction,
+            "log_radius": parts.log_radius,
+            "kl": parts.kl,
+            "posterior_variance": parts.variance,
+        }
+        # A density over thousands of kernels is there if the score is made of it.
+        is_known = "log_aggregate" in vars(parts)
+        columns["log_aggregate"] = parts.log_aggregate if is_known else torch.full_like(parts.kl, torch.nan)
+        return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
 
 
 # What images are judged by --------------------------------------------------------------------------------------------
@@ -147,7 +127,7 @@ def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
     best = name = "rotation-joint" if run.vje.rotations and not settings.maps else "aggregate"
     if settings.num_pairs:
         name, why = "conditional", f"as {best}, the default, is none of pairs"
-    elif not scorer.has_reference:
+    elif scorer.reference is None:
         why = f"as there are no reference images ({folder.REFERENCE}) for {best}, the default"
         name = "conditional"
     score = get_score(settings.score or name)
@@ -215,76 +195,80 @@ def _calibration(judge: Judge) -> Calibration | None:
     return None if stored is None else Calibration([scorer.scores(score.name, stored).cpu().numpy()])
 
 
-# Rows on disk ---------------------------------------------------------------------------------------------------------
+# P-values -------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
-    """Numbers of images on disk while they are scored: a line of JSON each, after one that says how they were ``made``.
+class Calibration:
+    """Scores of images that the model has not seen, in folds; each of several has a model of its own, in ``scorers``.
 
-    ``shape`` is the number of images and of numbers in a row. Without ``resume`` the file is begun anew.
+    Of K folds, a new image is scored by each model, and its p-value (1 + Σ_k #{i in fold k: s_k(i) ≥ s_k(x)}) / (n + 1)
+    is cross-conformal (Vovk 2015, "Cross-conformal predictors"). For a normal image P(p ≤ α) ≤ 2 α + 2 (1 - 1/K) /
+    (n/K + 1) always (Barber et al. 2021, theorem 4 on CV+), and near α in practice; with one fold, P(p ≤ α) ≤ α.
     """
 
-    def __init__(self, path: Path, made: dict[str, Any], shape: tuple[int, int], *, resume: bool) -> None:
-        self.path, self._lock = path, ExitStack()
-        self._lock.enter_context(locked(path))
-        self.numbers: dict[int, list[float]] = {}
-        *lines, _ = (
-            path.read_bytes().split(b"\n") if resume and path.is_file() else [b""]
-        )  # a kill cuts off the last
-        if lines:
-            self._read(lines, made, shape)
-        else:
-            lines = [json.dumps(made).encode()]
-            if resume:
-                log.info("there is no %s to resume: from the beginning", path)
-        write_atomic(path, b"\n".join([*lines, b""]))
+    def __init__(self, folds: Sequence[Floats], scorers: Sequence[Scorer] = (), score: str = "") -> None:
+        self.scores, self.scorers = np.concatenate(folds), scorers
+        self.folds, self._score = [np.sort(fold) for fold in folds], score
 
-    def _read(self, lines: Sequence[bytes], made: dict[str, Any], shape: tuple[int, int]) -> None:
-        damaged = f"{self.path} is damaged: score again without --resume"
-        try:
-            before, *rows = map(parse_json, lines)
-            changed = ", ".join(name for name, value in made.items() if before[name] != value)
-            self.numbers = {} if changed else dict(rows)
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(damaged) from None
-        if changed:
-            how = f"was made with other settings ({changed})"
-            raise ValueError(f"{self.path} {how}: score again without --resume")
-        kinds = [float] * shape[1]
-        good = all(type(i) is int and 0 <= i < shape[0] for i in self.numbers)
-        good = good and all([type(x) for x in numbers] == kinds for numbers in self.numbers.values())
-        if not good or len(self.numbers) < len(rows):
-            raise ValueError(damaged)
+    def p_values(self, scores: Floats, features: Tensor | None = None) -> Floats:
+        """P-values of images of ``scores`` (N,), or where there are several models of ``features`` (N, F)."""
+        found = [scores]
+        if features is not None and self.scorers:
+            found = [_scores(own, self._score, features) for own in self.scorers]
+        pairs = zip(self.folds, found, strict=True)
+        at_least = np.sum([len(fold) - np.searchsorted(fold, x, side="left") for fold, x in pairs], axis=0)
+        return (1 + at_least) / (len(self.scores) + 1)
 
-    def add(self, rows: Mapping[int, list[float]]) -> None:
-        """Append the numbers of images by their positions."""
-        self.numbers |= rows
-        with open(self.path, "a", encoding="ascii") as file:
-            file.writelines(f"{json.dumps(row)}\n" for row in rows.items())
-
-    def remove(self) -> None:
-        """Remove the file, when all that was made of it is written, and let other processes write it."""
-        self.path.unlink()
-        self._lock.close()
+    def describe(self) -> dict[str, Any]:
+        """Number of its images, and above which score an image's p-value is at most some levels."""
+        count, ordered = len(self.scores), np.sort(self.scores)[::-1]
+        about = {"images": count, "smallest_p_value": 1 / (count + 1), "folds": len(self.folds)}
+        if self.scorers:  # each has a score of its own
+            return about
+        ranks = {level: int(level * (count + 1) * (1 + 1e-12)) for level in THRESHOLDS}
+        return {
+            **about,
+            "thresholds": {f"{level:g}": float(ordered[n - 1]) if n else None for level, n in ranks.items()},
+            "threshold": "an image whose score is above it has a p-value of at most the level",
+        }
 
 
-def score_images(
-    judge: Judge, images: ImageSet, rows: Rows, maps_folder: Path | None
-) -> list[tuple[str, str]]:
-    """Score the images that have no row yet; returns path and reason of each that cannot be decoded."""
-    remaining = [i for i in range(len(images)) if i not in rows.numbers]
-    if len(remaining) < len(images):
-        log.info("%d of %d images were scored before", len(images) - len(remaining), len(images))
-    todo = images.select(remaining)
-    progress = Progress("scoring", len(todo))
-    try:
-        for table in judge.rows(todo, maps_folder) if remaining else ():
-            numbers = zip(table.index, table.to_numpy().tolist(), strict=True)
-            rows.add({remaining[i]: row for i, row in numbers})
-            progress.add(len(table))
-    except KeyboardInterrupt:
-        clear_line()
-        log.warning("%d of %d images are in %s; --resume goes on", progress.done, len(todo), rows.path)
-        raise
-    clear_line()  # images that cannot be read leave it short of its end
-    return sorted(todo.failed)
+def _scores(scorer: Scorer, score: str, features: Tensor) -> Floats:
+    return scorer.scores(score, encode_features(scorer.vje, features)).cpu().numpy()
+
+
+def cross_calibration(
+    score: str, fold: Tensor, features: Tensor, heads: Sequence[VJE], scorer: Scorer
+) -> Calibration:
+    """From each training image's fold ``(n,)`` and features ``(n, F)``, and the head that has not seen each fold."""
+    features, fold = features.to(scorer.device), fold.to(scorer.device)
+    scorers = [
+        dataclasses.replace(scorer, vje=head, reference=encode_features(head, features[fold != k]))
+        for k, head in enumerate(heads)
+    ]
+    known = [_scores(own, score, features[fold == k]) for k, own in enumerate(scorers)]
+    return Calibration(known, scorers, score)
+
+
+def say_level(count: int, images: int, alpha: float | None, fdr: float | None) -> None:
+    """Say beforehand which decisions so many calibration images carry; ``ValueError`` if no image could meet one."""
+    level, name = (fdr, "fdr") if alpha is None else (alpha, "alpha")
+    if not count:
+        no = "this run has no held-out images to calibrate scores (train --holdout, or pyro-vje calibrate)"
+        if level is not None:
+            raise ValueError(f"no p-values, so no decisions: {no}")
+        log.info("no p-values: %s", no)
+        return
+    least = 1 / (count + 1)
+    log.info("compared with %d normal images, so that no p-value is below %.3g", count, least)
+    if level is not None and level < least:
+        raise ValueError(
+            f"with {count} calibration images no p-value is below {least:.3g}, so nothing could be called an anomaly "
+            f"at {name} {level:g}: calibrate with {math.ceil(1 / level) - 1} or more "
+            "(train --holdout, or pyro-vje calibrate), or raise the level"
+        )
+    if fdr is not None and (least_called := math.ceil(images * least / fdr)) > 1:
+        log.warning(
+            f"at fdr {fdr:g}, among {images} images and with {count} to compare with, fewer than {least_called} "
+            "strange ones cannot be called: raise it, or compare with more (pyro-vje calibrate)"
+        )
