@@ -2,9 +2,11 @@
 
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 
 def is_reference(name: str) -> bool:
@@ -30,14 +32,31 @@ def import_reference(reference: str) -> object:
         sys.path.remove(here)
 
 
-def look_up(name: str, known: Mapping[str, object], *, what: str, group: str | None = None) -> object:
-    """What ``name`` is: among ``known``, ``module:attribute``, or entry point of ``group``; else ``ValueError``."""
+def look_up(name: str, known: Mapping[str, Any], *, what: str, form: str, group: str | None = None) -> Any:
+    """What ``name`` is: among ``known``, or a function by ``module:attribute`` or entry point; else ``ValueError``."""
     if name in known:
         return known[name]
-    if is_reference(name):
-        return import_reference(name)
     installed = entry_points(group=group or "")
-    if name in installed.names:
-        return installed[name].load()
-    names = ", ".join([*known, *sorted(installed.names)])
-    raise ValueError(f"unknown {what} {name!r}: choose one of {names}, or name your own as module:attribute")
+    if is_reference(name):
+        found = import_reference(name)
+    elif name in installed.names:
+        found = installed[name].load()
+    else:
+        names = ", ".join([*known, *sorted(installed.names)])
+        raise ValueError(
+            f"unknown {what} {name!r}: choose one of {names}, or name your own as module:attribute"
+        )
+    if not callable(found):
+        raise ValueError(f"{what} {name!r} must be a function {form}, not {found!r}")
+    return found
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Name ``what`` fails in whatever a user's own code raises, as a ``ValueError``."""
+    try:
+        yield
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from error

@@ -68,9 +68,8 @@ PLACES = Score(
 
 def get_score(name: str) -> Score:
     """A score by name, ``module:function``, or entry point in ``pyro_vje.scores``; ``ValueError`` lists those known."""
-    found = look_up(name, {**SCORES, PLACES.name: PLACES}, what="score", group="pyro_vje.scores")
+    known = {**SCORES, PLACES.name: PLACES}
+    found = look_up(name, known, what="score", form="of LikelihoodParts", group="pyro_vje.scores")
     if isinstance(found, Score):
         return found
-    if not callable(found):
-        raise ValueError(f"score {name!r} is no function of LikelihoodParts")
     return Score(name, (found.__doc__ or "user-defined").partition("\n")[0].rstrip("."), found)

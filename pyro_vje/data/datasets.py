@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from pyro_vje.data.decode import image_shape, list_images
 from pyro_vje.data.imageset import RESIDENCIES, ImageSet, LazyImages, counted, read_images
 from pyro_vje.data.views import CleanView, TwoViews
-from pyro_vje.plugins import look_up
+from pyro_vje.plugins import look_up, users_code
 
 logger = logging.getLogger("pyro_vje")
 
@@ -52,12 +52,15 @@ class Dataset:
     image_size: int | None = None
     """Side in pixels when the user does not say; ``None``: the function chooses."""
 
+    def __call__(self, request: Request) -> ImageSet:
+        """Load what is asked for."""
+        return self.load(request)
+
 
 def find_dataset(name: str) -> Dataset:
     """A data set by name, ``module:function`` (a `Dataset`, or its function), or entry point; else ``ValueError``."""
-    found = look_up(name, DATASETS, what="data set", group="pyro_vje.datasets")
-    if not isinstance(found, Dataset) and not callable(found):
-        raise ValueError(f"data set {name!r} is no function from a Request to an ImageSet")
+    form = "from a Request to an ImageSet"
+    found = look_up(name, DATASETS, what="data set", form=form, group="pyro_vje.datasets")
     return found if isinstance(found, Dataset) else Dataset(found)
 
 
@@ -104,12 +107,9 @@ def load_dataset(
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     root = Path(data_dir if data_dir is not None else os.environ.get("PYRO_VJE_DATA", "data_sets"))
     size = image_size or entry.image_size
-    try:
-        images = entry.load(Request(name, root, split, size, download, residency, interpolation, fit))
-    except Exception as error:
-        if name in DATASETS or isinstance(error, (ValueError, OSError, MemoryError)):
-            raise
-        raise ValueError(f"data set {name!r} failed ({type(error).__name__}: {error})") from error
+    request = Request(name, root, split, size, download, residency, interpolation, fit)
+    with users_code(f"data set {name!r} failed"):
+        images = entry(request)
     if not isinstance(images, ImageSet):
         raise ValueError(f"data set {name!r} gave a {type(images).__name__}: it must return an ImageSet")
     logger.debug("%s, split %s: %s of side %d", name, split, counted(len(images)), images.image_size)

@@ -10,7 +10,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
 from pyro_vje.model.pretrained import LIBRARIES, library_model, load_state, read_state
-from pyro_vje.plugins import look_up
+from pyro_vje.plugins import look_up, users_code
 
 SMALL_IMAGE = 64
 """Images up to this many pixels get the CIFAR stem: the ImageNet one would shrink them fourfold at once."""
@@ -76,16 +76,12 @@ def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Modul
     if weights == "default":
         how = "name timm:... or torchvision:..., or a file"
         raise ValueError(f"encoder {name!r} has no pretrained weights: {how}")
-    factory = look_up(name, ENCODERS, what="encoder", group="pyro_vje.encoders")
-    if not callable(factory):
-        raise ValueError(f"encoder {name!r} is no function from an image size to an nn.Module")
-    try:
+    form = "from an image size to an nn.Module"
+    factory = look_up(name, ENCODERS, what="encoder", form=form, group="pyro_vje.encoders")
+    with users_code(
+        f"encoder {name!r}, which must be a function {form}, failed when called with {image_size}"
+    ):
         encoder = factory(image_size)
-    except Exception as error:  # the user's code may raise anything
-        raise ValueError(
-            f"encoder {name!r} failed when called with the image size {image_size} ({type(error).__name__}: "
-            f"{error}): it must take an image size alone and return an nn.Module"
-        ) from error
     if not isinstance(encoder, nn.Module):
         raise ValueError(
             f"encoder {name!r} gave a {type(encoder).__name__}: it must return an nn.Module, from images "
@@ -102,11 +98,8 @@ def feature_dim(encoder: nn.Module, image_size: int) -> int:
     was_training = encoder.training
     parameter = next(encoder.parameters(), None)
     images = torch.zeros(2, 3, image_size, image_size, device=None if parameter is None else parameter.device)
-    try:
+    with users_code(f"the encoder ({type(encoder).__name__}) fails on images of shape {tuple(images.shape)}"):
         features = encoder.eval()(images)
-    except Exception as error:  # the user's code may raise anything
-        what = f"the encoder ({type(encoder).__name__}) fails on images of shape {tuple(images.shape)}"
-        raise ValueError(f"{what}: {error}") from error
     encoder.train(was_training)
     if not isinstance(features, Tensor) or features.dim() != 2 or features.shape[0] != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

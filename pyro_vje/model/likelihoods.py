@@ -81,12 +81,11 @@ def register(
 
 def get_family(name: str) -> LikelihoodFamily:
     """A family by registered name, ``module:function``, or entry point; a ``ValueError`` lists the known ones."""
-    found = look_up(name, FAMILIES, what="likelihood family", group="pyro_vje.likelihoods")
-    if isinstance(found, LikelihoodFamily):
-        return found
-    if not callable(found):
-        raise ValueError(f"likelihood {name!r} is no function (loc, scale, settings) -> Distribution")
-    return LikelihoodFamily(name, found, None, "user-defined")
+    form = "(loc, scale, settings) -> Distribution"
+    found = look_up(name, FAMILIES, what="likelihood family", form=form, group="pyro_vje.likelihoods")
+    return (
+        found if isinstance(found, LikelihoodFamily) else LikelihoodFamily(name, found, None, "user-defined")
+    )
 
 
 POLAR = ("df", "unit_radius", "radius_scale")

@@ -25,10 +25,7 @@ Objective = Callable[[VJE, Views], Tensor]
 
 def own_objective(name: str) -> Objective | None:
     """Resolve an objective named as ``module:function``; ``None`` for ``elbo``, the symmetric ELBO."""
-    found: Any = look_up(name, {ELBO: None}, what="objective")
-    if found is not None and not callable(found):
-        raise ValueError(f"objective {name!r} must be a function (vje, views) -> loss, not {found!r}")
-    return found
+    return look_up(name, {ELBO: None}, what="objective", form="(vje, views) -> loss")
 
 
 class SymmetricELBO(Trace_ELBO):

@@ -429,7 +429,7 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
         "none": "choose one of digits, .* or name your own as module:attribute",
         "my_data:nothing": "gave a NoneType: it must return an ImageSet",
         "my_data:broken": r"failed \(ZeroDivisionError: division by zero\)",
-        "my_data:number": "is no function from a Request to an ImageSet",
+        "my_data:number": "must be a function from a Request to an ImageSet, not 5",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_dataset(name)

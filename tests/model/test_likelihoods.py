@@ -178,7 +178,7 @@ def test_look_up_errors_name_what_is_known(tmp_path, monkeypatch):
         get_family("nothing_here:family")
     with pytest.raises(ValueError, match="no attribute 'missing'"):
         get_family("family_for_test:missing")
-    with pytest.raises(ValueError, match="is no function"):
+    with pytest.raises(ValueError, match="must be a function"):
         get_family("family_for_test:number")
 
 
