@@ -173,7 +173,7 @@ def test_scores_of_ones_own(run, encoded, monkeypatch):
     assert get_score(f"{__name__}:nearness").needs_reference
     with pytest.raises(ValueError, match=r"unknown score 'magic'.*conditional.*module:attribute"):
         get_score("magic")
-    with pytest.raises(ValueError, match="no function"):
+    with pytest.raises(ValueError, match="must be a function"):
         get_score("math:pi")
 
 
