@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from pyro_vje import metrics
-from pyro_vje.config import TrainConfig
+from pyro_vje.config import EvalConfig, TrainConfig
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, derive_seed, views_for, warn_if_shared
 from pyro_vje.metrics.representation import check_knn
 from pyro_vje.model.encoding import Encoded, encode
@@ -26,7 +26,6 @@ from pyro_vje.runs.folder import PICTURES, build_model, default_device, load_run
 
 log = logging.getLogger("pyro_vje")
 
-LINEAR = ("logistic", "sgd")
 # Heading in the table, decimals; a line of protocol each.
 _COLUMNS = {
     "knn": ("k-NN", 4), "linear": ("linear", 4), "linear_sgd": ("SGD", 4), "effective_rank": ("rank", 1),
@@ -226,12 +225,10 @@ def evaluate(
     """
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
-    check_knn(ks, temperatures)  # before minutes of encoding
     probes = [linear] if isinstance(linear, str) else list(linear)
-    if unknown := set(probes) - set(LINEAR):
-        raise ValueError(f"unknown linear probe {unknown.pop()!r}; known: {', '.join(LINEAR)}")
-    if probe_epochs < 1:
-        raise ValueError(f"probe_epochs must be at least 1, got {probe_epochs}")
+    # Before minutes of encoding.
+    check_knn(ks, temperatures)
+    EvalConfig(linear=tuple(probes), probe_epochs=probe_epochs)
     device = default_device()
     run = load_run(ckpt, trust_plugins=trust_plugins, device=device)
     config, view = run.info.config, run.info.view

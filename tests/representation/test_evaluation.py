@@ -137,11 +137,11 @@ def test_uncertainty_that_knows_and_retrieval_that_never_fails():
 
 def test_settings_are_checked_before_anything_is_read():
     cases = [
-        ({"linear": "svm"}, "unknown linear probe 'svm'; known: logistic, sgd"),
+        ({"linear": "svm"}, "linear must be one of logistic, sgd, not 'svm'"),
         ({"k": (5, 0)}, "k must be at least 1, got 0"),
         ({"k": ()}, "at least one k"),
         ({"temperature": [0.1, -1.0]}, "temperature must be positive, got -1.0"),
-        ({"probe_epochs": 0}, "probe_epochs must be at least 1, got 0"),
+        ({"probe_epochs": 0}, "probe_epochs must be at least 1, not 0"),
     ]
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -153,7 +153,7 @@ def test_command_refuses():
         "--linear svm": "'svm'",
         "--k 0": "k must be at least 1, got 0",
         "--temperature 0": "temperature must be positive, got 0.0",
-        "--probe-epochs 0": "probe_epochs must be at least 1, got 0",
+        "--probe-epochs 0": "probe_epochs must be at least 1, not 0",
     }
     for arguments, message in refused.items():
         result = CliRunner().invoke(main, ["eval", "--ckpt", ".", *arguments.split()])
