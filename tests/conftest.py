@@ -10,6 +10,7 @@ from tiny import draw_image, tiny_encoder
 
 from pyro_vje import TrainConfig, train
 from pyro_vje.model import encoders
+from pyro_vje.pages import pictures
 
 CLASSES = ("normal", "stripes", "spots")
 
@@ -33,6 +34,20 @@ def _tiny_encoder_by_name():
     encoders.ENCODERS["tiny"] = tiny_encoder
     yield
     del encoders.ENCODERS["tiny"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _coarse_pictures():
+    """A third of the resolution and no search for a layout, which are most of the time of a small run.
+
+    Processes of their own, as of `test_commands_print_no_librarys_warnings`, draw in full.
+    """
+    figure = pictures.Figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pictures, "Figure", lambda **settings: figure(**settings | {"dpi": 40, "layout": None})
+        )
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ from pyro_vje.anomaly import table as scoring
 from pyro_vje.cli import main as command
 from pyro_vje.data import splits
 from pyro_vje.experiments import ablation, cells, protocols
+from pyro_vje.pages import pictures
 from pyro_vje.training import checkpoints
 from pyro_vje.training import monitor as monitoring
 from pyro_vje.training import run as training
@@ -42,6 +43,7 @@ EVENT = struct.Struct("ii")
 TIMING = {"seconds", "images_per_second", "date"}
 PATIENCE = 180.0  # seconds after which a life is called hung
 EPOCHS, STEPS = 6, 20
+QUICK_EPOCHS, QUICK_STEPS = 2, 10
 SETTINGS = {
     "dataset": "folder",
     "encoder": "tests.soak.encoder:tiny",
@@ -196,6 +198,8 @@ def _live(arguments: Sequence[str], log: Path, pipe: int, aim: Aim | None) -> No
     announce(cells.Cells, "summarise", "table", "step")
     announce(scoring, "score_images", "evaluation", "table")
     announce(scoring.Rows, "add", "step")
+    figure = pictures.Figure  # most of the time, and not compared
+    pictures.Figure = lambda **settings: figure(**settings | {"dpi": 40, "layout": None})
     checkpoints.CHECKPOINT_SECONDS = 0.0  # after every step: each is a moment to be killed in
     torch.set_num_threads(1)  # steps of this size are no faster on two
     command(list(arguments))  # exits
@@ -227,10 +231,10 @@ def compare(whole: Path, killed: Path, names: Sequence[str]) -> None:
         assert same, f"{name} differs from that of the run that was not killed: {whole} and {killed}"
 
 
-def make_images(root: Path) -> None:
-    """Noise in three classes: the numbers matter, not what they mean."""
+def make_images(root: Path, steps: int) -> None:
+    """Noise in three classes, which make so many steps: the numbers matter, not what they mean."""
     generator = np.random.default_rng(0)
-    for split, count in (("train", 56), ("test", 8)):
+    for split, count in (("train", 14 * steps // 5), ("test", 8)):  # a twentieth of them is held out
         for i, kind in enumerate(("normal", "other", "third")):
             folder = root / split / kind
             folder.mkdir(parents=True)
@@ -252,16 +256,19 @@ RUN_FILES = (
 
 
 def train_arguments(images: Path, out: Path, **changes: Any) -> list[str]:
-    settings = {**SETTINGS, "epochs": EPOCHS, "data-dir": images, "out": out, **changes}
+    settings = {**SETTINGS, "data-dir": images, "out": out, **changes}
     return ["train", *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]
 
 
-def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: int = 1) -> dict[str, Any]:
+def kill_training(
+    work: Path, images: Path, kills: int, seed: int, *, epochs: int, steps: int, devices: int = 1
+) -> dict[str, Any]:
     """A run that is killed ``kills`` times against one that is not."""
     whole, killed, log = (work / name for name in ("whole", "killed", "log.txt"))
     work.mkdir()
-    spans = Life(train_arguments(images, whole, devices=devices), log).succeed().durations()
-    total = EPOCHS * STEPS
+    how = {"epochs": epochs, "devices": devices}
+    spans = Life(train_arguments(images, whole, **how), log).succeed().durations()
+    total = epochs * steps
     draw = random.Random(seed)
     landed: Counter[str] = Counter()
     victims: Counter[str] = Counter()
@@ -271,7 +278,7 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
     for number in range(kills):
         # Spread over the run's steps; the last kills are left for the time after them.
         target = total * number // max(1, kills - final)
-        at_end = target % STEPS >= STEPS - max(2, 2 * total // kills)
+        at_end = target % steps >= steps - max(2, 2 * total // kills)
         kinds = ["start-up", "step", "step", "checkpoint", *["evaluation"] * (2 * at_end)]
         kind = draw.choice(kinds) if number < kills - final else "final writes"
         step = 0 if kind == "start-up" else target
@@ -279,7 +286,7 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
         aim = Aim(kind, step, draw.random() * spans[kind], victim)
         begun = (killed / "config.json").is_file()
         resume = ["train", "--resume", "--out", str(killed)]
-        life = Life(resume if begun else train_arguments(images, killed, devices=devices), log, aim)
+        life = Life(resume if begun else train_arguments(images, killed, **how), log, aim)
         status = life.end()
         if status == 0:  # only the last writes are over so soon
             faster += 1
@@ -306,7 +313,7 @@ def kill_training(work: Path, images: Path, kills: int, seed: int, *, devices: i
         "landed_in": dict(landed),
         "temporary_files_left_by_kills": torn,
         "checkpoint_loadable_after": loadable,
-        "epochs": EPOCHS,
+        "epochs": epochs,
         "steps": total,
         "identical": list(RUN_FILES),
         "seconds": round(time.monotonic() - began, 1),
@@ -352,7 +359,8 @@ def run(quick: bool, seed: int) -> dict[str, Any]:
     """All of it, or a few kills of a run and of the scoring of its images."""
     work = Path(tempfile.mkdtemp(prefix="soak-"))
     images = work / "images"
-    make_images(images)
+    epochs, steps = (QUICK_EPOCHS, QUICK_STEPS) if quick else (EPOCHS, STEPS)
+    make_images(images, steps)
     figures: dict[str, Any] = {}
     score = ["score", "--ckpt", str(work / "train" / "whole"), "--trust-plugins", "--data", str(images)]
     score += ["--batch-size", "1", "--num-pairs", "1"]
@@ -370,9 +378,10 @@ def run(quick: bool, seed: int) -> dict[str, Any]:
         places = ", ".join(f"{count} in {phase}" for phase, count in found["landed_in"].items())
         print(f"kills: {name}: {found['kills']} ({places}): identical", file=sys.stderr)
 
-    report("train", kill_training(work / "train", images, 4 if quick else 50, seed))
+    how = {"epochs": epochs, "steps": steps}
+    report("train", kill_training(work / "train", images, 4 if quick else 50, seed, **how))
     if not quick:
-        report("train --devices 2", kill_training(work / "ddp", images, 12, seed, devices=2))
+        report("train --devices 2", kill_training(work / "ddp", images, 12, seed, **how, devices=2))
     for name, call, again, out, files, kills in others[:1] if quick else others:
         report(name, kill_command(work / name, [*call, "--out"], out, again, files, kills, seed))
     shutil.rmtree(work)
