@@ -44,9 +44,7 @@ def _coarse_pictures():
     """
     figure = pictures.Figure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            pictures, "Figure", lambda **settings: figure(**settings | {"dpi": 40, "layout": None})
-        )
+        patch.setattr(pictures, "Figure", lambda **settings: figure(**settings | {"dpi": 40, "layout": None}))
         yield
 
 
