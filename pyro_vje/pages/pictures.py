@@ -15,29 +15,24 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation
-from sklearn.preprocessing import normalize
 
 from pyro_vje.metrics import RejectionCurve, auroc
-from pyro_vje.metrics.arrays import Array, as_numpy
 from pyro_vje.metrics.representation import MIN_POSTERIOR_SNR, MIN_SPREAD
 from pyro_vje.runs.files import write_atomic
 
 log = logging.getLogger("pyro_vje")
 
-# Okabe & Ito's palette, told apart with any colour vision; more classes than its seven take Matplotlib's twenty.
+# Okabe & Ito's palette, told apart with any colour vision.
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#9A9A9A"
 PALETTE = (BLUE, "#E69F00", "#009E73", VERMILION, "#CC79A7", "#56B4E9", "#4D4D4D")
-MOST_CLASSES, MOST_POINTS = 20, 5000
 SHOWN = 12  # images at each end
 
-Labels: TypeAlias = Array | None
 Group: TypeAlias = tuple[str, str, NDArray[np.bool_]]  # name, colour, members of what is told apart
 Thumbnails: TypeAlias = Callable[[Sequence[int]], Sequence[Image.Image]]
 
@@ -97,10 +92,10 @@ def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _legend(axes: Axes, entries: Sequence[tuple[str, Any]], **settings: Any) -> None:
+def _legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     """Legend of names and colours."""
     handles = [Line2D([], [], linestyle="", color=colour, marker="s") for _, colour in entries]
-    legend = axes.legend(handles, map(str, range(len(handles))), frameon=False, fontsize=8, **settings)
+    legend = axes.legend(handles, map(str, range(len(handles))), frameon=False, fontsize=8)
     # Names are set afterwards: Matplotlib leaves out labels that begin with "_", and reads "$" as mathematics.
     for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
         text.set_parse_math(False)
@@ -113,8 +108,8 @@ def sizes(groups: Sequence[Group]) -> list[tuple[str, str]]:
 
 
 def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which images have finite numbers only; ``ValueError`` if none has."""
-    finite: NDArray[np.bool_] = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    """Which of the values are finite; ``ValueError`` if none is."""
+    finite = np.isfinite(values)
     if not finite.any():
         raise ValueError("nothing to draw is finite")
     return finite
@@ -212,34 +207,6 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: Path) -> None:
                 axes.set_ylim(bottom=0)
 
 
-def plot_embedding(embeddings: Array, labels: Labels, classes: Sequence[str] | None, path: Path) -> None:
-    """First two principal components of normalised embeddings ``(N, D)``, coloured by labels ``(N,)``, or grey."""
-    with picture(path, 6.4, 5.0) as figure:
-        points = as_numpy(embeddings).astype(np.float64)
-        # At most `MOST_POINTS`, always the same ones, in an order that hides no class behind another.
-        chosen = np.random.default_rng(0).permutation(np.flatnonzero(_finite(points)))[:MOST_POINTS]
-        points = normalize(points[chosen])
-        left, singular, _ = np.linalg.svd(points - points.mean(0), full_matrices=False)
-        shares = [*singular**2 / max((singular**2).sum(), 1e-24), 0.0]
-        x, y = np.pad((left * singular)[:, :2], ((0, 0), (0, max(0, 2 - len(singular))))).T
-        kinds = np.full(len(chosen), -1) if labels is None else as_numpy(labels)[chosen].astype(np.int64)
-        present, named = np.unique(kinds[kinds >= 0]), dict(enumerate(classes or ()))
-        told_apart = present[: len(present) if len(present) <= MOST_CLASSES else 0]
-        palette = PALETTE if len(told_apart) <= len(PALETTE) else colormaps["tab20"].colors  # type: ignore[attr-defined]
-        colours = dict(zip(told_apart, palette, strict=False))
-        other, axes = GREY if colours else BLUE, figure.subplots()
-        size = float(np.clip(6000 / len(points), 5, 30))
-        axes.scatter(x, y, s=size, c=[colours.get(kind, other) for kind in kinds], alpha=0.6, linewidths=0)
-        if colours:
-            entries = [(printable(named.get(x, f"class {x}")), colour) for x, colour in colours.items()]
-            entries += [("unlabelled", other)] if (kinds < 0).any() else []
-            _legend(axes, entries, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        many = f" of {len(present)} classes" if len(present) > MOST_CLASSES else ""
-        names = (f"principal component {i + 1} ({shares[i]:.0%} of variance)" for i in range(2))
-        style(axes, f"Directions of {len(points):,} embeddings{many}", *names)
-        axes.set_aspect("equal", adjustable="datalim")
-
-
 def plot_score_histogram(scores: pd.Series, is_anomaly: pd.Series, path: Path) -> None:
     """Histogram of the finite scores ``(N,)``, normal images against anomalies ``(N,)`` where known, with the AUROC."""
     with picture(path, 6.4, 3.6) as figure:
@@ -292,9 +259,5 @@ def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path) -> None:
             axes.plot(100 * rejected[shown], accuracy[shown], color=colour)
             axes.axhline(accuracy[0], color=colour, linestyle=":", linewidth=1)
         _legend(axes, [*zip(curves, PALETTE, strict=False)])
-        style(
-            axes,
-            "Rejecting the most uncertain images",
-            "share rejected (%)",
-            "Recall@1 of the test images kept",
-        )
+        title = "Rejecting the most uncertain images"
+        style(axes, title, "share rejected (%)", "Recall@1 of the test images kept")

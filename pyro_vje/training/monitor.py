@@ -165,16 +165,12 @@ class EpochReport(lightning.pytorch.Callback):
                 "epoch %d is not in the log of %s: %s", rows[-1]["epoch"], type(logger).__name__, error
             )
 
-    def draw(self, vje: VJE, classes: tuple[str, ...] | None) -> None:
-        """Draw the curves and the embedding of held-out (else training) images into the run folder."""
+    def draw(self) -> None:
+        """Draw the curves into the run folder."""
         folder = self.path.parent / PICTURES
         folder.mkdir(exist_ok=True)
         history = {name: [row.get(name, math.nan) for row in self.rows] for name in COLUMNS}
         pictures.plot_training(history, folder / "training.png")
-        shown = self.knn_sets[1] if self.knn_sets else self.health_set
-        encoded = self._encode(vje, shown)
-        labels = None if shown.labels is None else shown.labels[encoded.indices]
-        pictures.plot_embedding(encoded.embeddings, labels, classes, folder / "embedding.png")
 
     def _measure(self, vje: VJE, gentler: str) -> dict[str, float]:
         encoded = self._encode(vje, self.health_set)

@@ -146,7 +146,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     _fit(module, folder, report, precision, logger, resume=resume)
     if is_first_process():
         _keep(folder, vje, info, train_set, held_out, features)
-        report.draw(vje, info.classes)
+        report.draw()
     return folder
 
 

@@ -53,7 +53,7 @@ def assert_same(folder, whole):
             rows.append([{k: v for k, v in row.items() if k not in TIMING} for row in csv.DictReader(file)])
     assert rows[0] == rows[1]
     assert not list(folder.rglob(".*"))
-    assert (folder / "pictures" / "embedding.png").is_file()
+    assert (folder / "pictures" / "training.png").is_file()
 
 
 def at_step(monkeypatch, step, do):

@@ -34,7 +34,6 @@ def test_run_folder_is_complete(trained_run, tiny_config):
         "metrics.csv",
         "checkpoints/last.ckpt",
         "pictures/training.png",
-        "pictures/embedding.png",
     } <= names
     config = json.loads((trained_run / "config.json").read_text())
     assert config["config"]["epochs"] == 3
