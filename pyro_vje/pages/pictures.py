@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,10 +72,7 @@ def picture(path: Path, width: float = 6.0, height: float = 4.6) -> Iterator[Fig
     with drawing(path):
         yield (figure := new_figure(width, height))
         stream = io.BytesIO()
-        with warnings.catch_warnings():
-            # Class names are folder names, in any script; a missing glyph is drawn as a box.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(stream, format="png")
+        figure.savefig(stream, format="png")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, stream.getvalue())
 
@@ -94,12 +90,8 @@ def style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 def _legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
     """Legend of names and colours."""
-    handles = [Line2D([], [], linestyle="", color=colour, marker="s") for _, colour in entries]
-    legend = axes.legend(handles, map(str, range(len(handles))), frameon=False, fontsize=8)
-    # Names are set afterwards: Matplotlib leaves out labels that begin with "_", and reads "$" as mathematics.
-    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name if len(name) <= 24 else name[:23] + "…")
+    handles = [Line2D([], [], linestyle="", color=colour, marker="s", label=name) for name, colour in entries]
+    axes.legend(handles=handles, frameon=False, fontsize=8)
 
 
 def sizes(groups: Sequence[Group]) -> list[tuple[str, str]]:
