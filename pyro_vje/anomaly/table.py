@@ -197,9 +197,8 @@ class Rows:
         self.path, self._lock = path, ExitStack()
         self._lock.enter_context(locked(path))
         self.numbers: dict[int, list[float]] = {}
-        *lines, _ = (
-            path.read_bytes().split(b"\n") if resume and path.is_file() else [b""]
-        )  # a kill cuts off the last
+        content = path.read_bytes() if resume and path.is_file() else b""
+        *lines, _ = content.split(b"\n")  # a kill may cut off the last
         if lines:
             self._read(lines, made, shape)
         else:
@@ -209,21 +208,18 @@ class Rows:
         write_atomic(path, b"\n".join([*lines, b""]))
 
     def _read(self, lines: Sequence[bytes], made: dict[str, Any], shape: tuple[int, int]) -> None:
-        damaged = f"{self.path} is damaged: score again without --resume"
         try:
             before, *rows = map(parse_json, lines)
             changed = ", ".join(name for name, value in made.items() if before[name] != value)
             self.numbers = {} if changed else dict(rows)
+            good = changed or len(self.numbers) == len(rows)
+            good = good and all(type(i) is int and 0 <= i < shape[0] for i in self.numbers)
+            good = good and all([type(x) for x in row] == [float] * shape[1] for row in self.numbers.values())
         except (ValueError, TypeError, KeyError):
-            raise ValueError(damaged) from None
-        if changed:
-            how = f"was made with other settings ({changed})"
-            raise ValueError(f"{self.path} {how}: score again without --resume")
-        kinds = [float] * shape[1]
-        good = all(type(i) is int and 0 <= i < shape[0] for i in self.numbers)
-        good = good and all([type(x) for x in numbers] == kinds for numbers in self.numbers.values())
-        if not good or len(self.numbers) < len(rows):
-            raise ValueError(damaged)
+            changed, good = "", False
+        if changed or not good:
+            wrong = f"was made with other settings ({changed})" if changed else "is damaged"
+            raise ValueError(f"{self.path} {wrong}: score again without --resume")
 
     def add(self, rows: Mapping[int, list[float]]) -> None:
         """Append the numbers of images by their positions."""

@@ -397,6 +397,7 @@ def test_damaged_rows_are_refused(tmp_path):
         b"[1, [1, 2.0]]",
         b"{}",
         b"[true, 1]",
+        b"[1, 5]",
         b"\xff",
     ):
         path.write_bytes(good + line + b"\n")
