@@ -149,7 +149,7 @@ class TrainConfig:
         values = {
             "optimizer": optimizer,
             "lr": LR[optimizer],
-            "warmup_epochs": min(10.0, 0.1 * epochs),
+            "warmup_epochs": 0.1 * min(100, epochs),
             "knn_every": max(1, epochs // 10),
             **defaults,
         }
