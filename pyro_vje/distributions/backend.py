@@ -46,13 +46,4 @@ polar_vector = _PolarVector()
 for registry in (torch.distributions.biject_to, torch.distributions.transform_to):
     registry.register(polar_vector, lambda _: torch.distributions.identity_transform)
 
-
-def broadcast_shape(*shapes: Any) -> torch.Size:
-    """Shape to which all broadcast; a ValueError if there is none."""
-    try:
-        return torch.broadcast_shapes(*shapes)
-    except RuntimeError as error:
-        raise ValueError(f"shapes {[tuple(shape) for shape in shapes]} do not broadcast") from error
-
-
-__all__ = ["HAS_PYRO", "TorchDistribution", "broadcast_shape", "constraints", "polar_vector"]
+__all__ = ["HAS_PYRO", "TorchDistribution", "constraints", "polar_vector"]

@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Independent, Normal, transform_to
 from torch.nn.functional import normalize
 
-from pyro_vje.distributions.backend import TorchDistribution, broadcast_shape, constraints
+from pyro_vje.distributions.backend import TorchDistribution, constraints
 from pyro_vje.distributions.numerics import Scalar, at_least_float32, squared_distance
 
 
@@ -20,7 +20,6 @@ class VectorDistribution(TorchDistribution):
 
     arg_constraints: Any
     _parameter_names: tuple[str, ...] = ()
-    _moments_are_mle = False
 
     def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
         """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
@@ -55,7 +54,7 @@ class VectorDistribution(TorchDistribution):
         dims = {name: cls._parameter_dim(name) for name in arg_shapes}
         batch = (shape[: len(shape) - dims[name]] for name, shape in arg_shapes.items())
         event = (shape[-1:] for name, shape in arg_shapes.items() if dims[name] == 1)
-        return Size(broadcast_shape(*batch)), Size(broadcast_shape(*event))
+        return torch.broadcast_shapes(*batch), torch.broadcast_shapes(*event)
 
     def expand(self, batch_shape: Sequence[int], _instance: Self | None = None) -> Self:
         """Expand the batch shape; no memory is copied."""
@@ -107,7 +106,7 @@ class VectorDistribution(TorchDistribution):
             raise ValueError(f"method must be 'mle' or 'moments', not {method!r}")
         values = samples.detach().double()
         parameters = cls._start(values, df)
-        if method == "mle" and not cls._moments_are_mle:
+        if method == "mle":
             if df is None and "df" in parameters:
                 parameters["df"] = parameters["df"].clamp(max=10.0)
             parameters = cls._maximize(values, parameters, () if df is None else ("df",))

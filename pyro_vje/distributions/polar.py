@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Size, Tensor
 
-from pyro_vje.distributions.backend import TorchDistribution, broadcast_shape, constraints, polar_vector
+from pyro_vje.distributions.backend import TorchDistribution, constraints, polar_vector
 from pyro_vje.distributions.base import VectorDistribution, pairwise_log_prob
 from pyro_vje.distributions.numerics import (
     Scalar,
@@ -20,7 +20,6 @@ from pyro_vje.distributions.numerics import (
 )
 from pyro_vje.distributions.student_t import DirectionalStudentT, ProjectedStudentT, RestrictedStudentT
 
-Direction = Literal["restricted", "projected"]
 Radius = Literal["student-t", "log-student-t"]
 
 
@@ -91,7 +90,7 @@ class PolarStudentT(PolarDensity, DirectionalStudentT):
         *,
         unit_radius: float = 1.0,
         radius_scale: Scalar | None = None,
-        direction: Direction = "restricted",
+        direction: Literal["restricted", "projected"] = "restricted",
         radius: Radius | None = "student-t",
         validate_args: bool | None = None,
     ) -> None:
@@ -103,6 +102,7 @@ class PolarStudentT(PolarDensity, DirectionalStudentT):
             raise ValueError(f"unit_radius must be positive and finite, not {unit_radius!r}")
         self._df, self._radius_scale = df, None
         self.unit_radius, self.direction, self.radius = float(unit_radius), direction, radius
+        self.has_rsample = self.is_normalized
         if direction == "projected":
             self.arg_constraints = self.arg_constraints | {"df": ProjectedStudentT.arg_constraints["df"]}
         optional = {} if radius_scale is None else {"_radius_scale": radius_scale}
@@ -121,11 +121,6 @@ class PolarStudentT(PolarDensity, DirectionalStudentT):
     def is_normalized(self) -> bool:
         """Whether the density integrates to one over R^D."""
         return self.direction == "projected" and self.radius == "log-student-t"
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether :meth:`rsample` is implemented for these factors."""
-        return self.is_normalized
 
     @property
     def direction_factor(self) -> ProjectedStudentT | RestrictedStudentT:
@@ -200,8 +195,7 @@ class PolarProduct(PolarDensity):
     normalised if both factors are.
 
     ``direction`` lies on the unit sphere, with respect to surface measure, and has event shape ``(D,)``; ``radius`` on
-    the positive numbers, event shape ``()``. A ValueError says if an event shape is another one, or the batch shapes do
-    not broadcast.
+    the positive numbers, event shape ``()``. A ValueError says if an event shape is another one.
     """
 
     arg_constraints = {}  # the factors check their own
@@ -214,26 +208,17 @@ class PolarProduct(PolarDensity):
                 "direction and radius must have event shapes (D,) and (), "
                 f"not {tuple(direction.event_shape)} and {tuple(radius.event_shape)}"
             )
-        batch_shape = Size(broadcast_shape(direction.batch_shape, radius.batch_shape))
+        batch_shape = torch.broadcast_shapes(direction.batch_shape, radius.batch_shape)
         self.direction, self.radius = direction, radius
+        self.has_rsample = bool(direction.has_rsample and radius.has_rsample)
         self._expand_parameters({}, batch_shape, direction.event_shape)
         TorchDistribution.__init__(self, batch_shape, direction.event_shape, validate_args=validate_args)
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether both factors have ``rsample``."""
-        return bool(self.direction.has_rsample and self.radius.has_rsample)
-
-    @property
-    def direction_factor(self) -> TorchDistribution:
-        """The law of the direction, on the sphere."""
-        return self.direction
 
     @classmethod
     def infer_shapes(cls, **arg_shapes: Sequence[int]) -> tuple[Size, Size]:
         """Infer ``(batch_shape, event_shape)`` from the shapes of a draw of ``direction`` and one of ``radius``."""
         direction, radius = Size(arg_shapes["direction"]), Size(arg_shapes["radius"])
-        return broadcast_shape(direction[:-1], radius), direction[-1:]
+        return torch.broadcast_shapes(direction[:-1], radius), direction[-1:]
 
     @property
     def mean(self) -> Tensor:
@@ -249,6 +234,7 @@ class PolarProduct(PolarDensity):
 
     def _expand_parameters(self, parameters: dict[str, Tensor], batch_shape: Size, event_shape: Size) -> None:
         self.direction, self.radius = self.direction.expand(batch_shape), self.radius.expand(batch_shape)
+        self.direction_factor = self.direction
 
     def _log_prob_direction(self, u: Tensor, matrix: bool = False) -> Tensor:
         if matrix:

@@ -21,8 +21,6 @@ from pyro_vje.distributions.numerics import Scalar
 # 7e-12 (df of 0.5 and more). Nodes end at sinh(_LAST_NODE) times the width of the peak.
 _NUM_NODES = 150
 _LAST_NODE = 6.8
-_CHUNK = {"cpu": 1 << 11}  # elements at once: what a CPU's cache holds, and below 1 GB on a GPU
-_CHUNK_ELSEWHERE = 1 << 16
 _TABLE_SIZE = 1 << 12
 _TABULATE_ABOVE = 1 << 16  # elements; the table costs what 2^12 of them do
 
@@ -197,7 +195,8 @@ class _LogIntegral(torch.autograd.Function):
 
 
 def _in_chunks(integrate: Integrand, arguments: Sequence[Tensor], derivatives: bool) -> tuple[Tensor, ...]:
-    size = _CHUNK.get(arguments[0].device.type, _CHUNK_ELSEWHERE)
+    # Elements at once: what a CPU's cache holds, and below 1 GB on a GPU.
+    size = 1 << (11 if arguments[0].device.type == "cpu" else 16)
     chunks = zip(*(x.reshape(-1).split(size) for x in arguments), strict=True)
     parts = [integrate(*chunk, derivatives=derivatives) for chunk in chunks]
     return tuple(torch.cat(column).reshape(arguments[0].shape) for column in zip(*parts, strict=True))

@@ -236,7 +236,6 @@ class VonMisesFisher(SymmetricDistribution):
 
     arg_constraints = {"loc": constraints.sphere, "concentration": constraints.nonnegative}
     has_rsample = False
-    _moments_are_mle = True
 
     def polar_law(self) -> PolarLaw:  # noqa: D102
         return exponential_law(self.concentration, self.dim)

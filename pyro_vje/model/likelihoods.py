@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
 
 import pyro.distributions as dist
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyro_vje import distributions as own
+from pyro_vje.distributions.polar import Radius
 from pyro_vje.plugins import look_up
-
-RadialFactor = Literal["student-t", "log-student-t"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class LikelihoodSettings:
 
     df: float = 5.0  # degrees of freedom of the heavy-tailed families; inf is the Gaussian limit
     unit_radius: float = 1.0  # of the sphere on which directions are measured, in the latent's units
-    radius: RadialFactor | None = "student-t"  # the radial factor of the polar families, or None to drop it
+    radius: Radius | None = "student-t"  # the radial factor of the polar families, or None to drop it
     radius_scale: Tensor | None = None  # its scale, a learned number (shape ()); None: that of the features
 
 

@@ -20,7 +20,8 @@ from torch.nn import functional
 
 # A direction normalised in bfloat16 is off the sphere by more than float32 forgives, so the model leaves autocast.
 from pyro_vje.distributions.numerics import at_least_float32
-from pyro_vje.model.likelihoods import LikelihoodFamily, LikelihoodSettings, RadialFactor, get_family
+from pyro_vje.distributions.polar import Radius
+from pyro_vje.model.likelihoods import LikelihoodFamily, LikelihoodSettings, get_family
 from pyro_vje.model.projector import DEFAULT_DIM, build_projector
 
 MIN_SCALE = 1e-3
@@ -156,7 +157,7 @@ class VJE(nn.Module):
         units = {"1": 1.0, "sqrt-d": math.sqrt(embedding_dim)}  # √D is the typical norm of z ~ Normal(0, I)
         for setting, value, choices in (
             ("unit_radius", unit_radius, tuple(units)),
-            ("radius", radius, (*get_args(RadialFactor), None)),
+            ("radius", radius, (*get_args(Radius), None)),
             ("radius_scale", radius_scale, ("learned", "shared")),
             ("targets", targets, ("each", "mean")),
         ):

@@ -225,7 +225,7 @@ def evaluate(
     """
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
-    probes = [linear] if isinstance(linear, str) else list(linear)
+    probes: list[Any] = [linear] if isinstance(linear, str) else list(linear)
     # Before minutes of encoding.
     check_knn(ks, temperatures)
     EvalConfig(linear=tuple(probes), probe_epochs=probe_epochs)
