@@ -163,24 +163,20 @@ class TrainConfig:
 
     def _refuse_idle(self, *, frozen: bool) -> None:
         head = "the head of a frozen encoder"
-        encoders = {"optimizer": self.optimizer not in (None, "adamw"), "local_views": self.local_views > 0}
-        encoders |= {"rotations": self.rotations > 0}
-        encoders |= {"predictor_lr": self.predictor_lr == "constant"}
-        encoders |= {name: getattr(self, name) is not None for name in ("clip_norm", "ema")}
-        wrong = [f"{name} does nothing for {head}" for name, said in encoders.items() if said and frozen]
+        for name in ENCODERS_ALONE if frozen else ():
+            if getattr(self, name) not in (fields_of(TrainConfig)[name].default, "adamw"):
+                raise ValueError(f"{name} does nothing for {head}")
         if frozen and self.devices > 1:
-            wrong.append(f"{head} trains on one device, not {self.devices} (--devices)")
+            raise ValueError(f"{head} trains on one device, not {self.devices} (--devices)")
         if frozen and self.views > 1 + self.feature_views:
             seen = f"{self.feature_views} feature_views and the image"
-            wrong.append(f"{head} has {seen}, but views are {self.views}")
+            raise ValueError(f"{head} has {seen}, but views are {self.views}")
         if self.targets == "mean" and self.views + self.local_views == 2:
-            wrong.append("the mean of one target is that target: views must be 3 or more for it")
+            raise ValueError("the mean of one target is that target: views must be 3 or more for it")
         if self.rotations and self.objective != "elbo":
-            wrong.append(f"rotations are a target of the elbo, not of the objective {self.objective}")
+            raise ValueError(f"rotations are a target of the elbo, not of the objective {self.objective}")
         if self.local_size and not self.local_views:
-            wrong.append("local_size does nothing without local_views")
-        if wrong:
-            raise ValueError(wrong[0])
+            raise ValueError("local_size does nothing without local_views")
 
     def _defaults(self) -> dict[str, Any]:
         return DATASET_DEFAULTS["folder"] | DATASET_DEFAULTS.get(self.dataset, {})
@@ -323,6 +319,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 LR = {"sgd": 0.2, "adamw": 1e-3, "lars": 0.3}
 # Steps that an epoch should have; the batch size below which none is made smaller for it; steps of a frozen run.
 STEPS, SMALLEST_BATCH, HEAD_STEPS = 20, 16, 500
+ENCODERS_ALONE = ("optimizer", "local_views", "rotations", "predictor_lr", "clip_norm", "ema")
+"""Settings of training that do nothing for a frozen encoder's head, which takes AdamW."""
 INSPECTION = ("encoder", "weights", "image_size", "fit")
 """Settings of training that `inspect` takes."""
 ABLATION_AXES = ("likelihood", "df", "unit_radius", "radius", "kl_weight", "shared_variance", "seed")

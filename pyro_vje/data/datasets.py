@@ -148,7 +148,7 @@ def _stl10(request: Request, split: str) -> Arrays:
 
 def _torchvision(kind: type[Any], request: Request, folder: str, **arguments: Any) -> Any:
     """Read a torchvision data set from ``request.root``, downloading it if absent and wanted."""
-    for download in (False, True)[: 1 + request.download]:
+    for download in (False, True) if request.download else (False,):
         try:
             return kind(str(request.root), download=download, **arguments)
         except Exception as error:  # absent, incomplete; of a network or disk it is not one type

@@ -136,9 +136,8 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
             config = dataclasses.replace(config, embedding_dim=whitened_dim(features[:, 0]))
             info = dataclasses.replace(info, config=config)
             write_json(folder / CONFIG, info.to_dict())
-            vje = layout.build_model(config, info.view_size, vje.feature_dim, weights=config.weights).to(
-                device
-            )
+            vje = layout.build_model(config, info.view_size, vje.feature_dim, weights=config.weights)
+            vje.to(device)
         fit_whitening(vje, features[:, 0])
     report = EpochReport(folder, train_set, knn_sets, info.view, features)
     views = info.views if features is None else None
