@@ -65,12 +65,14 @@ class CleanView:
     """Images for evaluation, uint8 to normalised float, without any randomness.
 
     Images of another side than ``image_size`` are resized (bilinear, antialiased), or cut to their central square with
-    ``crop``. ``mean`` and ``std`` are of each channel, in [0, 1]. ``ValueError``: not three channels.
+    ``crop``. ``mean`` and ``std`` are of each channel, in [0, 1]. ``ValueError``: no such side, or not three channels.
     """
 
     def __init__(
         self, image_size: int, mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3, *, crop: bool = False
     ) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"mean and std need three channels, std positive; got {mean} and {std}")
         self.image_size, self.mean, self.std, self.crop = image_size, tuple(mean), tuple(std), crop
