@@ -7,7 +7,6 @@ does not count.
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import sys
 import time
@@ -37,7 +36,6 @@ from pyro_vje.training.features import fit_head
 STEEL = ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches")
 REWEIGHTED = 9  # neighbours of the nearest reference place in PatchCore's score of an image
 SMALL = 1_000  # places of the references that are thinned by either rule
-PROJECTED = 32  # random directions in which a coreset of all places is chosen, as PatchCore does
 Maps = Callable[[Tensor], Tensor]  # features of places (N, h, h, C) to maps (N, h, h)
 
 
@@ -91,15 +89,6 @@ def gaussians(places: Tensor) -> Maps:
 def _scale(x: Tensor) -> float:
     """Mean variance of a feature: PaDiM adds 0.01 to features of unit variance, those here are normalised."""
     return float(x.flatten(0, 1).var(0).mean())
-
-
-def coreset(places: Tensor, count: int) -> Tensor:
-    """Indices of a greedy coreset: each next place is the farthest from those chosen (k-centre, Sener & Savarese)."""
-    chosen, far = [0], torch.full((len(places),), math.inf)
-    for _ in range(count - 1):
-        far = torch.minimum(far, (places - places[chosen[-1]]).square().sum(1))
-        chosen.append(int(far.argmax()))
-    return torch.tensor(chosen)
 
 
 def load(encoder: str, weights: str, size: int, train: Path, seed: int) -> tuple[runs.LoadedRun, Any]:
@@ -179,12 +168,15 @@ def density(head: VJE, places: Tensor, seed: int) -> PlaceDensity:
 def task(
     run: runs.LoadedRun, normal: Tensor, test: Tensor, labels: Any, masks: Any, seed: int, thin: bool
 ) -> list[Any]:
-    """A row for each method on one set of normal images."""
+    """A row for each method on one set of normal images; ours and k-NN look at the same reference places."""
     generator = torch.Generator().manual_seed(seed)
     views = own.with_neighbours(normal.float(), -(-own.REFERENCE // len(normal)), generator)
     views = views[torch.randperm(len(views), generator=generator)[: own.REFERENCE]]
-    reference = views[:, 0]
+    every, random = normal.flatten(0, 2), views[:, 0]
     began = time.process_time()
+    projected = every.float() @ torch.randn(random.shape[1], own.PROJECTED, generator=generator)
+    reference = every[own.coreset(projected, own.REFERENCE)].float()
+    thinned = time.process_time() - began
     head = fit_head(own.place_head(views.shape[-1], own.DIM, seed, len(views)), views)
     mine = density(head, reference, seed)
     seconds = time.process_time() - began
@@ -195,26 +187,20 @@ def task(
     rows.append(
         measure("k-NN at places", nearest(reference), test, labels, masks, smooth, patchcore(reference))
     )
-    rows[-1] |= {"fit_seconds": 0.0, "kept_mb": reference.numel() * 4 / 1e6}
+    rows[-1] |= {"fit_seconds": thinned, "kept_mb": reference.numel() * 4 / 1e6}
     began = time.process_time()
     padim = gaussians(normal.float())
     seconds = time.process_time() - began
     rows.append(measure("Gaussian at each place", padim, test, labels, masks, smooth))
     rows[-1] |= {"fit_seconds": seconds, "kept_mb": normal.shape[1] ** 2 * dim * (dim + 1) * 4 / 1e6}
     if thin:
-        every = normal.flatten(0, 2)
-        projected = every.float() @ torch.randn(dim, PROJECTED, generator=generator)
-        for how, choose in {
-            f"{SMALL:,} random": lambda: reference[:SMALL],
-            f"{SMALL:,} greedy coreset": lambda: reference[coreset(reference, SMALL)],
-            f"{own.REFERENCE:,} greedy coreset": lambda: every[coreset(projected, own.REFERENCE)].float(),
+        for how, few in {
+            f"{own.REFERENCE:,} random": random,
+            f"{SMALL:,} random": random[:SMALL],
+            f"{SMALL:,} greedy coreset": reference[:SMALL],  # as each was the farthest from those before it
         }.items():
-            began = time.process_time()
-            few = choose()
-            seconds = time.process_time() - began
             for name, score in (("ours", density(head, few, seed)), ("k-NN at places", nearest(few))):
                 rows.append(measure(f"{name}, {how}", score, test, labels, masks, smooth))
-                rows[-1]["thinning_seconds"] = seconds
     return rows
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import betabinom, binomtest
 
 from pyro_vje.experiments.cells import NOT_USED, markdown, spread, text
 from pyro_vje.experiments.protocols import compare_scores
@@ -33,15 +33,11 @@ METHODS = {
 LIKELIHOODS = {"elbo": "polar-student-t", "benchmarks.controls:vi_simsiam": "power-spherical"}
 """What the objectives that have a likelihood were trained with."""
 NAMES = {**METHODS, "controls_small": "the control", "simsiam_check": "lightly's heads, loss and settings"}
-NAMES |= {
-    "views2": "two views, ten epochs",
-    "views4": "four views, five epochs",
-    "fastsiam": "four views, five epochs",
-}
 NAMES |= {"score_parts_ood": "against MNIST", "score_parts_one_class": "one class of ten"}
 NAMES |= {"one_class": "CIFAR-10, one class", "one_class_digits": "digits, one class"}
 NAMES |= {"ood": "CIFAR-10 against MNIST", "ood_cifar100": "against CIFAR-100"}
 NAMES |= {"pretrained_screw": "screws", "pretrained_tile": "tiles", "pretrained_steel": "steel"}
+NAMES |= {"pretrained_cifar10": "CIFAR-10, frozen network"}
 MEASURES = {
     "knn": ("k-NN", ".3f"),
     "linear": ("linear", ".3f"),
@@ -302,18 +298,30 @@ def ratios(name: str) -> str:
 
 @table
 def frozen(*names: str, by: str, measures: str = "aggregate,Mahalanobis,k-NN 1,KDE") -> str:
-    """What `benchmarks.frozen` found by settings: AUROC, means over classes; false alarms, with their 95 % interval."""
+    """What `benchmarks.frozen` found by settings: AUROC, means over classes; false alarms, with their 95 % interval.
+
+    Beside these the share that exact p-values would have in 95 of 100 such experiments, in which the images to compare
+    with are as random as those that are judged: Beta-binomial numbers of alarms, here by their mean and variance.
+    """
     keys, lines = by.split(","), []
     found = pd.DataFrame([row for name in names for row in result(name)["rows"]])
     for key, part in found.groupby(keys, sort=False):
         line = {HEADINGS.get(name, name): value(of) for name, of in zip(keys, key, strict=True)}
-        line |= {name: f"{part[name].mean():.3f}" for name in measures.split(",") if name}
+        for name in measures.split(","):
+            least, most = part[name].min(), part[name].max()
+            counted = str(least) if least == most else f"{least} to {most}"
+            line[name] = counted if name == "directions" else f"{part[name].mean():.3f}"
         if "alarms" in part and part["alarms"].notna().all():
             alarms, normal = int(part["alarms"].sum()), int(part["normal"].sum())
             low, high = binomtest(alarms, normal).proportion_ci()
             line["false alarms at 0.05"] = (
                 f"{alarms} of {normal}: {alarms / normal:.3f} ({low:.3f} to {high:.3f})"
             )
+            rank = (0.05 * (part["images"] + 1)).astype(int)
+            exact = betabinom(part["normal"], rank, part["images"] + 1 - rank)
+            mean, spread_of = exact.mean().sum(), 1.96 * exact.var().sum() ** 0.5
+            low, high = max(0.0, mean - spread_of), mean + spread_of
+            line["exact p-values"] = f"{low / normal:.3f} to {high / normal:.3f}"
         lines.append(line)
     return markdown(pd.DataFrame(lines).fillna(""))
 

@@ -34,7 +34,11 @@ from pyro_vje.training.features import fit_head
 log = logging.getLogger("pyro_vje")
 
 REFERENCE = 10_000
-"""Places, drawn evenly from the images, that a head learns from, and that are its kernels."""
+"""Places, drawn evenly from the images, that a head learns from; and kernels, a greedy coreset of more of them."""
+POOL = 100_000
+"""Places, drawn evenly from the images, among which the kernels are chosen."""
+PROJECTED = 32
+"""Random directions in which they are, as by PatchCore (Roth et al. 2022)."""
 IMAGES = 2_000
 """Images, at most, that a head learns from, and again that calibrate it."""
 LEAST_CALIBRATION = 20  # images, of 40 or more: enough for a p-value below 0.05
@@ -184,9 +188,11 @@ def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: b
     log.info(
         "maps: learned from %d images, calibrated with %d; places of %s", len(known), len(held_out), modules
     )
-    views = _draw_places(PlaceFeatures(run.vje.encoder, run.info.view_size, modules), run, known, generator)
+    features = PlaceFeatures(run.vje.encoder, run.info.view_size, modules)
+    views, pool = _draw_places(features, run, known, generator)
     head = fit_head(place_head(views.shape[-1], DIM, run.info.config.seed, len(views)), views)
-    reference = encode_features(head, views[:, 0])
+    chosen = coreset(pool @ torch.randn(pool.shape[1], PROJECTED, generator=generator), REFERENCE)
+    reference = encode_features(head, pool[chosen])
     scale, kind = share_scales(reference.scale, seed)
     kernels = {"reference": reference.embeddings, "scale": scale, "kind": kind}
     maps = Maps(run, modules, PlaceDensity(head.to(run.vje.device), **kernels))
@@ -205,17 +211,37 @@ def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: b
 @torch.no_grad()
 def _draw_places(
     features: PlaceFeatures, run: runs.LoadedRun, images: ImageSet, generator: torch.Generator
-) -> Tensor:
-    """Features ``(M, 5, C)`` of at most `REFERENCE` places and their four neighbours, equally many of each image."""
-    device, found = run.vje.device, []
-    quota, progress = -(-REFERENCE // len(images)), Progress("places", len(images))
+) -> tuple[Tensor, Tensor]:
+    """Features of `REFERENCE` places and their four neighbours ``(M, 5, C)``, and of `POOL` places ``(P, C)``."""
+    device, learned, pool = run.vje.device, [], []
+    few, many = (-(-count // len(images)) for count in (REFERENCE, POOL))
+    progress = Progress("places", len(images))
     for _, batch in images.batches(images_at_once(images, 64, device)):
-        found.append(with_neighbours(features(run.info.view(batch.to(device)))[1].cpu(), quota, generator))
+        places = features(run.info.view(batch.to(device)))[1].cpu()
+        learned.append(with_neighbours(places, few, generator))
+        pool.append(with_neighbours(places, many, generator)[:, 0])
         progress.add(len(batch))
-    if not found:
+    if not learned:
         raise ValueError("not one of the images that maps are learned from could be decoded")
-    every = torch.cat(found)
-    return every[torch.randperm(len(every), generator=generator)[:REFERENCE]]
+    every = torch.cat(learned)
+    return every[torch.randperm(len(every), generator=generator)[:REFERENCE]], torch.cat(pool)
+
+
+def coreset(places: Tensor, count: int) -> Tensor:
+    """Indices ``(count,)`` of a greedy coreset of ``(P, C)``: each next place is the farthest from those chosen.
+
+    The k-centre rule of Sener & Savarese (arXiv 1708.00489); all places, if there are no more than ``count``.
+    """
+    if len(places) <= count:
+        return torch.arange(len(places))
+    squared, progress = places.square().sum(1), Progress("choosing among places", count, "places")
+    chosen, far = [0], torch.full_like(squared, math.inf)
+    for _ in range(count - 1):
+        last = chosen[-1]
+        far = torch.minimum(far, squared - 2 * (places @ places[last]) + squared[last])
+        chosen.append(int(far.argmax()))
+        progress.add(1)
+    return torch.tensor(chosen)
 
 
 def with_neighbours(places: Tensor, quota: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from pyro_vje import TrainConfig, config, learn_maps, load_run, score, train
 from pyro_vje.anomaly import judge as judge_module
 from pyro_vje.anomaly import maps as module
-from pyro_vje.anomaly.maps import Maps, load_maps, read_levels, with_neighbours
+from pyro_vje.anomaly.maps import Maps, coreset, load_maps, read_levels, with_neighbours
 from pyro_vje.config import ScoreConfig
 from pyro_vje.runs.folder import save_weights
 
@@ -64,6 +64,16 @@ def test_neighbours_lie_within_the_image():
     assert sorted(views[:, 0].tolist()) == list(range(32))  # every place once
     steps = (views[:, 1:] // 4 - views[:, :1] // 4).abs() + (views[:, 1:] % 4 - views[:, :1] % 4).abs()
     assert (steps == 1).all()
+
+
+def test_each_place_of_a_coreset_is_the_farthest_from_those_before():
+    places = torch.randn(60, 3, generator=torch.Generator().manual_seed(1))
+    chosen = coreset(places, 12).tolist()
+    assert len(set(chosen)) == 12
+    for count in range(1, 12):
+        nearest = torch.cdist(places, places[chosen[:count]]).amin(1)
+        assert chosen[count] == nearest.argmax()
+    assert coreset(places, 60).tolist() == coreset(places, 90).tolist() == list(range(60))
 
 
 def test_from_images_to_maps_masks_and_the_page(mapped_run, photographs, tmp_path):
