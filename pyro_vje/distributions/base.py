@@ -165,7 +165,8 @@ def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         dim = tuple(distribution.event_shape)
         raise ValueError(f"value must be a tensor of shape (M, D) for event shape (D,) = {dim}, not {found}")
-    column = value.reshape(len(value), *(1 for _ in distribution.batch_shape), *distribution.event_shape)
+    # len() would fix the number of values in an exported graph.
+    column = value.reshape(value.shape[0], *(1 for _ in distribution.batch_shape), *distribution.event_shape)
     if isinstance(distribution, VectorDistribution):
         return distribution._log_prob(distribution._checked(column), matrix=True).movedim(0, -1)
     normal = getattr(distribution, "base_dist", None)
