@@ -47,6 +47,8 @@ MEASURES = {
     "seconds": ("seconds", ".0f"),
 }
 HEADINGS = {"kl_weight": "KL", "file": "result", "feature_views": "views", "embedding_dim": "directions"}
+BEFORE = {"projector": "mlp", "rotations": 0.0}
+"""What results say that are older than these settings."""
 Cell = dict[str, Any]
 TABLES: dict[str, Callable[..., str]] = {}
 
@@ -88,7 +90,7 @@ def settings(
     heading of the rows.
     """
     cells = [
-        {**cell["config"], **cell["measures"], "status": cell["status"], "file": name}
+        {**BEFORE, **cell["config"], **cell["measures"], "status": cell["status"], "file": name}
         for name in names
         for cell in result(name)["cells"]
     ]
