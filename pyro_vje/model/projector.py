@@ -43,7 +43,7 @@ def whitened_dim(features: Tensor) -> int:
     """How many directions `Whitening` should keep of ``features`` ``(N, feature_dim)`` of normal images.
 
     Four times the effective rank (Roy & Vetterli 2007) of their shrunk covariance, at least 256, at most all (ours).
-    Images of one kind lie near few directions; those of a broad class have none to spare (``benchmarks/pretrained.md``).
+    Images of one kind lie near few directions; those of a broad class have none to spare (benchmarks/pretrained.md).
     """
     directions = normalize(features.double(), dim=-1).cpu()
     share = torch.linalg.eigvalsh(_shrunk_covariance(directions)).clamp_min(0)
