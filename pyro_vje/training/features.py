@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,9 @@ def fit_head(config: TrainConfig, features: Tensor) -> VJE:
             max_epochs=config.epochs, devices=1, logger=False, enable_checkpointing=False, **QUIET
         )
         trainer.fit(Pretraining(head, config, features))
+    del trainer
+    head.zero_grad()
+    gc.collect()  # the trainer is a ring of references, and holds the optimiser's state until then
     return head.cpu().eval()
 
 
