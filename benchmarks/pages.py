@@ -20,6 +20,7 @@ from scipy.stats import betabinom, binomtest
 
 from pyro_vje.experiments.cells import NOT_USED, markdown, spread, text
 from pyro_vje.experiments.protocols import compare_scores
+from pyro_vje.runs.folder import LACKED
 
 FOLDER = Path(__file__).parent
 PAGES = (*sorted(FOLDER.glob("*.md")), FOLDER.parent / "README.md")
@@ -47,7 +48,7 @@ MEASURES = {
     "seconds": ("seconds", ".0f"),
 }
 HEADINGS = {"kl_weight": "KL", "file": "result", "feature_views": "views", "embedding_dim": "directions"}
-BEFORE = {"projector": "mlp", "rotations": 0.0}
+BEFORE = {"rotations": 0.0} | {name: value for step in LACKED.values() for name, value in step.items()}
 """What results say that are older than these settings."""
 Cell = dict[str, Any]
 TABLES: dict[str, Callable[..., str]] = {}

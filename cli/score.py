@@ -44,12 +44,9 @@ def inspect(good: Path, new: Path, out: Path, **settings: Any) -> None:
     Learns from GOOD what is normal, with a pretrained network if its weights are installed, and leaves scores.csv and
     a page to look at. Without --alpha or --fdr an image is called strange at a p-value of 0.05.
     """
-    how = {name: settings.pop(name) for name in (*INSPECTION, "places")}
-    config = ScoreConfig(**settings)
-
     from pyro_vje import inspect
 
-    _say(inspect(good, new, out, settings=config, **how), plain=True)
+    _say(inspect(good, new, out, **settings), plain=True)
 
 
 @options.command("calibrate")

@@ -27,7 +27,7 @@ from pyro_vje.anomaly.parts import LikelihoodParts
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data.decode import MARGIN
 from pyro_vje.distributions.numerics import _stirling
-from pyro_vje.model.encoding import Encoded, encode_images
+from pyro_vje.model.encoding import Encoded, encode_images, head
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.representation.evaluation import format_table
 from pyro_vje.runs.files import check_writable, sha256, write_atomic
@@ -76,8 +76,7 @@ class Deployed(nn.Module):
         if self.folds:
             scores = [] if self.fold_scorers else [score]
             for scorer in self.fold_scorers:
-                embeddings = scorer.vje.project(encoded.features)
-                own = Encoded(embeddings, *scorer.vje.posterior(embeddings))
+                own = Encoded(*head(scorer.vje, encoded.features))
                 scores.append(self.score(LikelihoodParts(scorer, own, at_once=at_once)))
             at_least = [(x >= s.unsqueeze(-1)).sum(-1) for x, s in zip(self.folds, scores, strict=True)]
             outputs["p_value"] = (1 + torch.stack(at_least).sum(0)).double() / (sum(map(len, self.folds)) + 1)

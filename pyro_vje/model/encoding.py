@@ -83,7 +83,8 @@ def images_at_once(images: Images, batch_size: int, device: torch.device) -> int
     return -(-batch_size // rows) * rows
 
 
-def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
+def head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
+    """Embeddings, loc and scale, ``(N, D)`` each, of the encoder's features ``(N, F)``."""
     embeddings = vje.project(features)
     return embeddings, *vje.posterior(embeddings)
 
@@ -91,7 +92,7 @@ def _head(vje: VJE, features: Tensor) -> tuple[Tensor, ...]:
 def encode_images(vje: VJE, view: View, images: Tensor, *, turns: bool = False) -> Encoded:
     """`encode_batches` of one batch ``(N, 3, S, S)`` on the model's device, in one pass, or four with ``turns``."""
     features = vje.features(view(images))
-    encoded = Encoded(*_head(vje, features))._replace(features=features)
+    encoded = Encoded(*head(vje, features))._replace(features=features)
     if not (turns and vje.rotations):
         return encoded
     turned = (view(images.rot90(quarters, (-2, -1))) for quarters in (1, 2, 3))
@@ -142,7 +143,7 @@ def encode_features(vje: VJE, features: Tensor) -> Encoded:
     """What a model says, on its device, of images whose encoder's features ``(N, F)`` are at hand."""
     features, was_training = features.to(vje.device), vje.training
     vje.eval()
-    parts = in_equal_parts(partial(_head, vje), features, rows=128)
+    parts = in_equal_parts(partial(head, vje), features, rows=128)
     vje.train(was_training)
     embeddings, loc, scale = parts
     return Encoded(embeddings, loc, scale, features, torch.arange(len(features)))
