@@ -312,8 +312,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "cifar100": {"encoder": "resnet18", "epochs": 200, "batch_size": 512},
     "stl10": {"encoder": "resnet18", "epochs": 200, "batch_size": 256},
     "imagenet": {"encoder": "resnet50", "epochs": 100, "batch_size": 256},
-    "folder": {"encoder": "resnet18", "epochs": 100, "batch_size": 256},
-    "images": {"encoder": "resnet-small", "epochs": 100, "batch_size": 256},
+    "folder": {"encoder": "resnet18", "epochs": 100, "batch_size": 128},
+    "images": {"encoder": "resnet-small", "epochs": 100, "batch_size": 128},
 }
 
 LR = {"sgd": 0.2, "adamw": 1e-3, "lars": 0.3}

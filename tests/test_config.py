@@ -22,9 +22,9 @@ def test_every_data_set_has_defaults():
 def test_a_default_batch_is_fitted_to_few_images():
     config = TrainConfig("folder", "photos").resolved()
     for images, processes, batch_size in (
-        (10_000, 1, 256),
-        (5_120, 1, 256),
-        (4_750, 1, 237),
+        (10_000, 1, 128),
+        (2_560, 1, 128),
+        (2_500, 1, 125),
         (640, 1, 32),
         (640, 3, 30),
         (262, 1, 16),
