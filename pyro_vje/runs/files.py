@@ -18,7 +18,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-LEFTOVERS = ".*.tmp"  # temporary files of `write_atomic`, which only a kill leaves behind
+LEFTOVERS = ".*tmp*"  # temporary files of `write_atomic` and safetensors, which only a kill leaves behind
 
 
 def sha256(path: Path) -> str:
@@ -27,15 +27,23 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: Path, content: bytes | memoryview | str) -> Path:
-    """Write ``content`` beside ``path``, sync it, rename it into place; an ``OSError`` names ``path``."""
-    # A path from a folder may hold bytes that are not UTF-8; they go out as they came in.
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+def write_atomic(path: Path, content: bytes | memoryview | str | Callable[[Path], object]) -> Path:
+    """Write ``content`` beside ``path``, sync it, rename it into place; an ``OSError`` names ``path``.
+
+    A function writes the file whose path it is given.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
+        temporary.touch(exist_ok=False)
+        if callable(content):
+            mode = temporary.stat().st_mode
+            content(temporary)
+            temporary.chmod(mode)  # safetensors puts a file of its own there, which nobody else may read
+        else:
+            # A path from a folder may hold bytes that are not UTF-8; they go out as they came in.
+            data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+            temporary.write_bytes(data)
+        with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException as error:

@@ -31,7 +31,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyro_vje.config import TrainConfig, fields_of
@@ -252,7 +252,14 @@ def save_folds(path: Path, fold: Tensor, heads: Sequence[VJE], features: Tensor)
 def _save(path: Path, tensors: Mapping[str, Tensor], header: dict[str, Any] | None = None) -> Path:
     text = json.dumps(header or {"schema_version": SCHEMA_VERSION})
     state = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    return write_atomic(path, safetensors_bytes(state, {HEADER_KEY: text}))
+
+    def write(place: Path) -> None:  # not by way of bytes, which would be another copy in memory
+        try:
+            save_file(state, place, {HEADER_KEY: text})
+        except SafetensorError as error:  # a full disk too
+            raise OSError(str(error)) from None
+
+    return write_atomic(path, write)
 
 
 def _read(path: Path, read: Callable[[Any], T]) -> tuple[T, dict[str, Tensor]]:

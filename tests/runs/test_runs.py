@@ -50,6 +50,13 @@ def test_folder_and_weights_file_give_the_same_model(trained_run):
     assert not folder.vje.training
 
 
+def test_others_may_read_the_weights_if_they_may_read_the_settings(trained_run):
+    modes = {
+        (trained_run / name).stat().st_mode for name in ("config.json", "weights.safetensors", CALIBRATION)
+    }
+    assert len(modes) == 1
+
+
 def test_untrained_twin_is_the_initialisation_of_training(tiny_config):
     one, two = build_model(tiny_config, 16), build_model(tiny_config, 16)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))

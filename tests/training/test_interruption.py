@@ -375,6 +375,7 @@ def test_a_folder_on_which_only_a_kill_was_at_work_is_not_begun(tmp_path):
     assert not is_begun(tmp_path / "missing")
     (tmp_path / ".lock").touch()
     (tmp_path / ".config.json.a1.tmp").touch()
+    (tmp_path / ".tmpQ3xYz1").touch()  # of safetensors
     assert not is_begun(tmp_path)
     (tmp_path / "thesis.txt").touch()
     assert is_begun(tmp_path)
