@@ -330,9 +330,8 @@ FROZEN, FROZEN_SIZE = "timm:tf_efficientnet_lite0", 224
 def features(settings: Settings) -> Iterator[Result]:
     """What `inspect` lets a frozen encoder make of an image, clean and in views, against as many passes in float32."""
     count, side = (8, 64) if settings.quick else (32, FROZEN_SIZE)
-    what = f"features of an image and its views, {side} pixels, views in {settings.precision}"
     if not installed("timm"):
-        yield missing(what, "bare forward pass", "timm")
+        yield missing(f"features of an image and its views, {side} pixels", "bare forward pass", "timm")
         return
     images = random_images(count, side)
     config = TrainConfig("images", ".", encoder=FROZEN, encoder_lr_scale=0.0, image_size=side).resolved()
@@ -347,13 +346,15 @@ def features(settings: Settings) -> Iterator[Result]:
         for _ in range(count // 8 * (1 + views)):
             vje.encoder(noise)
 
-    def ours() -> None:
+    def ours(bf16: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            how = {"bf16": settings.precision != FLOAT32}
-            cache_features(vje, images, info, Path(folder), settings.device.type, **how)
+            cache_features(vje, images, info, Path(folder), settings.device.type, bf16=bf16)
 
-    name = f"bare forward pass of {FROZEN}, float32"
-    yield versus(settings, what, name, ours, bare, 1.1, count * (1 + views))
+    for name in dict.fromkeys((settings.precision, FLOAT32)):
+        works = (partial(ours, name != FLOAT32), bare)
+        what = f"features of an image and its views, {side} pixels, views in {name}"
+        rival = f"bare forward pass of {FROZEN}, float32"
+        yield versus(settings, what, rival, *works, 1.1, count * (1 + views), precision=name)
 
 
 def score_images(vje: VJE, images: ImageSet, batch: int, settings: Settings) -> Work:
