@@ -6,11 +6,11 @@
 #   NAME     what the data are, in words (CIFAR-10)
 #   EPOCHS   of the long runs            (200; a twentieth for the search, a quarter for one class)
 #   SEEDS    of every run                ("0 1 2")
-#   ENCODER, BATCH                       (resnet18, 512)
+#   ENCODER, BATCH                       (resnet18, 128)
 #   OUTSIDE  sets to tell CIFAR-10 from  ("cifar100", or a folder of images)
 #   PIECE    seconds, 0: no limit        (590)
 #   SPEED    what is timed               (everything: python -m benchmarks --help has the names)
-#   MORE     more settings, for a trial  ("--hidden-dim 64")
+#   MORE     more settings of VJE        ("--holdout 0.1")
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATA=${DATA:---dataset cifar10}
@@ -18,7 +18,7 @@ NAME=${NAME:-CIFAR-10}
 EPOCHS=${EPOCHS:-200}
 SEEDS=${SEEDS:-0 1 2}
 ENCODER=${ENCODER:-resnet18}
-BATCH=${BATCH:-512}
+BATCH=${BATCH:-128}
 OUTSIDE=${OUTSIDE:-cifar100}
 PIECE=${PIECE:-590}
 MORE=${MORE:-}
@@ -63,19 +63,24 @@ if [ ! -f "$RESULTS/gpu_speed.json" ]; then # a table of a few minutes, made in 
 fi
 # shellcheck disable=SC2086 # the settings are words
 {
-    train="$DATA --encoder $ENCODER --batch-size $BATCH $MORE"
-    simsiam="--objective elbo --objective benchmarks.controls:simsiam"
-    one_class="benchmark one-class $DATA --encoder $ENCODER --knn-every 0 $MORE"
-    # The search: two views against four in the same time.
-    measure search-2 ablate $train --epochs $((2 * SHORT)) --knn-every "$SHORT" $simsiam --seed 0
-    measure search-4 ablate $train --epochs "$SHORT" --knn-every "$SHORT" --views 4 --targets each --targets mean --seed 0
+    train="$DATA --encoder $ENCODER --batch-size $BATCH"
+    # What short runs gained by (learning.md), but for the crops: hundreds of epochs may want the small ones. MORE comes last.
+    vje="--projector linear --hidden-dim 2048 --rotations 0.4 --kl-weight 0.1 $MORE"
+    simsiam="--projector mlp --hidden-dim 2048 --objective benchmarks.controls:simsiam"
+    one_class="benchmark one-class $DATA --encoder $ENCODER --batch-size $BATCH --knn-every 0"
+    # The search, in equal time: crops × batches, four views, and the package's defaults.
+    short="--epochs $((2 * SHORT)) --knn-every $SHORT --seed 0"
+    measure search-vje ablate $train --batch-size $((4 * BATCH)) $short --crop-scale 0.2 --crop-scale 0.4 $vje
+    measure search-views ablate $train --epochs "$SHORT" --knn-every "$SHORT" --seed 0 --views 4 $vje
+    measure search-default ablate $train $short $MORE
     for seed in $SEEDS; do
-        measure controls ablate $train --epochs "$EPOCHS" --knn-every 10 $simsiam \
-            --objective benchmarks.controls:vi_simsiam --seed "$seed"
-        measure one-class-rotations $one_class --epochs "$EPOCHS" --rotations 0.4 --seed "$seed"
-        measure fastsiam ablate $train --epochs "$((EPOCHS / 2))" --knn-every 10 --views 4 --targets mean $simsiam --seed "$seed"
-        measure one-class $one_class --epochs "$EPOCHS" --seed "$seed" --score-likelihood polar-student-t-exact
-        for run in "$RUNS"/controls/cells/*objective-elbo*seed-"$seed"/; do
+        long="--epochs $EPOCHS --knn-every 10 --seed $seed"
+        measure vje ablate $train $long $vje
+        measure controls ablate $train $long $simsiam --objective benchmarks.controls:vi_simsiam $MORE
+        measure one-class-rotations $one_class --epochs "$EPOCHS" --rotations 0.4 --seed "$seed" $MORE
+        measure fastsiam ablate $train --epochs "$((EPOCHS / 2))" --knn-every 10 --views 4 --targets mean $simsiam --seed "$seed" $MORE
+        measure one-class $one_class --epochs "$EPOCHS" --seed "$seed" --score-likelihood polar-student-t-exact $MORE
+        for run in "$RUNS"/vje/cells/*seed-"$seed"/; do
             measure "ood-$seed" benchmark ood --ckpt "$run" $(printf -- '--outside %s ' $OUTSIDE)
         done
     done

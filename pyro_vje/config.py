@@ -241,7 +241,6 @@ class ScoreConfig:
     fdr: float | None = say(None, "Most false ones among anomalies (Benjamini-Hochberg).", gt=0, lt=1)
     batch_size: int = say(256, "Images at once; on a CPU raised until passes of the encoder are full.", ge=1)
     out: Place | None = say(None, "The CSV. [default: scores.csv in the run folder]")
-    draw: bool = say(True, "Draw pictures beside the CSV.", off="no-draw")
     report: bool = say(False, "Write one self-contained HTML page beside the CSV.")
     maps: bool = say(False, "Show where: a map of each image as a 16-bit PNG (what a run learned by `maps`).")
     maps_npz: bool = say(False, "Write all maps as one maps.npz too.")

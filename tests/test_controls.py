@@ -81,7 +81,7 @@ def test_control_trains_scores_and_evaluates_like_any_run(tiny_config, tmp_path,
     assert sum(losses[-3:]) < sum(losses[:3])
     assert rows[-1]["kl"] == ""  # there is none
     assert evaluate(folder, k=5)["rows"][0]["knn"] > 0.4  # of three classes
-    assert score(folder, score_likelihood="power-spherical", draw=False).scored == 18
+    assert score(folder, score_likelihood="power-spherical").scored == 18
 
 
 def test_objectives_are_an_axis_of_an_ablation(tiny_config, tmp_path):

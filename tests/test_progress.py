@@ -107,7 +107,7 @@ def test_scoring_embedding_and_evaluation_say_how_far_they_are(
     done = Counter()
     monkeypatch.setattr(Progress, "add", lambda self, count: done.update({self.what: count}))
     data = image_folder / "test"
-    score(trained_run, data=data, out=tmp_path / "s.csv", draw=False)
+    score(trained_run, data=data, out=tmp_path / "s.csv")
     assert done == {"scoring": 18}
     embed(trained_run, data, tmp_path / "e.npz")
     assert done == {"scoring": 18, "encoding": 18}

@@ -203,7 +203,7 @@ def test_what_cannot_be_read_is_a_row(trained_run, image_folder, tmp_path, monke
 
     monkeypatch.setattr(os, "scandir", refusing(scandir))
     monkeypatch.setattr(Image, "open", refusing(opened))
-    result = score(trained_run, data=folder, out=tmp_path / "s.csv", draw=False)
+    result = score(trained_run, data=folder, out=tmp_path / "s.csv")
     assert (result.scored, result.failed) == (11, 2)
     last = (tmp_path / "s.csv").read_text().splitlines()[-2:]
     assert [line.split(",")[0] for line in last] == [str(secret), str(locked)]

@@ -1,6 +1,6 @@
 """`score` and `embed`: what is found of images, and what is written of it.
 
-One table, a row for each image, is what the CSV, the Parquet file, the summary, the pictures and the report tell of.
+One table, a row for each image, is what the CSV, the Parquet file, the summary and the report tell of.
 Its rows are on disk as they come: memory does not grow with them, and an interrupted call can go on.
 """
 
@@ -65,7 +65,7 @@ class ScoreResult:
 
 
 def score(ckpt: str | Path, settings: ScoreConfig | None = None, **overrides: Any) -> ScoreResult:
-    """Score images: a CSV with a row for each and a summary, pictures and a report beside it.
+    """Score images: a CSV with a row for each and a summary beside it, and a page if asked for.
 
     ``ckpt`` is a run folder or weights file; ``overrides`` are fields of `ScoreConfig` that take the place of those in
     ``settings``. ``ValueError``: a setting is out of its range or a name unknown, no image can meet the decision asked
@@ -142,10 +142,8 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
     )
     _write(target, table, parquet=settings.parquet)
     write_json(result.summary, summary)
-    thumbnails = partial(_thumbnails, images, table)
-    if settings.draw:
-        _draw(target, table[table.error.isna()], thumbnails)
     if result.report:
+        thumbnails = partial(_thumbnails, images, table)
         overlays = partial(_overlays, images, table, maps) if maps else None
         held_out = calibration.scores if calibration else None
         page = render_report(table, summary, held_out, thumbnails, target.parent, overlays)
@@ -361,13 +359,6 @@ def _overlays(
         square = np.asarray(levels.transform(size, Image.Transform.EXTENT, box, Image.Resampling.BILINEAR))
         found.append(pictures.draw_marks(square, about["ordinary_level"], about["threshold_level"]))
     return found
-
-
-def _draw(csv_path: Path, scored: pd.DataFrame, thumbnails: pictures.Thumbnails) -> None:
-    """Draw the histogram and the strangest images into a folder beside the CSV."""
-    folder, scores = csv_path.parent / runs.PICTURES, scored.anomaly_score
-    pictures.plot_score_histogram(scores, scored.is_anomaly, folder / f"{csv_path.stem}_histogram.png")
-    pictures.plot_strangest(scores, thumbnails, folder / f"{csv_path.stem}_strangest.png")
 
 
 def embed(

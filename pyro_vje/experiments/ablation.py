@@ -105,7 +105,7 @@ def _measure(config: TrainConfig, folder: Path) -> dict[str, Any]:
         measures |= {name: accuracy[name] for name in found}
         protocols |= found
     if config.normal_class is not None:
-        scored = score(folder, download=config.download, draw=False, trust_plugins=True)
+        scored = score(folder, download=config.download, trust_plugins=True)
         if scored.auroc is not None:
             measures["auroc"] = scored.auroc
             protocols["auroc"] = {name: getattr(scored.settings, name) for name in HOW}

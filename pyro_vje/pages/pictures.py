@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from pyro_vje.metrics import RejectionCurve, auroc
+from pyro_vje.metrics import RejectionCurve
 from pyro_vje.metrics.representation import MIN_POSTERIOR_SNR, MIN_SPREAD
 from pyro_vje.runs.files import write_atomic
 
@@ -97,14 +97,6 @@ def _legend(axes: Axes, entries: Sequence[tuple[str, str]]) -> None:
 def sizes(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Names, with the number of images, and colours for a legend."""
     return [(f"{name} ({members.sum():,})", colour) for name, colour, members in groups]
-
-
-def _finite(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of the values are finite; ``ValueError`` if none is."""
-    finite = np.isfinite(values)
-    if not finite.any():
-        raise ValueError("nothing to draw is finite")
-    return finite
 
 
 def _range(groups: Sequence[NDArray[Any]]) -> tuple[float, float, bool]:
@@ -197,49 +189,6 @@ def plot_training(history: Mapping[str, Sequence[Any]], path: Path) -> None:
                 line = axes.axhline(threshold, color=VERMILION, linestyle="--", linewidth=1)
                 axes.legend([line], ["unhealthy below"], frameon=False, fontsize=7)
                 axes.set_ylim(bottom=0)
-
-
-def plot_score_histogram(scores: pd.Series, is_anomaly: pd.Series, path: Path) -> None:
-    """Histogram of the finite scores ``(N,)``, normal images against anomalies ``(N,)`` where known, with the AUROC."""
-    with picture(path, 6.4, 3.6) as figure:
-        values, axes = scores.to_numpy(np.float64), figure.subplots()
-        groups = split_by_label(is_anomaly, _finite(values))
-        draw_scores(axes, [(colour, values[members]) for _, colour, members in groups])
-        title = f"Anomaly scores of {sum(members.sum() for *_, members in groups):,} images"
-        if is_anomaly.notna().any():
-            _legend(axes, sizes(groups))
-        members = {name: group for name, _, group in groups}
-        if {"normal", "anomalies"} <= members.keys():
-            known = members["normal"] | members["anomalies"]
-            title = f"Anomaly scores: AUROC {auroc(values[known], members['anomalies'][known]):.3f}"
-        axes.set_title(title, fontsize=11, loc="left")
-
-
-def plot_strangest(scores: pd.Series, thumbnails: Thumbnails, path: Path) -> None:
-    """Grid of the `SHOWN` most normal and the `SHOWN` strangest images with their scores ``(N,)``.
-
-    ``thumbnails`` gives the images of entries of ``scores``, by its index. With fewer finite scores each half
-    shows half of them.
-    """
-    with picture(path) as figure:
-        order = scores[_finite(scores.to_numpy())].sort_values(kind="stable")
-        half = min(SHOWN, (len(order) + 1) // 2)
-        ends = (("Most normal", BLUE, order[:half]), ("Strangest", VERMILION, order[half:][-SHOWN:][::-1]))
-        rows = [end for end in ends if len(end[2])]
-        across = min(6, half)
-        down = -(-half // across)
-        figure.set_size_inches(max(2.4, 1.15 * across), len(rows) * (1.3 * down + 0.35))
-        grid = figure.add_gridspec(len(rows), 1)
-        for row, (title, colour, chosen) in enumerate(rows):
-            part = figure.add_subfigure(grid[row])
-            part.suptitle(title, fontsize=11, color=colour, fontweight="bold")
-            images = thumbnails(chosen.index.tolist())
-            for place, (image, score) in enumerate(zip(images, chosen, strict=True), start=1):
-                axes = part.add_subplot(down, across, place)
-                # Small images keep their pixels; large ones are filtered as they shrink.
-                axes.imshow(image, interpolation="nearest" if max(image.size) <= 96 else "antialiased")
-                axes.set_title(f"{score:.4g}", fontsize=8, pad=2)
-                axes.set_axis_off()
 
 
 def plot_rejection(curves: Mapping[str, RejectionCurve], path: Path) -> None:

@@ -11,7 +11,7 @@
     RUN/held_out.json         names of the held-out images
     RUN/metrics.csv           a row for each epoch
     RUN/checkpoints/          what resuming needs
-    RUN/pictures/             training curves, scores
+    RUN/pictures/             training curves
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def mixed(image_folder, tmp_path_factory):
 def wanted(run, mixed, tmp_path_factory):
     """What `score` finds in one process, in full precision, by path."""
     out = tmp_path_factory.mktemp("batches") / "scores.csv"
-    result = score(run, data=mixed, out=out, alpha=0.1, draw=False, parquet=True, trust_plugins=True)
+    result = score(run, data=mixed, out=out, alpha=0.1, parquet=True, trust_plugins=True)
     assert (result.scored, result.failed) == (18, 2)
     assert 0 < result.flagged < 18
     table = pd.read_parquet(out.with_suffix(".parquet")).set_index("path").sort_index()

@@ -84,11 +84,11 @@ def test_a_calibration_is_called_by_its_name(trained_run, image_folder, tmp_path
     camera = shutil.copytree(image_folder / "train" / "normal", tmp_path / "camera")
     path, images = calibrate(run, camera, "camera 2")
     assert (images, path.parent) == (16, run)
-    own, other = (score(run, out=out, draw=False, calibration=name) for name in (None, "camera 2"))
+    own, other = (score(run, out=out, calibration=name) for name in (None, "camera 2"))
     assert json.loads(other.summary.read_text())["calibration"]["images"] == 16
     assert other.settings.calibration == "camera 2"
     assert own.settings.calibration is None
-    assert score(run, out=out, draw=False, alpha=0.1, calibration="camera 2").flagged is not None
+    assert score(run, out=out, alpha=0.1, calibration="camera 2").flagged is not None
     with pytest.raises(ValueError, match=r"no calibration 'camera 3'.*one of camera 2"):
         score(run, out=out, calibration="camera 3")
     with pytest.raises(ValueError, match=r"plain name, not '\.\./x'"):
@@ -108,7 +108,7 @@ def test_a_level_that_no_image_can_meet_is_an_error_that_says_how_many_images_do
         ):
             say_level(98, 10, **{"alpha": None, "fdr": None, rule: 0.01})
         with pytest.raises(ValueError, match=rf"at {rule} 0\.1: calibrate with 9 or more"):
-            score(trained_run, out=tmp_path / "s.csv", draw=False, **{rule: 0.1})  # 2 held-out images
+            score(trained_run, out=tmp_path / "s.csv", **{rule: 0.1})  # 2 held-out images
     say_level(99, 10, 0.01, None)
     with caplog.at_level(logging.WARNING, "pyro_vje"):
         say_level(99, 100, None, 0.1)

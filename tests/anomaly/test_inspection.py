@@ -14,7 +14,7 @@ from pyro_vje import TrainConfig, inspect
 from pyro_vje.anomaly import inspection
 from pyro_vje.runs.folder import read_info
 
-TINY = {"encoder": "tiny", "weights": "none", "image_size": 16, "draw": False}
+TINY = {"encoder": "tiny", "weights": "none", "image_size": 16}
 
 
 @pytest.fixture

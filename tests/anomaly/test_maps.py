@@ -79,7 +79,7 @@ def test_each_place_of_a_coreset_is_the_farthest_from_those_before():
 def test_from_images_to_maps_masks_and_the_page(mapped_run, photographs, tmp_path):
     how = {"data": photographs / "new", "out": tmp_path / "scores.csv", "normal_class": "good", "alpha": 0.1}
     how |= {"score": "places", "maps": True, "maps_npz": True, "masks": photographs / "masks"}
-    result = score(mapped_run, **how, draw=False, report=True)
+    result = score(mapped_run, **how, report=True)
     about = json.loads(result.summary.read_text())["maps"]
     rows = {row["path"]: row for row in read(result.csv)}
     assert (result.auroc, about["calibration_images"]) == (1.0, 24)
@@ -117,7 +117,7 @@ def test_from_images_to_maps_masks_and_the_page(mapped_run, photographs, tmp_pat
 
 
 def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_path, monkeypatch):
-    how = {"data": photographs / "new", "maps": True, "draw": False}
+    how = {"data": photographs / "new", "maps": True}
     whole = score(mapped_run, out=tmp_path / "whole/scores.csv", **how)
     true_rows, calls = judge_module.Judge.rows, []
 

@@ -89,7 +89,7 @@ def test_a_run_scores_by_its_rotations(turned_run, tmp_path):
     reference = load_posteriors(run, REFERENCE).embeddings.double().numpy()
     for name in ("rotation", "rotation-joint"):
         chosen = None if name == "rotation-joint" else name  # it is such a run's default
-        result = score(turned_run, score=chosen, out=tmp_path / "scores.csv", draw=False)
+        result = score(turned_run, score=chosen, out=tmp_path / "scores.csv")
         assert (result.settings.score, result.passes) == (name, 4)
         with open(tmp_path / "scores.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -101,7 +101,7 @@ def test_a_run_scores_by_its_rotations(turned_run, tmp_path):
             embedded = run.vje.embed(view(images)).detach().double().numpy()
             np.testing.assert_allclose(half, LedoitWolf().fit(reference).mahalanobis(embedded), rtol=1e-3)
         assert all(0 < float(row["p_value"]) <= 1 for row in rows)
-    assert score(turned_run, score="knn", out=tmp_path / "knn.csv", draw=False).passes == 1
+    assert score(turned_run, score="knn", out=tmp_path / "knn.csv").passes == 1
     exported = export(turned_run, format="torch", score="rotation-joint", out=tmp_path / "model.pt2").path
     scores = torch.export.load(exported).module()(images)["score"]
     np.testing.assert_allclose(scores, found, rtol=1e-4)
@@ -111,7 +111,7 @@ def test_maps_of_such_a_run_show_no_turns(turned_run, tmp_path, monkeypatch):
     run = shutil.copytree(turned_run, tmp_path / "run")
     monkeypatch.setattr(config, "HEAD_STEPS", 5)
     learn_maps(run)
-    how = {"out": tmp_path / "scores.csv", "maps": True, "draw": False}
+    how = {"out": tmp_path / "scores.csv", "maps": True}
     result = score(run, **how)
     assert (result.settings.score, result.passes) == ("aggregate", 1)
     assert json.loads(result.summary.read_text())["score"]["forward_passes_an_image"] == 1
@@ -121,7 +121,7 @@ def test_maps_of_such_a_run_show_no_turns(turned_run, tmp_path, monkeypatch):
 
 def test_a_run_without_rotations_says_so(trained_run, tmp_path):
     with pytest.raises(ValueError, match=r"needs a run with them \(train --rotations 1\)"):
-        score(trained_run, score="rotation", out=tmp_path / "scores.csv", draw=False)
+        score(trained_run, score="rotation", out=tmp_path / "scores.csv")
 
 
 def test_the_protocol_has_their_rows(tiny_config, tmp_path):

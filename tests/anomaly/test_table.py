@@ -68,9 +68,6 @@ def test_csv_of_the_runs_own_test_split(trained_run, out):
     truth = [row["label"] != "normal" for row in rows]
     assert (result.normal, result.anomalies, result.unlabelled) == (6, 12, 0)
     assert result.auroc == pytest.approx(roc_auc_score(truth, numbers(rows)))
-    assert {path.name for path in (out.parent / "pictures").iterdir()} == {
-        f"scores_{kind}.png" for kind in ("histogram", "strangest")
-    }
 
 
 def test_the_default_score_is_aggregate_where_it_can_be_and_the_log_says_why(trained_run, out, caplog):
@@ -81,14 +78,14 @@ def test_the_default_score_is_aggregate_where_it_can_be_and_the_log_says_why(tra
         (trained_run / "weights.safetensors", 0, "conditional", "as there are no reference images"),
     ):
         caplog.clear()
-        result = score(ckpt, out=out, num_pairs=num_pairs, draw=False)
+        result = score(ckpt, out=out, num_pairs=num_pairs)
         assert result.settings.score == json.loads(result.summary.read_text())["score"]["score"] == chosen
         assert f"score {chosen}, {why}" in caplog.text
         if chosen == "conditional":
             assert {row["log_aggregate"] for row in read(out)} == {""}  # which nobody waited for
     np.testing.assert_allclose(numbers(read(out)), -numbers(read(out), "log_likelihood"))
     caplog.clear()
-    score(trained_run, out=out, score="conditional", draw=False)
+    score(trained_run, out=out, score="conditional")
     assert "score conditional" not in caplog.text  # who asked for it knows
 
 
@@ -96,7 +93,7 @@ def test_every_score_goes_the_whole_way(calibrated_run, out):
     run = load_run(calibrated_run)
     held_out = load_posteriors(run, CALIBRATION)
     for name in SCORES.keys() - ROTATIONS:
-        result = score(calibrated_run, ScoreConfig(score=name, draw=False), out=out, alpha=0.2)
+        result = score(calibrated_run, ScoreConfig(score=name), out=out, alpha=0.2)
         rows = read(out)
         assert result.settings.score == name
         calibration = make_scorer(run, ScoreConfig(score=name)).scores(name, held_out).numpy()
@@ -105,15 +102,15 @@ def test_every_score_goes_the_whole_way(calibrated_run, out):
         np.testing.assert_allclose(numbers(rows, "p_value"), expected, atol=1.01 / 47, err_msg=name)
         assert np.mean(np.abs(numbers(rows, "p_value") - expected) < 1e-6) > 0.8
         assert json.loads(result.summary.read_text())["score"]["meaning"] == SCORES[name].description
-    score(calibrated_run, out=out, score="aggregate", draw=True, report=True)
+    score(calibrated_run, out=out, score="aggregate", report=True)
     np.testing.assert_allclose(numbers(read(out)), -numbers(read(out), "log_aggregate"))
 
 
 def test_a_run_without_calibration_gives_no_p_values(trained_run, out, tmp_path):
     assert read_info(trained_run).train_images == 46  # of 48: 5 % are held out
-    score(trained_run, out=out, draw=False)
+    score(trained_run, out=out)
     assert {row["p_value"] for row in read(out)} <= {"0.333333", "0.666667", "1.000000"}
-    score(trained_run / "weights.safetensors", out=out, draw=False)
+    score(trained_run / "weights.safetensors", out=out)
     assert {row["p_value"] for row in read(out)} == {""}
     copy = shutil.copytree(trained_run, tmp_path / "copy")
     for write, message in (
@@ -142,7 +139,7 @@ def test_images_without_a_label_are_no_anomalies(trained_run, image_folder, tmp_
 
 
 def test_normal_class(trained_run, image_folder, tmp_path, out):
-    result = score(trained_run, out=out, normal_class="stripes", draw=False)
+    result = score(trained_run, out=out, normal_class="stripes")
     truth = np.array([row["label"] != "stripes" for row in read(out)])
     assert result.auroc == pytest.approx(roc_auc_score(truth, numbers(read(out))))
     summary = json.loads(result.summary.read_text())
@@ -170,10 +167,10 @@ def test_a_class_that_was_trained_by_its_index_keeps_its_name(trained_run, image
     other = tmp_path / "other"  # where that index is another class
     for name in ("apple", "berry", "spots"):
         shutil.copytree(image_folder / "test" / "spots", other / name)
-    result = score(run, data=other, out=out, draw=False)
+    result = score(run, data=other, out=out)
     assert json.loads(result.summary.read_text())["normal_class"] == "spots"
     shutil.rmtree(other / "spots")
-    assert score(run, data=other, out=out, draw=False).normal is None
+    assert score(run, data=other, out=out).normal is None
 
 
 def test_all_images_of_a_folder_and_none_of_our_own(trained_run, image_folder, tmp_path):
@@ -184,7 +181,7 @@ def test_all_images_of_a_folder_and_none_of_our_own(trained_run, image_folder, t
     out = folder / "new" / "folder" / "s.csv"  # which is made
     assert score(trained_run, data=folder, out=out).scored == 48 + 18 + 18 + 1
     shutil.copytree(trained_run, folder / "runs" / "run")
-    score(folder / "runs" / "run")  # pictures in the run folder
+    score(folder / "runs" / "run")
     first = out.read_bytes()
     assert score(trained_run, data=folder, out=out).scored == 85
     assert out.read_bytes() == first
@@ -195,7 +192,7 @@ def test_cells_that_a_spreadsheet_would_execute_are_quoted(trained_run, image_fo
     for name in ("=1+1", "@SUM(A1)", "-2", "+3", "plain"):
         shutil.copytree(image_folder / "test" / "spots", tmp_path / "d" / name)
     monkeypatch.chdir(tmp_path / "d")
-    score(trained_run, data=".", out="s.csv", draw=False, parquet=True)
+    score(trained_run, data=".", out="s.csv", parquet=True)
     labels = {row["label"] for row in read("s.csv")}
     assert labels == {"'=1+1", "'@SUM(A1)", "'-2", "'+3", "plain"}
     for row in read("s.csv"):
@@ -257,7 +254,7 @@ def test_bad_arguments(trained_run, tmp_path, out):
         ({"ckpt": weights, "score": "aggregate"}, ValueError, r"none at hand.*reference\.safetensors"),
     ):
         with pytest.raises(error, match=message):
-            score(**{"ckpt": trained_run, "out": out, "draw": False, **settings})
+            score(**{"ckpt": trained_run, "out": out, **settings})
         assert not out.exists()
 
 
@@ -276,7 +273,7 @@ def test_embed_writes_posteriors(trained_run, image_folder, tmp_path):
 
 def test_another_family_for_scoring(trained_run, out):
     run = load_run(trained_run)
-    result = score(trained_run, out=out, score="conditional", score_likelihood="normal", draw=False)
+    result = score(trained_run, out=out, score="conditional", score_likelihood="normal")
     rows = read(out)
     assert result.settings.score_likelihood == "normal"
     assert {row["log_direction"] for row in rows} == {""}  # it has no such factor
@@ -289,21 +286,21 @@ def test_another_family_for_scoring(trained_run, out):
 
 
 def test_pairs_are_a_mean_over_augmentations_common_to_all_images(trained_run, image_folder, out):
-    result = score(trained_run, out=out, num_pairs=2, draw=False)
+    result = score(trained_run, out=out, num_pairs=2)
     assert result.passes == 4
     whole = {row["path"]: row for row in read(out)}
     # calibrated on the held-out images, encoded in the same way
     assert {row["p_value"] for row in whole.values()} <= {"0.333333", "0.666667", "1.000000"}
     # an image's score depends neither on the others nor on the batch
-    score(trained_run, data=image_folder / "test" / "spots", out=out, num_pairs=2, batch_size=4, draw=False)
+    score(trained_run, data=image_folder / "test" / "spots", out=out, num_pairs=2, batch_size=4)
     for row in read(out):
         assert numbers([row]) == pytest.approx(numbers([whole[row["path"]]]), abs=2e-4)
-    assert score(trained_run, out=out, num_pairs=1, draw=False).passes == 2
+    assert score(trained_run, out=out, num_pairs=1).passes == 2
     assert min(abs(numbers([row]) - numbers([whole[row["path"]]])) for row in read(out)) > 1e-3
 
 
 def test_decisions(calibrated_run, out):
-    result = score(calibrated_run, out=out, alpha=0.1, draw=False)
+    result = score(calibrated_run, out=out, alpha=0.1)
     rows = read(out)
     flagged = [row["decision"] == "anomaly" for row in rows]
     assert flagged == [float(row["p_value"]) <= 0.1 for row in rows]
@@ -317,12 +314,12 @@ def test_decisions(calibrated_run, out):
         if threshold is not None:
             above = [float(row["anomaly_score"]) > threshold + 1e-6 for row in rows]
             assert above == [float(row["p_value"]) <= float(level) for row in rows]
-    by_rate = score(calibrated_run, out=out, fdr=0.2, draw=False)
+    by_rate = score(calibrated_run, out=out, fdr=0.2)
     assert by_rate.flagged == benjamini_hochberg(numbers(read(out), "p_value"), 0.2).sum()
 
 
 def test_report_is_one_page(trained_run, out):
-    result = score(trained_run, out=out, report=True, draw=False)
+    result = score(trained_run, out=out, report=True)
     page = result.report.read_text()
     assert result.report.name == "scores_report.html"
     assert page.count("data:image/") >= 12  # the strangest and the most normal
@@ -335,7 +332,7 @@ def test_scores_are_the_same_bytes_whatever_the_batch(wide_run, image_folder, ou
     for module in ("model.encoding", "anomaly.parts"):  # the set would else be a single pass
         monkeypatch.setattr(f"pyro_vje.{module}.cpu_rows", lambda side: 32)
     kind = "conditional" if num_pairs else "aggregate"
-    settings = ScoreConfig(data=image_folder, score=kind, num_pairs=num_pairs, num_particles=2, draw=False)
+    settings = ScoreConfig(data=image_folder, score=kind, num_pairs=num_pairs, num_particles=2)
     tables = set()
     for batch_size in (1, 7, 256):
         score(wide_run, settings, out=out, batch_size=batch_size)
@@ -350,7 +347,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
     monkeypatch.setattr(encoding, "cpu_rows", lambda side: 4)
     folder = shutil.copytree(image_folder / "test", tmp_path / "mixed")
     (folder / "spots" / "03.png").write_bytes(b"no image")
-    settings = ScoreConfig(data=folder, batch_size=4, draw=False)
+    settings = ScoreConfig(data=folder, batch_size=4)
     score(trained_run, settings, out=tmp_path / "whole.csv")
     part = out.with_name("scores.csv.part")
     calls = []
@@ -406,14 +403,14 @@ def test_damaged_rows_are_refused(tmp_path):
 
 
 def test_resume_with_nothing_to_go_on_from_begins(trained_run, out):
-    score(trained_run, out=out, draw=False)
+    score(trained_run, out=out)
     whole = out.read_bytes()
     part = out.with_name("scores.csv.part")
     for left in (None, b""):  # killed before the first row, or by a power cut before it was on the disk
         out.unlink()
         if left is not None:
             part.write_bytes(left)
-        score(trained_run, out=out, draw=False, resume=True)
+        score(trained_run, out=out, resume=True)
         assert out.read_bytes() == whole
     assert not list(out.parent.glob(".*"))
 
@@ -433,7 +430,7 @@ def test_two_processes_do_not_write_one_table(trained_run, out):
             assert not out.exists()
         finally:
             other.kill()
-    assert score(trained_run, out=out, draw=False).scored == 18
+    assert score(trained_run, out=out).scored == 18
 
 
 def test_a_folder_is_read_as_it_is_scored(trained_run, image_folder, out, monkeypatch):
@@ -448,6 +445,6 @@ def test_a_folder_is_read_as_it_is_scored(trained_run, image_folder, out, monkey
 
     monkeypatch.setattr(imageset, "decode_image", watched)
     monkeypatch.setattr(encoding, "cpu_rows", lambda side: 4)
-    score(trained_run, data=image_folder, out=out, batch_size=4, draw=False)
+    score(trained_run, data=image_folder, out=out, batch_size=4)
     assert len(most) == 66
     assert max(most) <= 12

@@ -337,7 +337,7 @@ def test_a_data_set_of_ones_own(image_folder, tmp_path, monkeypatch):
     ],
 )
 def test_decisions_are_counted(trained_run, tmp_path, level, rule, sure):
-    arguments = ["score", "--ckpt", trained_run, level, "0.5", "--no-draw", "--out", tmp_path / "s.csv"]
+    arguments = ["score", "--ckpt", trained_run, level, "0.5", "--out", tmp_path / "s.csv"]
     result = CliRunner(charset="cp1252").invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     assert re.search(rf"^\d+ of 18 called anomalies {re.escape(rule)}$", result.stdout, re.MULTILINE)

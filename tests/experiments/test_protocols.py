@@ -87,9 +87,7 @@ def test_every_score_and_detector_has_a_row_for_each_cell(finished):
 
 def test_the_number_is_the_one_that_scoring_the_cell_gives(finished, tmp_path):
     for name in SCORES.keys() - ROTATIONS:
-        alone = score(
-            finished.folder / "cells" / "stripes_seed-1", score=name, out=tmp_path / "scores.csv", draw=False
-        )
+        alone = score(finished.folder / "cells" / "stripes_seed-1", score=name, out=tmp_path / "scores.csv")
         (row,) = [
             row for row in finished.rows if (row["normal"], row["seed"], row["score"]) == ("stripes", 1, name)
         ]
@@ -239,7 +237,7 @@ def test_a_frozen_encoder_sees_the_test_images_once(base, tmp_path, monkeypatch)
     found = one_class(frozen, tmp_path / "out", classes=["normal", "stripes"])
     assert seen.count(18) == 3  # twice for the untrained control, whose weights may be others
     for normal in ("normal", "stripes"):
-        how = {"score": "aggregate", "out": tmp_path / "scores.csv", "draw": False}
+        how = {"score": "aggregate", "out": tmp_path / "scores.csv"}
         alone = score(found.folder / "cells" / f"{normal}_seed-0", **how)
         (row,) = [row for row in found.rows if (row["normal"], row["score"]) == (normal, "aggregate")]
         assert alone.auroc == pytest.approx(row["auroc"], abs=1e-12)

@@ -125,7 +125,7 @@ def test_without_the_package_a_file_computes_what_score_and_embed_write(
     found = dict(np.load(tmp_path / "found.npz"))
     assert list(found) == OUTPUTS
 
-    how = {"score": kind, "num_particles": 6, "seed": 3, "draw": False, "data": files[0].parent}
+    how = {"score": kind, "num_particles": 6, "seed": 3, "data": files[0].parent}
     wanted = columns(score(run_copy, out=tmp_path / "s.csv", **how).csv)
     np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found["p_value"], wanted["p_value"], atol=1e-6)  # of six digits in the CSV
@@ -162,7 +162,7 @@ def test_p_values_by_folds_have_their_heads_in_the_file(tiny_config, images, tmp
     run = train(config, tmp_path / "run")
     result = export(run, format="torch")
     assert "training images, each by one of 2 heads" in result.card.read_text()
-    wanted = columns(score(run, draw=False).csv)
+    wanted = columns(score(run).csv)
     found = torch.export.load(result.path).module()(images)
     np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
@@ -220,7 +220,7 @@ def test_other_families_than_the_one_trained_with_export(trained_run, images, tm
         pytest.importorskip("onnxscript")
         onnxruntime = pytest.importorskip("onnxruntime")
     export(trained_run, format=format, out=path, score_likelihood=family)
-    wanted = columns(score(trained_run, score_likelihood=family, out=tmp_path / "s.csv", draw=False).csv)
+    wanted = columns(score(trained_run, score_likelihood=family, out=tmp_path / "s.csv").csv)
     for part in (slice(1), slice(None)):
         if format == "onnx":
             session = onnxruntime.InferenceSession(path)
@@ -308,7 +308,7 @@ def test_the_card_tells_what_was_measured_and_what_was_not(run_copy, image_folde
     assert str(image_folder) not in extra["pyro_vje"]
 
     found = evaluate(run_copy, k=5)
-    auroc = score(run_copy, draw=False).auroc
+    auroc = score(run_copy).auroc
     export(run_copy, format="torch", score_likelihood="polar-student-t-exact")
     card = (run_copy / "MODEL_CARD.md").read_text()
     assert f"{found['rows'][0]['knn']:.4f}" in card

@@ -83,43 +83,36 @@ class TestTraining:
         assert all(axes.lines for axes in figures[0].axes)
 
 
-def unlabelled(scores):
-    return pd.Series(scores), pd.Series(np.nan, range(len(scores)))
-
-
 class TestScores:
-    def test_labelled(self, tmp_path, figures):
-        scores = pd.Series([0.0, 1, 2, 3, 2.5, 4])
-        labels = pd.Series([0.0, 0, 0, 0, 1, 1])
-        draw("score_histogram", scores, labels, path=tmp_path / "scores.png", least=(600, 300))
-        assert titles(figures[0]) == ["Anomaly scores: AUROC 0.875"]
-        assert legend_texts(figures[0]) == ["normal (4)", "anomalies (2)"]
-        # Unlabelled images are shown, and left out of the AUROC.
-        some = pd.Series([0, 0, 0, 0, 1, 1, np.nan])
-        pictures.plot_score_histogram(pd.Series([*scores, -9.0]), some, tmp_path / "some.png")
-        assert titles(figures[1]) == ["Anomaly scores: AUROC 0.875"]
-        assert legend_texts(figures[1]) == ["normal (4)", "anomalies (2)", "unlabelled (1)"]
-        normal = pd.Series(np.zeros(9))
-        pictures.plot_score_histogram(pd.Series(np.arange(9.0)), normal, tmp_path / "one.png")
-        assert titles(figures[2]) == ["Anomaly scores of 9 images"]
+    def bars(self, *groups):
+        axes = pictures.new_figure(4, 3).subplots()
+        pictures.draw_scores(axes, [(pictures.BLUE, np.array(scores)) for scores in groups])
+        return axes, [patch.get_data() for patch in axes.patches if patch.get_fill()]
 
-    def test_bars_hold_all_images(self, tmp_path, figures, rng):
+    def test_bars_hold_all_images(self, rng):
         # Two scores are far out: the axis stays with the others, and the outer bars count them.
-        scores = np.concatenate([rng.normal(size=500), [1e6, -1e6]])
-        pictures.plot_score_histogram(*unlabelled(scores), tmp_path / "scores.png")
-        axes = figures[0].axes[0]
-        heights, edges, _ = axes.patches[0].get_data()
-        assert heights.sum() == pytest.approx(1)
-        assert heights[0] > 0 < heights[-1]
-        assert edges[-1] < 10
+        axes, (found, few) = self.bars([*rng.normal(size=500), 1e6, -1e6], [1.0, 2.0])
+        assert [found.values.sum(), few.values.sum()] == pytest.approx([1, 1])
+        assert found.values[0] > 0 < found.values[-1]
+        assert found.edges[-1] < 10
         assert "tails in the outer bars" in axes.get_xlabel()
-        assert legend_texts(figures[0]) is None
 
-    def test_few_constant_and_nan(self, tmp_path, figures):
-        for scores in ([5.0], [5.0, 5.0, 5.0], [0.0] * 4, [1e20] * 2, [1.0, float("nan"), 2.0, float("inf")]):
-            draw("score_histogram", *unlabelled(scores), path=tmp_path / "scores.png")
-            heights = figures[-1].axes[0].patches[0].get_data().values
-            assert heights.sum() == pytest.approx(1)
+    def test_few_and_constant(self):
+        for scores in ([5.0], [5.0, 5.0, 5.0], [0.0] * 4, [1e20] * 2):
+            _, (found,) = self.bars(scores)
+            assert found.values.sum() == pytest.approx(1)
+
+    def test_groups_by_label(self):
+        some = pd.Series([0, 0, 1, np.nan, 1])
+        groups = pictures.split_by_label(some, np.array([True, True, True, True, False]))
+        shown = [(name, members.tolist()) for name, _, members in groups]
+        assert shown == [
+            ("normal", [True, True, False, False, False]),
+            ("anomalies", [False, False, True, False, False]),
+            ("unlabelled", [False, False, False, True, False]),
+        ]
+        assert pictures.sizes(groups)[0] == ("normal (2)", pictures.BLUE)
+        assert len(pictures.split_by_label(pd.Series([np.nan] * 5), some.notna())) == 1
 
     def test_rejection(self, tmp_path, figures):
         curve = np.arange(10) / 10, np.linspace(0.5, 1, 10), 0.75
@@ -127,46 +120,21 @@ class TestScores:
         assert legend_texts(figures[0]) == ["a", "b"]
 
 
-class TestStrangest:
-    def shown(self, figure):
-        return [axes.get_title() for axes in figure.axes]
-
-    def test_both_ends(self, tmp_path, figures, rng):
-        images = [Image.fromarray(x) for x in rng.integers(0, 256, size=(40, 8, 8, 3), dtype=np.uint8)]
-        scores = pd.Series(rng.permutation(40).astype(float), np.arange(40) + 100)
-        asked = lambda rows: [images[i - 100] for i in rows]  # noqa: E731
-        draw("strangest", scores, asked, path=tmp_path / "strangest.png", least=(600, 400))
-        assert self.shown(figures[0]) == [f"{i}" for i in (*range(12), *range(39, 27, -1))]
-        strangest = figures[0].axes[12].images[0].get_array()
-        assert (strangest == np.asarray(images[scores.argmax()])).all()
-
-    def test_fewer_images_than_asked(self, tmp_path, figures):
-        def noise(rows):
-            return [Image.effect_noise((8, 8), 50) for _ in rows]
-
-        draw("strangest", pd.Series([3.0, 1, np.nan, 2, 0]), noise, path=tmp_path / "strangest.png")
-        assert self.shown(figures[0]) == ["0", "1", "3", "2"]
-        draw("strangest", pd.Series([0.0]), noise, path=tmp_path / "strangest.png")
-        assert len(figures[1].axes) == 1
-
-
 def test_what_cannot_be_drawn_is_a_warning_that_names_the_picture(tmp_path, caplog, monkeypatch):
     nan = torch.full((3,), torch.nan)
-    names = "training.png", "scores.png", "strangest.png", "rejection.png"
+    names = "training.png", "rejection.png"
     paths = [tmp_path / "pictures" / name for name in names]
     with caplog.at_level(logging.WARNING, "pyro_vje"):
         pictures.plot_training({"epoch": [1], "loss": [float("nan")]}, paths[0])
-        pictures.plot_score_histogram(*unlabelled(nan.numpy()), paths[1])
-        pictures.plot_strangest(pd.Series(nan.numpy()), list, paths[2])
-        pictures.plot_rejection({"a": (nan.numpy(), nan.numpy()[:2], 0.0)}, paths[3])
+        pictures.plot_rejection({"a": (nan.numpy(), nan.numpy()[:2], 0.0)}, paths[1])
         monkeypatch.setattr(pictures, "write_atomic", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         pictures.plot_training(history(3), tmp_path / "bytes\udcff.png")
     warned = [record.getMessage() for record in caplog.records]
-    assert len(warned) == 5
+    assert len(warned) == 3
     for path, message in zip([*paths, r"bytes\udcff.png"], warned, strict=True):
         assert str(path) in message
         message.encode()
-    assert "disk full" in warned[4]
+    assert "disk full" in warned[2]
     assert not list(tmp_path.rglob("*.png"))
 
 

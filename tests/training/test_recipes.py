@@ -62,7 +62,7 @@ def train_eval_score(name, data, out, *options):
     for command in (
         ["train", "--recipe", name, *where, "--out", out, *small],
         ["eval", "--ckpt", out, "--no-download", "--k", 3],
-        ["score", "--ckpt", out, "--no-download", "--no-draw"],
+        ["score", "--ckpt", out, "--no-download"],
     ):
         result = run(*command)
         assert result.exit_code == 0, result.output
