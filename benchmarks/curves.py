@@ -57,7 +57,7 @@ PANELS: tuple[tuple[str, str, str, str, Callable[[list[dict[str, Any]]], list[fl
 
 def main() -> None:
     """Draw ``docs/images/controls.png``."""
-    cells = [cell for cell in result("controls")["cells"] if cell["status"] == "finished"]
+    cells = [cell for cell in result("learning_long")["cells"] if cell["status"] == "finished"]
     with picture(IMAGES / "controls.png", 13, 5.4) as figure:
         all_axes = figure.subplots(2, 4).flat
         for axes, (name, title, xlabel, ylabel, x) in zip(all_axes, PANELS, strict=True):

@@ -329,7 +329,7 @@ FROZEN, FROZEN_SIZE = "timm:tf_efficientnet_lite0", 224
 @benchmark("features")
 def features(settings: Settings) -> Iterator[Result]:
     """What `inspect` lets a frozen encoder make of an image, clean and in views, against as many passes in float32."""
-    count, side = (8, 64) if settings.quick else (32, FROZEN_SIZE)
+    count, side = (8, 64) if settings.quick else (128, FROZEN_SIZE)
     if not installed("timm"):
         yield missing(f"features of an image and its views, {side} pixels", "bare forward pass", "timm")
         return
