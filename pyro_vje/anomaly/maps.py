@@ -219,7 +219,7 @@ def _draw_places(
     for _, batch in images.batches(images_at_once(images, 64, device)):
         places = features(run.info.view(batch.to(device)))[1].cpu()
         learned.append(with_neighbours(places, few, generator))
-        pool.append(with_neighbours(places, many, generator)[:, 0])
+        pool.append(with_neighbours(places, many, generator, _NEIGHBOURS[:1])[:, 0])
         progress.add(len(batch))
     if not learned:
         raise ValueError("not one of the images that maps are learned from could be decoded")
@@ -244,12 +244,14 @@ def coreset(places: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen)
 
 
-def with_neighbours(places: Tensor, quota: int, generator: torch.Generator) -> Tensor:
+def with_neighbours(
+    places: Tensor, quota: int, generator: torch.Generator, around: Sequence[tuple[int, int]] = _NEIGHBOURS
+) -> Tensor:
     """``quota`` places of each image, drawn from ``(N, h, h, C)``, and their four neighbours, ``(M, 5, C)``."""
     side = places.shape[1]
     drawn = torch.rand(len(places), side**2, generator=generator).argsort(1)[:, :quota]
     image, views = torch.arange(len(places))[:, None], []
-    for down, across in _NEIGHBOURS:
+    for down, across in around:
         row, column = drawn // side + down, drawn % side + across
         # Beyond the edge is the neighbour on the other side.
         row, column = (x.abs().where(x < side, torch.full_like(x, side - 2)) for x in (row, column))
