@@ -36,6 +36,7 @@ LIKELIHOODS = {"elbo": "polar-student-t", "benchmarks.controls:vi_simsiam": "pow
 NAMES = {**METHODS, "controls_small": "the control", "simsiam_check": "lightly's heads, loss and settings"}
 NAMES |= {"score_parts_ood": "against MNIST", "score_parts_one_class": "one class of ten"}
 NAMES |= {"one_class": "CIFAR-10, one class", "one_class_digits": "digits, one class"}
+NAMES |= {"one_class_digits_linear": "behind a linear map", "one_class_digits_mlp": "behind an MLP"}
 NAMES |= {"ood": "CIFAR-10 against MNIST", "ood_cifar100": "against CIFAR-100"}
 NAMES |= {"pretrained_screw": "screws", "pretrained_tile": "tiles", "pretrained_steel": "steel"}
 NAMES |= {"pretrained_cifar10": "CIFAR-10, frozen network"}
