@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import logging
 import os
 import time
@@ -106,6 +108,9 @@ def inspect(
         if resolved.frozen:
             log.info("this will take about %s", duration(_seconds(resolved, count, new_count)))
         train(config, run, resume=(run / runs.CONFIG).is_file())
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # what training has freed, glibc keeps: 100 MB
+            ctypes.CDLL(None).malloc_trim(0)
     if settings.maps and not (run / runs.MAPS).is_file():
         learn_maps(run, places=places, trust_plugins=settings.trust_plugins)
     return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
