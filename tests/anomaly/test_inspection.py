@@ -77,7 +77,6 @@ def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs
             encoder="timm:test_resnet.r160_in1k",
             weights=str(weights),
             image_size=32,
-            draw=False,
         )
     assert "this will take about" in caplog.text
     assert "not square (such as 24 x 16 pixels): whole, between grey margins of 33%" in caplog.text
