@@ -247,7 +247,10 @@ def coreset(places: Tensor, count: int) -> Tensor:
 def with_neighbours(
     places: Tensor, quota: int, generator: torch.Generator, around: Sequence[tuple[int, int]] = _NEIGHBOURS
 ) -> Tensor:
-    """``quota`` places of each image, drawn from ``(N, h, h, C)``, and their four neighbours, ``(M, 5, C)``."""
+    """``quota`` places of each image, drawn from ``(N, h, h, C)``, and their four neighbours, ``(M, 5, C)``.
+
+    ``around`` are the steps, down and across, to what is taken with each place.
+    """
     side = places.shape[1]
     drawn = torch.rand(len(places), side**2, generator=generator).argsort(1)[:, :quota]
     image, views = torch.arange(len(places))[:, None], []

@@ -18,7 +18,8 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-LEFTOVERS = ".*tmp*"  # temporary files of `write_atomic` and safetensors, which only a kill leaves behind
+LEFTOVERS = (".*.tmp", ".tmp" + 6 * "[0-9A-Za-z]")
+"""Temporary files of `write_atomic` and of safetensors, which only a kill leaves behind."""
 
 
 def sha256(path: Path) -> str:
@@ -72,8 +73,9 @@ def locked(what: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}")
         file.flush()
-        for leftover in what.rglob(LEFTOVERS) if what.is_dir() else ():
-            leftover.unlink(missing_ok=True)
+        for found in what.rglob(".*") if what.is_dir() else ():
+            if _is_leftover(found):
+                found.unlink(missing_ok=True)
         try:
             yield
         finally:
@@ -106,7 +108,11 @@ def is_begun(folder: Path) -> bool:
     """Whether there is anything at ``folder``, but for what a kill at the very beginning leaves."""
     if not folder.is_dir():
         return folder.exists()
-    return any(path.name != LOCK and not path.match(LEFTOVERS) for path in folder.iterdir())
+    return any(path.name != LOCK and not _is_leftover(path) for path in folder.iterdir())
+
+
+def _is_leftover(path: Path) -> bool:
+    return any(map(path.match, LEFTOVERS)) and path.is_file()
 
 
 def check_writable(path: Path) -> Path:

@@ -377,6 +377,16 @@ def test_a_folder_on_which_only_a_kill_was_at_work_is_not_begun(tmp_path):
     (tmp_path / ".config.json.a1.tmp").touch()
     (tmp_path / ".tmpQ3xYz1").touch()  # of safetensors
     assert not is_begun(tmp_path)
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    kept = tmp_path / ".tmp-notes", tmp_path / ".mytmp"
+    for path in kept:  # of somebody's own
+        path.touch()
+    with locked(tmp_path):
+        assert all(path.exists() for path in kept)
+    for path in kept:
+        assert is_begun(tmp_path)
+        path.unlink()
     (tmp_path / "thesis.txt").touch()
     assert is_begun(tmp_path)
     assert is_begun(tmp_path / "thesis.txt")
