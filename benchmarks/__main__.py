@@ -59,12 +59,8 @@ def as_json(results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
     """The results as JSON-ready values, rows against rivals and growth apart."""
     kinds: dict[str, list[dict[str, Any]]] = {"rows": [], "growth": []}
     for result in results:
-        values = dataclasses.asdict(
-            result
-        ).items()  # JSON has no NaN, the time of what was not there to be measured
-        plain = {
-            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values
-        }
+        values = dataclasses.asdict(result).items()  # JSON has no NaN, the time of what was not there to be measured
+        plain = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values}
         kinds["growth" if isinstance(result, Growth) else "rows"].append(plain)
     return kinds
 

@@ -29,17 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="of `pyro-vje ablate` or `pyro-vje benchmark`")
     parser.add_argument("--command", required=True, help="what made it, as it was typed")
     parser.add_argument("--data", required=True, help="what the images are, in words")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads of the runs"
-    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of the runs")
     parser.add_argument("--commit", help="of the runs, where it is no longer the one checked out")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     path = next((options.folder / name for name in SUMMARIES if (options.folder / name).is_file()), None)
     if path is None:
-        parser.error(
-            f"{options.folder} holds none of {', '.join(SUMMARIES)}: is it the folder of a finished command?"
-        )
+        parser.error(f"{options.folder} holds none of {', '.join(SUMMARIES)}: is it the folder of a finished command?")
     about = describe(options.command, Settings(False, options.threads, choose_precision("auto")))
     about["commit"] = options.commit or about["commit"]
     summary = json.loads(path.read_text())
@@ -55,10 +51,7 @@ def epochs(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with open(path, newline="") as file:
-        return [
-            {name: float(value) if value else None for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        return [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ def curve(axes: Axes, cells: list[Cell], name: str, x: Callable[[list[dict[str, 
     for objective, colour in COLOURS.items():
         rows = [cell["metrics"] for cell in cells if cell["config"]["objective"] == objective]
         lines = [
-            np.array(
-                [(at, row[name]) for at, row in zip(x(run), run, strict=True) if row[name] is not None]
-            ).T
+            np.array([(at, row[name]) for at, row in zip(x(run), run, strict=True) if row[name] is not None]).T
             for run in rows
         ]
         lines = [line for line in lines if line.size]
@@ -62,11 +60,7 @@ def main() -> None:
         all_axes = figure.subplots(2, 4).flat
         for axes, (name, title, xlabel, ylabel, x) in zip(all_axes, PANELS, strict=True):
             # SimSiam has no posterior: its network's scale is never trained.
-            shown = [
-                c
-                for c in cells
-                if name != "posterior_snr" or not c["config"]["objective"].endswith(":simsiam")
-            ]
+            shown = [c for c in cells if name != "posterior_snr" or not c["config"]["objective"].endswith(":simsiam")]
             curve(axes, shown, name, x)
             style(axes, title, xlabel, ylabel)
         found = {cell["config"]["objective"] for cell in cells}

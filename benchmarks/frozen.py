@@ -134,9 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 train = features["train"][data["train"] == normal]
                 strange = data["test"] != normal
                 found = measure(config, train, features["test"], strange, options.false_alarms)
-                rows.append(
-                    {"data": folder.name, "class": name, "images": len(train), "seed": 0, **how, **found}
-                )
+                rows.append({"data": folder.name, "class": name, "images": len(train), "seed": 0, **how, **found})
                 print(json.dumps(rows[-1]), flush=True)
                 write_json(options.out, {**about, "rows": rows})
 

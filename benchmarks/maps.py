@@ -43,9 +43,7 @@ def nearest(reference: Tensor) -> Maps:
     """Distance of each place to the nearest reference place: PatchCore (Roth et al. 2022) without its thinning."""
 
     def score(places: Tensor) -> Tensor:
-        return torch.stack([torch.cdist(x, reference).amin(1) for x in places.flatten(1, 2)]).view(
-            places.shape[:3]
-        )
+        return torch.stack([torch.cdist(x, reference).amin(1) for x in places.flatten(1, 2)]).view(places.shape[:3])
 
     return score
 
@@ -58,9 +56,7 @@ def patchcore(reference: Tensor) -> Callable[[Tensor], Tensor]:
         for image in places.flatten(1, 2):
             distances, which = torch.cdist(image, reference).min(1)
             strangest = distances.argmax()
-            near = torch.cdist(reference[which[strangest]][None], reference)[0].topk(
-                REWEIGHTED, largest=False
-            )[1]
+            near = torch.cdist(reference[which[strangest]][None], reference)[0].topk(REWEIGHTED, largest=False)[1]
             to_near = torch.cdist(image[strangest][None], reference[near])[0]
             share = (distances[strangest] - to_near.logsumexp(0)).exp()
             found.append((1 - share) * distances[strangest])
@@ -143,9 +139,7 @@ def measure(
     row = {"method": name, "auroc_largest": metrics.auroc(largest[:, 0], labels), "seconds_an_image": seconds}
     row["auroc_tail"] = metrics.auroc(largest[:, 1], labels)
     if image_score is not None:
-        row["auroc_own_rule"] = metrics.auroc(
-            torch.cat([image_score(x.float()) for x in places.split(8)]), labels
-        )
+        row["auroc_own_rule"] = metrics.auroc(torch.cat([image_score(x.float()) for x in places.split(8)]), labels)
     if masks is not None:
         low, high, counts = float(drawn.min()), float(drawn.max()), PixelCounts()
         levels = ((drawn - low) / (high - low) * 65535).numpy().astype(np.uint16)
@@ -184,9 +178,7 @@ def task(
     rows = [measure("ours", mine, test, labels, masks, smooth)]
     width = head.embedding_dim
     rows[-1] |= {"fit_seconds": seconds, "kept_mb": (count + KINDS + dim) * width * 4 / 1e6}
-    rows.append(
-        measure("k-NN at places", nearest(reference), test, labels, masks, smooth, patchcore(reference))
-    )
+    rows.append(measure("k-NN at places", nearest(reference), test, labels, masks, smooth, patchcore(reference)))
     rows[-1] |= {"fit_seconds": thinned, "kept_mb": reference.numel() * 4 / 1e6}
     began = time.process_time()
     padim = gaussians(normal.float())
@@ -272,9 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def steel(folder: Path, how: tuple[str, str, int], seed: int, every: int) -> list[Any]:
     """Means over the six kinds, each against the other five: every second image to learn from, the rest to test."""
     run, _ = load(*how, folder, seed)
-    images = load_dataset(
-        "folder", folder, "all", image_size=run.info.image_size, interpolation=run.info.interpolation
-    )
+    images = load_dataset("folder", folder, "all", image_size=run.info.image_size, interpolation=run.info.interpolation)
     if images.classes != STEEL:
         raise ValueError(f"{folder} does not hold the six kinds {', '.join(STEEL)}")
     known, tests = (images.select(torch.arange(k, len(images), step)) for k, step in ((0, 2), (1, 2 * every)))

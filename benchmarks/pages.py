@@ -20,7 +20,6 @@ from scipy.stats import betabinom, binomtest
 
 from pyro_vje.experiments.cells import NOT_USED, markdown, spread, text
 from pyro_vje.experiments.protocols import compare_scores
-from pyro_vje.runs.folder import LACKED
 
 FOLDER = Path(__file__).parent
 PAGES = (*sorted(FOLDER.glob("*.md")), FOLDER.parent / "README.md")
@@ -49,7 +48,7 @@ MEASURES = {
     "seconds": ("seconds", ".0f"),
 }
 HEADINGS = {"kl_weight": "KL", "file": "result", "feature_views": "views", "embedding_dim": "directions"}
-BEFORE = {"rotations": 0.0} | {name: value for step in LACKED.values() for name, value in step.items()}
+BEFORE = {"rotations": 0.0, "holdout": 0.0, "projector": "mlp", "radius_scale": "shared", "fit": "crop"}
 """What results say that are older than these settings."""
 Cell = dict[str, Any]
 TABLES: dict[str, Callable[..., str]] = {}
@@ -118,10 +117,7 @@ def settings(
         line = {by or name: value(part) for name, part in zip(down, key, strict=True)}
         for measure in chosen:
             for over in groups(frame, across):
-                titles = [
-                    f"{HEADINGS.get(name, name)} {value(part)}"
-                    for name, part in zip(across, over, strict=True)
-                ]
+                titles = [f"{HEADINGS.get(name, name)} {value(part)}" for name, part in zip(across, over, strict=True)]
                 cells_of = found.get(over, members[:0])
                 line[", ".join([MEASURES[measure][0], *titles])] = entry(cells_of, measure)
         lines.append(line)
@@ -167,9 +163,7 @@ def methods(*names: str, where: str = "") -> str:
         rows = rows[~rows["on"].str.startswith("likelihood")]
         rows = rows.query(where) if where else rows
         found[METHODS[config["objective"]]] = rows.groupby(["score", "on"], sort=False)["auroc"].mean()
-    frame = pd.DataFrame(found).loc[
-        list(dict.fromkeys(key for means in found.values() for key in means.index))
-    ]
+    frame = pd.DataFrame(found).loc[list(dict.fromkeys(key for means in found.values() for key in means.index))]
     shown = frame.map("{:.3f}".format).where(frame.notna(), NOT_USED)
     return markdown(shown.reset_index())
 
@@ -180,9 +174,7 @@ def about(name: str) -> str:
     found = result(name)
     machine = found["hardware"]["gpu"] or f"{found['hardware']['cpu']}, {found['threads']} threads"
     said = [machine, found["precision"], f"torch {found['versions']['torch']}", found["date"][:10]]
-    seconds = [
-        cell.get("seconds") or cell["measures"].get("seconds") for cell in found.get("cells", []) if cell
-    ]
+    seconds = [cell.get("seconds") or cell["measures"].get("seconds") for cell in found.get("cells", []) if cell]
     if "data" in found:
         minutes = pd.Series(seconds, dtype=float).mean() / 60
         said.insert(0, f"{found['data']}, {minutes:.0f} minutes a cell" if seconds else found["data"])
@@ -318,9 +310,7 @@ def frozen(*names: str, by: str, measures: str = "aggregate,Mahalanobis,k-NN 1,K
         if "alarms" in part and part["alarms"].notna().all():
             alarms, normal = int(part["alarms"].sum()), int(part["normal"].sum())
             low, high = binomtest(alarms, normal).proportion_ci()
-            line["false alarms at 0.05"] = (
-                f"{alarms} of {normal}: {alarms / normal:.3f} ({low:.3f} to {high:.3f})"
-            )
+            line["false alarms at 0.05"] = f"{alarms} of {normal}: {alarms / normal:.3f} ({low:.3f} to {high:.3f})"
             rank = (0.05 * (part["images"] + 1)).astype(int)
             exact = betabinom(part["normal"], rank, part["images"] + 1 - rank)
             mean, spread_of = exact.mean().sum(), 1.96 * exact.var().sum() ** 0.5

@@ -125,9 +125,7 @@ def elbo(settings: Settings, dim: int) -> Iterator[Result]:
     yield versus(settings, what, "plain torch", ours, rival, precision=FLOAT32)
 
 
-def train_step(
-    module: nn.Module, loss: Callable[[Tensor], Tensor], settings: Settings
-) -> Callable[[Tensor], None]:
+def train_step(module: nn.Module, loss: Callable[[Tensor], Tensor], settings: Settings) -> Callable[[Tensor], None]:
     """Forward, backward and an SGD step as in training, at a rate that leaves the weights what they are."""
     optimiser = torch.optim.SGD(module.parameters(), lr=1e-9, momentum=0.9, fused=True)
 
@@ -337,9 +335,7 @@ def features(settings: Settings) -> Iterator[Result]:
     config = TrainConfig("images", ".", encoder=FROZEN, encoder_lr_scale=0.0, image_size=side).resolved()
     vje, info = build_model(config, side).to(settings.device).eval(), describe_run(config, images)
     views = config.feature_views
-    noise = torch.randn(8, 3, side, side, device=settings.device).contiguous(
-        memory_format=torch.channels_last
-    )
+    noise = torch.randn(8, 3, side, side, device=settings.device).contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def bare() -> None:
@@ -486,9 +482,7 @@ def growth(settings: Settings, task: Task) -> Iterator[Result]:
         # Sizes in turns, as rivals are.
         rounds = [[measure(*each) for each in zip(works, calls, strict=True)] for _ in range(3)]
         seconds = [median(each) for each in zip(*rounds, strict=True)]
-    yield Growth(
-        task.what, task.variable, "s", list(zip(sizes, seconds, strict=True)), precision=task.precision
-    )
+    yield Growth(task.what, task.variable, "s", list(zip(sizes, seconds, strict=True)), precision=task.precision)
 
 
 # The kernel's own peak of this address space, where it tells: ru_maxrss starts at the parent's size on Linux.
@@ -511,9 +505,7 @@ else:
 @benchmark("memory", lambda settings: list(TASKS.items()))
 def memory(settings: Settings, name: str, task: Task) -> Iterator[Result]:
     """How peak memory grows, each size in a fresh process, whose own memory counts on a CPU: the libraries' too."""
-    sizes = (
-        task.quick if settings.quick else (task.sizes[0], task.sizes[len(task.sizes) // 2], task.sizes[-1])
-    )
+    sizes = task.quick if settings.quick else (task.sizes[0], task.sizes[len(task.sizes) // 2], task.sizes[-1])
     how = (str(settings.quick), str(settings.threads), settings.precision)
     points = [(x, float(run_python(PEAK, settings, name, str(x), *how))) for x in sizes]
     what = f"peak memory of {task.what}"

@@ -26,9 +26,7 @@ def embed(ckpt: Path, data: Path, out: Path, **settings: Any) -> None:
 
     path, written, failed = embed(ckpt, data, out, **settings)
     click.echo(f"{counted(written)} embedded: {path}")
-    log.info(
-        "to read it: numpy.load(%r), with the arrays features, embeddings, loc, scale and paths", str(path)
-    )
+    log.info("to read it: numpy.load(%r), with the arrays features, embeddings, loc, scale and paths", str(path))
     if failed:
         click.echo(f"{counted(failed)} could not be read and left out", err=True)
         raise SystemExit(1)

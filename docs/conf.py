@@ -104,9 +104,7 @@ for command, file in COMMANDS.items():
 def _mathml(latex: str, display: str) -> str:
     formula = latex2mathml.converter.convert(latex, display=display)
     # A named function is set as an operator, with room on both sides.
-    return re.sub(
-        "<mi>(log|exp|sin|cos|cot|max|sup)</mi>", r'<mo lspace="0.12em" rspace="0.12em">\1</mo>', formula
-    )
+    return re.sub("<mi>(log|exp|sin|cos|cot|max|sup)</mi>", r'<mo lspace="0.12em" rspace="0.12em">\1</mo>', formula)
 
 
 def _inline_math(translator: HTML5Translator, node: nodes.math) -> None:
@@ -123,9 +121,7 @@ def _keep_together(app: Sphinx, *where: object) -> None:
     """A deviation stays in the line of its mean."""
     content: list[str] = where[-1]  # type: ignore[assignment]
     content[0] = (
-        content[0]
-        .replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
-        .replace("| ± ", "| ±\N{NO-BREAK SPACE}")
+        content[0].replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}").replace("| ± ", "| ±\N{NO-BREAK SPACE}")
     )
 
 

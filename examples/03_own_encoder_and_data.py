@@ -23,9 +23,7 @@ from pyro_vje.data import DATASETS, Dataset, ImageSet
 # A factory takes the image size and returns the module, without its classifier. In a project of yours it lies in
 # a file, and ``--encoder my_encoders:vit`` finds it from the command line.
 def vit(image_size):
-    network = VisionTransformer(
-        image_size, patch_size=4, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128
-    )
+    network = VisionTransformer(image_size, patch_size=4, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=128)
     network.heads = nn.Identity()
     return network
 
@@ -43,9 +41,7 @@ def gratings(request):
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, request.image_size)] * 2, indexing="ij"))
     turn = (labels * torch.pi / 4 + 0.1 * torch.randn(len(labels), generator=generator)).view(-1, 1, 1)
     phase = 6.3 * torch.rand(len(labels), 1, 1, generator=generator)
-    waves = (
-        (9 * (grid[0] * turn.cos() + grid[1] * turn.sin()) + phase).sin().unsqueeze(1).expand(-1, 3, -1, -1)
-    )
+    waves = (9 * (grid[0] * turn.cos() + grid[1] * turn.sin()) + phase).sin().unsqueeze(1).expand(-1, 3, -1, -1)
     noise = torch.randn(waves.shape, generator=generator)
     images = (128 + 60 * waves + 20 * noise).clamp(0, 255).to(torch.uint8)
     names = [f"{request.split}/{i:04d}" for i in range(len(labels))]

@@ -233,7 +233,6 @@ class ScoreConfig:
     )
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
     calibration: str | None = say(None, "p-values by this calibration of the run. [default: its own]")
-    reference_views: int = say(0, "Kernels at so many augmented views of a reference image; 0: clean.", ge=0)
     num_pairs: int = say(0, "0: the image's own embedding, one pass. K: mean over K pairs, 2 K passes.", ge=0)
     num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
@@ -244,9 +243,7 @@ class ScoreConfig:
     report: bool = say(False, "Write one self-contained HTML page beside the CSV.")
     maps: bool = say(False, "Show where: a map of each image as a 16-bit PNG (what a run learned by `maps`).")
     maps_npz: bool = say(False, "Write all maps as one maps.npz too.")
-    masks: Place | None = say(
-        None, "A folder of masks, white where images are defective: pixel metrics of the maps."
-    )
+    masks: Place | None = say(None, "A folder of masks, white where images are defective: pixel metrics of the maps.")
     parquet: bool = say(False, "Write the table as Parquet too (needs pyarrow).")
     resume: bool = say(False, "Go on from an interrupted call with the same options, if there was one.")
     trust_plugins: bool = say(False, "Import code that the run's configuration names (module:attribute).")
@@ -265,9 +262,7 @@ class ScoreConfig:
 class MapConfig:
     """How a run learns to show where an image is strange."""
 
-    places: tuple[str, ...] = say(
-        (), "Modules of the encoder that describe places. [default: its middle stages]"
-    )
+    places: tuple[str, ...] = say((), "Modules of the encoder that describe places. [default: its middle stages]")
 
 
 @settings

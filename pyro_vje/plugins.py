@@ -43,9 +43,7 @@ def look_up(name: str, known: Mapping[str, Any], *, what: str, form: str, group:
         found = installed[name].load()
     else:
         names = ", ".join([*known, *sorted(installed.names)])
-        raise ValueError(
-            f"unknown {what} {name!r}: choose one of {names}, or name your own as module:attribute"
-        )
+        raise ValueError(f"unknown {what} {name!r}: choose one of {names}, or name your own as module:attribute")
     if not callable(found):
         raise ValueError(f"{what} {name!r} must be a function {form}, not {found!r}")
     return found

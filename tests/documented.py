@@ -41,9 +41,7 @@ def has_form(shown, printed):
             pattern += r"(?:[^\n]*\n)*?"
             continue
         words = (
-            r"\S*?".join(
-                NUMBER.pattern.join(map(re.escape, NUMBER.split(piece))) for piece in word.split("...")
-            )
+            r"\S*?".join(NUMBER.pattern.join(map(re.escape, NUMBER.split(piece))) for piece in word.split("..."))
             for word in line.split()
         )
         pattern += r"[ ]*" + r"[ ]+".join(words) + r"[ ]*\n"
@@ -57,9 +55,7 @@ def run_command(command, shown, where):
         return  # the wheel is installed and tried by .ci/wheel
     if words[0] == "pyro-vje":
         small = words[1] in ("train", "ablate") and "--resume" not in words
-        extra = [
-            word for flag, value in SETTINGS.items() if small and flag not in words for word in (flag, value)
-        ]
+        extra = [word for flag, value in SETTINGS.items() if small and flag not in words for word in (flag, value)]
         result = CliRunner().invoke(main, [*words[1:], *extra])
         code, printed = result.exit_code, result.output
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -79,9 +75,7 @@ def parse_block(text, where):
     script = "\n".join(command for command, _ in commands(text))
     stubs = 'pyro-vje() { printf \'%s\\0\' "$@"; echo; }; make() { command make -n "$@" >/dev/null; }\n'
     stubs += "python() { :; }; torchrun() { :; }\nset -e\n"
-    done = subprocess.run(
-        ["bash", "-c", stubs + script], cwd=Path(__file__).parents[1], capture_output=True, text=True
-    )
+    done = subprocess.run(["bash", "-c", stubs + script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, f"{where}: {done.stderr}"
     for line in done.stdout.splitlines():
         words = line.removesuffix("\0").split("\0")

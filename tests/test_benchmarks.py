@@ -203,9 +203,7 @@ def test_terms_of_the_score_add_up(trained_run, image_folder):
 def test_results_come_into_a_page_when_they_are_there(tmp_path, monkeypatch):
     marks = """settings new rows=objective columns=seed where="lr > 0"|scores new_scores classes=no|ratios new_speed"""
     page = tmp_path / "page.md"
-    page.write_text(
-        "".join(f"<!-- {mark} -->\nold\n<!-- end -->\n" for mark in marks.split("|")) + "<!-- note -->\n"
-    )
+    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- end -->\n" for mark in marks.split("|")) + "<!-- note -->\n")
     results = pages.FOLDER / "results"
     monkeypatch.setattr(pages, "FOLDER", tmp_path)
     assert "old" not in pages.render(page)

@@ -43,11 +43,7 @@ def api():
 def raised(node):
     """Names of the exceptions that a function raises itself, and not for itself to catch."""
     for part in ast.walk(node):
-        if (
-            isinstance(part, ast.Raise)
-            and isinstance(part.exc, ast.Call)
-            and isinstance(part.exc.func, ast.Name)
-        ):
+        if isinstance(part, ast.Raise) and isinstance(part.exc, ast.Call) and isinstance(part.exc.func, ast.Name):
             yield part.exc.func.id
 
 
@@ -67,9 +63,7 @@ def shapeless(node, text):
     if any("register" in ast.unparse(decorator) for decorator in node.decorator_list):
         return []  # a family: described once, above them
     kinds = {arg.arg: ast.unparse(arg.annotation) for arg in arguments(node) if arg.annotation is not None}
-    return (
-        [] if SHAPE.search(text) else [arg for arg, kind in kinds.items() if re.search(r"\bTensor\b", kind)]
-    )
+    return [] if SHAPE.search(text) else [arg for arg, kind in kinds.items() if re.search(r"\bTensor\b", kind)]
 
 
 def undescribed(node, text):
@@ -115,9 +109,7 @@ def test_these_tests_see_what_they_should():
         "register",
         "score",
     } <= names
-    node = ast.parse(
-        "def f(x: Tensor, y):\n    'Short.\\n\\nParameters\\n---\\nx'\n    raise OSError('x')"
-    ).body[0]
+    node = ast.parse("def f(x: Tensor, y):\n    'Short.\\n\\nParameters\\n---\\nx'\n    raise OSError('x')").body[0]
     text = ast.get_docstring(node)
     assert (unsaid_exceptions(node, text), shapeless(node, text), undescribed(node, text)) == (
         ["OSError"],

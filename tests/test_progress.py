@@ -96,14 +96,10 @@ def test_training_in_a_terminal_and_in_a_pipe(image_folder, tmp_path, monkeypatc
     ]
     assert forms[0] == forms[1]
     assert re.search(rf"^epoch 1/2  {loss}  k-NN [\d.]+  \d+ s left$", pipe.getvalue(), re.MULTILINE)
-    assert re.search(
-        r"^tiny on 46 images of 16×16 pixels: 2 epochs of 2 steps, on ", pipe.getvalue(), re.MULTILINE
-    )
+    assert re.search(r"^tiny on 46 images of 16×16 pixels: 2 epochs of 2 steps, on ", pipe.getvalue(), re.MULTILINE)
 
 
-def test_scoring_embedding_and_evaluation_say_how_far_they_are(
-    image_folder, trained_run, tmp_path, monkeypatch
-):
+def test_scoring_embedding_and_evaluation_say_how_far_they_are(image_folder, trained_run, tmp_path, monkeypatch):
     done = Counter()
     monkeypatch.setattr(Progress, "add", lambda self, count: done.update({self.what: count}))
     data = image_folder / "test"

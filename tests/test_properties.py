@@ -55,9 +55,9 @@ DRAWN = tuple(make for make in MAKERS if make is not PolarStudentT)
 """Those that can be sampled; the paper's subdensity cannot."""
 # What is new among the distributions is put among the makers; the uniform one has no parameters to vary.
 exported = [getattr(distributions, name) for name in distributions.__all__]
-assert {
-    make for make in (*MAKERS, PolarProduct, distributions.HypersphericalUniform) if isinstance(make, type)
-} == {thing for thing in exported if isinstance(thing, type) and issubclass(thing, dist.Distribution)}
+assert {make for make in (*MAKERS, PolarProduct, distributions.HypersphericalUniform) if isinstance(make, type)} == {
+    thing for thing in exported if isinstance(thing, type) and issubclass(thing, dist.Distribution)
+}
 every_maker = pytest.mark.parametrize("make", MAKERS)
 
 
@@ -124,9 +124,7 @@ def test_log_prob_is_finite_with_finite_gradients_and_has_the_batchs_shape(make,
     log_prob = make(**arguments).log_prob(values)
     assert log_prob.shape == (3, *case["batch"])
     assert log_prob.isfinite().all()
-    gradients = torch.autograd.grad(
-        log_prob.sum(), [arguments[name] for name in sorted(arguments.keys() - {"df"})]
-    )
+    gradients = torch.autograd.grad(log_prob.sum(), [arguments[name] for name in sorted(arguments.keys() - {"df"})])
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -194,14 +192,10 @@ def test_the_order_of_features_is_of_no_account(make, case):
 
 
 @given(case=cases(), factor=st.floats(0.01, 100))
-def test_a_change_of_units_changes_the_ambient_density_by_its_jacobian_and_the_projected_one_not(
-    case, factor
-):
+def test_a_change_of_units_changes_the_ambient_density_by_its_jacobian_and_the_projected_one_not(case, factor):
     arguments, values = build(DiagonalStudentT, case)
     scaled = {**arguments, "loc": factor * arguments["loc"], "scale": factor * arguments["scale"]}
-    before, after = (
-        DiagonalStudentT(**a).log_prob(v) for a, v in ((arguments, values), (scaled, factor * values))
-    )
+    before, after = (DiagonalStudentT(**a).log_prob(v) for a, v in ((arguments, values), (scaled, factor * values)))
     torch.testing.assert_close(after, before - case["dim"] * torch.tensor(factor, dtype=torch.float64).log())
     directions = normalize(values, dim=-1)
     before, after = (ProjectedStudentT(**a).log_prob(directions) for a in (arguments, scaled))
@@ -238,9 +232,7 @@ def test_projected_student_t_is_that_of_40_digits(case):
 @given(case=cases(max_dim=60, batches=((),)))
 def test_ambient_student_t_and_von_mises_fisher_are_scipys(case):
     arguments, values = build(DiagonalStudentT, case)
-    oracle = stats.multivariate_t(
-        arguments["loc"].numpy(), arguments["scale"].square().diag().numpy(), case["df"]
-    )
+    oracle = stats.multivariate_t(arguments["loc"].numpy(), arguments["scale"].square().diag().numpy(), case["df"])
     found = DiagonalStudentT(**arguments).log_prob(values)
     torch.testing.assert_close(found, torch.as_tensor(oracle.logpdf(values.numpy())), rtol=1e-6, atol=1e-6)
     arguments, values = build(VonMisesFisher, case)
@@ -298,9 +290,7 @@ def loss_and_gradients(vje, views, noise, kl_weight):
     elbo = SymmetricELBO(kl_weight=kl_weight)(vje.model, vje.guide)
     with GivenNoise(noise):
         loss = elbo(views)
-    return loss, torch.autograd.grad(
-        loss, [p for p in vje.parameters() if p.requires_grad], allow_unused=True
-    )
+    return loss, torch.autograd.grad(loss, [p for p in vje.parameters() if p.requires_grad], allow_unused=True)
 
 
 def assert_same(one, other):
@@ -338,6 +328,4 @@ def test_a_score_is_the_images_own_and_its_direction_has_no_length(parts, seed, 
     for name in ("log_likelihood", "log_direction", "log_radius", "kl", "variance"):
         values = getattr(whole, name)
         torch.testing.assert_close(getattr(parts, name), values[some], rtol=1e-10, atol=1e-10, equal_nan=True)
-    torch.testing.assert_close(
-        longer.log_direction, whole.log_direction, rtol=1e-9, atol=1e-9, equal_nan=True
-    )
+    torch.testing.assert_close(longer.log_direction, whole.log_direction, rtol=1e-9, atol=1e-9, equal_nan=True)

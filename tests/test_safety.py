@@ -53,9 +53,7 @@ def payload(tmp_path):
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["pickle", "archive"])
-def test_no_pickle_is_run_by_any_file_that_a_command_takes(
-    trained_run, image_folder, tmp_path, payload, form
-):
+def test_no_pickle_is_run_by_any_file_that_a_command_takes(trained_run, image_folder, tmp_path, payload, form):
     content, sign = payload[form], payload[2]
     folder, file = tmp_path / "run", tmp_path / "w.safetensors"
     out = tmp_path / "scores.csv"
@@ -138,9 +136,7 @@ def test_the_fuzzer_sees_what_it_is_there_for(tmp_path, monkeypatch):
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: no")]
-)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("DefaultCPUAllocator: no")])
 def test_training_without_memory_names_the_batch_size(tiny_config, tmp_path, monkeypatch, error):
     def fails(*arguments):
         raise error
@@ -216,9 +212,7 @@ def test_a_file_that_vanishes_midway(trained_run, image_folder, tmp_path, monkey
     victim = folder / "stripes" / "05.png"  # the last of the list
     features = VJE.features
     monkeypatch.setattr(VJE, "features", lambda self, x: victim.unlink(missing_ok=True) or features(self, x))
-    monkeypatch.setattr(
-        "pyro_vje.model.encoding.images_at_once", lambda images, batch_size, device: batch_size
-    )
+    monkeypatch.setattr("pyro_vje.model.encoding.images_at_once", lambda images, batch_size, device: batch_size)
     arguments = {"data": folder, "batch_size": 2, "report": True}
     result = score(trained_run, out=tmp_path / "a.csv", **arguments)
     assert (result.scored, result.failed) == (17, 1)

@@ -15,9 +15,7 @@ u = torch.zeros(400, dim, dtype=torch.float64)
 u = torch.cat([angle.cos().unsqueeze(1), angle.sin().unsqueeze(1), u[:, 2:]], 1)
 _, (price, slope) = figure(2)
 for df, colour in ((5.0, BLUE), (dim - 2.0, GREEN), (math.inf, VERMILION)):
-    likelihood = PolarStudentT(
-        df, location, torch.full((dim,), sigma, dtype=torch.float64), unit_radius=dim**0.5
-    )
+    likelihood = PolarStudentT(df, location, torch.full((dim,), sigma, dtype=torch.float64), unit_radius=dim**0.5)
     log_prob = likelihood.log_prob_direction(u)
     (by_angle,) = torch.autograd.grad(log_prob.sum(), angle, retain_graph=True)
     degrees = angle.detach().rad2deg()

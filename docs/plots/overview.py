@@ -66,9 +66,7 @@ def main(folder: Path) -> None:
         ax.add_patch(Ellipse(point, *size, fc=colours(label), ec="none", alpha=0.22))
     ax.scatter(*points.T, s=5, c=[colours(label) for label in test.labels.tolist()])
     for label in range(10):
-        ax.annotate(
-            str(label), points[test.labels == label].median(0).values.tolist(), weight="bold", size=13
-        )
+        ax.annotate(str(label), points[test.labels == label].median(0).values.tolist(), weight="bold", size=13)
     ax.set_title("a posterior for each image")
     ax.set(xticks=[], yticks=[])
 

@@ -15,9 +15,7 @@ for panel, (df, scale) in zip(panels, ((3.0, (0.5, 0.5)), (3.0, (1.2, 0.4))), st
     loc, scale = torch.tensor([1.0, 0.3]), torch.tensor(scale)
     projected = ProjectedStudentT(df, loc, scale)
     draws = projected.sample((20_000,))
-    panel.hist(
-        torch.atan2(draws[:, 1], draws[:, 0]), bins=90, density=True, color="0.88", label="20,000 draws"
-    )
+    panel.hist(torch.atan2(draws[:, 1], draws[:, 0]), bins=90, density=True, color="0.88", label="20,000 draws")
     density = projected.log_prob(circle).exp()
     panel.plot(angle, density, color=BLUE, label=f"projected, mass {torch.trapezoid(density, angle):.3f}")
     restricted = PolarStudentT(df, loc, scale).log_prob_direction(circle).exp()

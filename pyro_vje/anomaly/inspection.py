@@ -75,9 +75,7 @@ def inspect(
     folders = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
     for (name, folder), (other, outer) in permutations(folders.items(), 2):
         if folder.is_relative_to(outer):
-            raise ValueError(
-                f"{name} ({folder}) lies within {other} ({outer}): images would count twice, name another"
-            )
+            raise ValueError(f"{name} ({folder}) lies within {other} ({outer}): images would count twice, name another")
     learned = [str(path) for path in list_images(good)]
     count, new_count = len(learned), len(list_images(new))
     settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **overrides})
@@ -139,9 +137,7 @@ def _seconds(config: TrainConfig, good: int, new: int) -> float:
     wanted = preprocessing(config.encoder or "")
     size = config.image_size or (wanted.image_size if wanted else 224)
     device = runs.default_device()
-    encoder = (
-        build_encoder(config.encoder or "", size).to(device).to(memory_format=torch.channels_last).eval()
-    )
+    encoder = build_encoder(config.encoder or "", size).to(device).to(memory_format=torch.channels_last).eval()
     images = torch.zeros(8, 3, size, size, dtype=torch.uint8, device=device)
     drawn, clean = views_for(config.dataset, size)
 
@@ -177,9 +173,7 @@ def calibrate(
     path = run.folder / runs.calibration_file(name)
     images = runs.load_split(run, "all", "folder", data, residency="stream")
     known: set[str] = set()
-    with contextlib.suppress(
-        FileNotFoundError, ValueError
-    ):  # where the training images are not at hand any more
+    with contextlib.suppress(FileNotFoundError, ValueError):  # where the training images are not at hand any more
         trained_on = _learned_from(run.info, download=False)
         known = set(map(os.path.realpath, trained_on.paths)) if trained_on.root else known
     if seen := sum(os.path.realpath(image) in known for image in images.paths):

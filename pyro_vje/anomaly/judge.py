@@ -21,9 +21,8 @@ from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
 from pyro_vje.anomaly.scores import PLACES, Score, get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
-from pyro_vje.data.splits import reference_images
 from pyro_vje.metrics.detection import conformal_p_values
-from pyro_vje.model.encoding import Encoded, encode, encode_batches, encode_features, images_at_once
+from pyro_vje.model.encoding import Encoded, encode_batches, encode_features, images_at_once
 from pyro_vje.model.vje import VJE
 from pyro_vje.runs import folder
 from pyro_vje.runs.folder import LoadedRun
@@ -37,7 +36,7 @@ PARTS = ("log_likelihood", "log_direction", "log_radius", "kl", "posterior_varia
 MAP_COLUMNS = ("map_peak", "map_p_value")
 """Columns of scoring with maps: the largest value of an image's, and the share of normal images with such a one."""
 HOW = (
-    "score", "score_likelihood", "calibration", "reference_views", "num_pairs", "num_particles", "seed", "maps",
+    "score", "score_likelihood", "calibration", "num_pairs", "num_particles", "seed", "maps",
 )  # fmt: skip
 """Settings on which scores depend."""
 
@@ -147,24 +146,14 @@ def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
 
 
 def make_scorer(run: LoadedRun, settings: ScoreConfig) -> Scorer:
-    """The scorer of a run, with the reference images if the run has them, and their augmented views if asked for."""
-    reference, config = folder.load_posteriors(run, folder.REFERENCE), run.info.config
-    if settings.reference_views:
-        why = "kernels at augmented views of the training images need these"
-        views, images = run.info.views, reference_images(folder.training_images(run, why)[0], config.seed)
-        generator = torch.Generator(run.vje.device).manual_seed(settings.seed)
-        drawn = [
-            encode(run.vje, images, lambda batch: views(batch, generator)[0])
-            for _ in range(settings.reference_views)
-        ]
-        reference = Encoded.cat([*drawn, *([] if reference is None else [reference])])
+    """The scorer of a run, with the reference images if the run has them."""
     return Scorer(
         run.vje,
-        reference=reference,
+        reference=folder.load_posteriors(run, folder.REFERENCE),
         num_particles=settings.num_particles,
         seed=settings.seed,
         likelihood=settings.score_likelihood,
-        kl_weight=config.kl_weight,
+        kl_weight=run.info.config.kl_weight,
     )
 
 
@@ -173,9 +162,7 @@ def _calibration(judge: Judge) -> Calibration | None:
     run, score, scorer, name = judge.run, judge.score, judge.scorer, judge.settings.calibration
     if judge.maps is not None and score is PLACES:
         return Calibration([judge.maps.tails])
-    stored = folder.load_posteriors(
-        run, folder.CALIBRATION if name is None else folder.calibration_file(name)
-    )
+    stored = folder.load_posteriors(run, folder.CALIBRATION if name is None else folder.calibration_file(name))
     if name is not None and stored is None:
         raise ValueError(
             f"the run has no calibration {name!r}: make it (pyro-vje calibrate --name), or choose one of "
@@ -237,9 +224,7 @@ def _scores(scorer: Scorer, score: str, features: Tensor) -> Floats:
     return scorer.scores(score, encode_features(scorer.vje, features)).cpu().numpy()
 
 
-def cross_calibration(
-    score: str, fold: Tensor, features: Tensor, heads: Sequence[VJE], scorer: Scorer
-) -> Calibration:
+def cross_calibration(score: str, fold: Tensor, features: Tensor, heads: Sequence[VJE], scorer: Scorer) -> Calibration:
     """From each training image's fold ``(n,)`` and features ``(n, F)``, and the head that has not seen each fold."""
     features, fold = features.to(scorer.device), fold.to(scorer.device)
     scorers = [

@@ -123,9 +123,7 @@ class Maps:
         across, down = (right - left) * margin, (bottom - top) * margin
         left, top, right, bottom = left + across, top + down, right - across, bottom - down
         seen = Image.fromarray(self.levels(nats.cpu().numpy()).astype(np.float32))
-        seen = seen.resize(
-            (max(1, round(right - left)), max(1, round(bottom - top))), Image.Resampling.BILINEAR
-        )
+        seen = seen.resize((max(1, round(right - left)), max(1, round(bottom - top))), Image.Resampling.BILINEAR)
         picture = Image.new("F", size)
         picture.paste(seen, (round(left), round(top)))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,9 +183,7 @@ def learn_maps(ckpt: str | Path, *, places: Sequence[str] = (), trust_plugins: b
         order = torch.randperm(len(known), generator=generator)
         known, held_out = known.select(order[count:].sort().values), known.select(order[:count].sort().values)
     known, held_out = (part.select(evenly_spread(len(part), IMAGES)) for part in (known, held_out))
-    log.info(
-        "maps: learned from %d images, calibrated with %d; places of %s", len(known), len(held_out), modules
-    )
+    log.info("maps: learned from %d images, calibrated with %d; places of %s", len(known), len(held_out), modules)
     features = PlaceFeatures(run.vje.encoder, run.info.view_size, modules)
     views, pool = _draw_places(features, run, known, generator)
     head = fit_head(place_head(views.shape[-1], DIM, run.info.config.seed, len(views)), views)
@@ -265,17 +261,15 @@ def with_neighbours(
 def load_maps(run: runs.LoadedRun) -> Maps:
     """The maps of a run; ``ValueError`` with what to do where it has none."""
     seed = run.info.config.seed
-    found = runs.load_maps(
-        run, lambda features, dim: runs.build_head(place_head(features, dim, seed), features)
-    )
+    found = runs.load_maps(run, lambda features, dim: runs.build_head(place_head(features, dim, seed), features))
     if found is None:
         raise ValueError(
             f"the run {run.folder or ''} has learned no maps: pyro-vje maps --ckpt RUN does, from its training images"
         )
     modules, head, tensors = found
-    if "kind" not in tensors:
+    if lacking := {"reference", "scale", "kind", "calibration", "floor"} - tensors.keys():
         raise ValueError(
-            "the maps of the run are of an earlier version: pyro-vje maps --ckpt RUN learns them again"
+            f"{run.folder}/{runs.MAPS} lacks {', '.join(sorted(lacking))}: pyro-vje maps learns them again"
         )
     density = PlaceDensity(head.to(run.vje.device), tensors["reference"], tensors["scale"], tensors["kind"])
     return Maps(run, modules, density, tensors["calibration"], float(tensors["floor"]))
@@ -320,9 +314,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
     """A mask as booleans ``(H, W)``: of 0 and 1, or white above the middle; ``ValueError`` if it is of neither kind."""
     grey = decode_image(path).amax(0).numpy()
     if 1 < (most := int(grey.max())) < 128:
-        raise ValueError(
-            f"{path} has values up to {most}: a mask is black (0) and white (255), or of 0 and 1"
-        )
+        raise ValueError(f"{path} has values up to {most}: a mask is black (0) and white (255), or of 0 and 1")
     return grey > most // 2
 
 
@@ -377,9 +369,7 @@ def write_npz(path: Path, folder: Path, images: ImageSet, scored: Sequence[int],
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for i in scored:
             with archive.open(f"{images.names[i]}.npy", "w", force_zip64=True) as file:
-                nats = read_levels(map_file(folder, images.names[i])).astype(np.float32) / NAT + np.float32(
-                    floor
-                )
+                nats = read_levels(map_file(folder, images.names[i])).astype(np.float32) / NAT + np.float32(floor)
                 np.lib.format.write_array(file, nats)
     temporary.replace(path)
     return path

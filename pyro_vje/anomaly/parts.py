@@ -188,9 +188,7 @@ class LikelihoodParts:
     def log_rotation(self) -> Tensor:
         """Mean log-probability of the image's own turn, of four; ``ValueError`` if its turns were not encoded."""
         if self.encoded.log_rotation is None:
-            raise ValueError(
-                "a score by rotations needs a run with them (train --rotations 1); pairs have none"
-            )
+            raise ValueError("a score by rotations needs a run with them (train --rotations 1); pairs have none")
         return self.encoded.log_rotation.double()
 
     @cached_property

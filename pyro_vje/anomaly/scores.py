@@ -60,9 +60,7 @@ _SCORES = [
 ]
 # fmt: on
 SCORES = {score.name: score for score in _SCORES}
-PLACES = Score(
-    "places", "mean over the strangest 3 % of the image's map (with --maps)", lambda parts: parts.places
-)
+PLACES = Score("places", "mean over the strangest 3 % of the image's map (with --maps)", lambda parts: parts.places)
 """The score of a map: it needs a run that has learned maps, which the others do not."""
 
 

@@ -231,9 +231,7 @@ class Rows:
         self._lock.close()
 
 
-def score_images(
-    judge: Judge, images: ImageSet, rows: Rows, maps_folder: Path | None
-) -> list[tuple[str, str]]:
+def score_images(judge: Judge, images: ImageSet, rows: Rows, maps_folder: Path | None) -> list[tuple[str, str]]:
     """Score the images that have no row yet; returns path and reason of each that cannot be decoded."""
     remaining = [i for i in range(len(images)) if i not in rows.numbers]
     if len(remaining) < len(images):
@@ -301,9 +299,7 @@ def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]
     counts |= {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": scored - len(known)}
     if known.nunique() == 1:
         return counts, None
-    return counts, metrics.detection_metrics(
-        table.anomaly_score[known.index].to_numpy(), known.to_numpy(bool)
-    )
+    return counts, metrics.detection_metrics(table.anomaly_score[known.index].to_numpy(), known.to_numpy(bool))
 
 
 def _data(run: runs.LoadedRun, settings: ScoreConfig) -> str:
@@ -347,9 +343,7 @@ def _thumbnails(images: ImageSet, table: pd.DataFrame, rows: Sequence[int]) -> l
     return found
 
 
-def _overlays(
-    images: ImageSet, table: pd.DataFrame, about: dict[str, Any], rows: Sequence[int]
-) -> list[Image.Image]:
+def _overlays(images: ImageSet, table: pd.DataFrame, about: dict[str, Any], rows: Sequence[int]) -> list[Image.Image]:
     """What is drawn over the thumbnails of rows: their maps, cut and resized as the images are."""
     size, folder = (images.image_size, images.image_size), Path(about["folder"])
     found = []

@@ -50,9 +50,7 @@ class ImageError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def decode_image(
-    source: Source, size: int | None = None, interpolation: str = "bilinear", fit: str = "crop"
-) -> Tensor:
+def decode_image(source: Source, size: int | None = None, interpolation: str = "bilinear", fit: str = "crop") -> Tensor:
     """Decode one image file, a path or its bytes, or an array (H, W, 3) of pixels to RGB: uint8 (3, H, W).
 
     With ``size`` it becomes uint8 (3, size, size), resized by ``interpolation`` (``"bilinear"`` or ``"bicubic"``,

@@ -128,6 +128,4 @@ def make_loader(
         sizes = (len(tensor), tensor.nbytes / 1e9, device, free / 1e9)
         logger.debug("%d images, %.2f GB, in the memory of %s (free: %.2f GB)", *sizes)
         dataset = Resident(tensor, device)
-    return DataLoader(
-        dataset, batch_sampler=EpochOrder(len(tensor), batch_size, device=device, **order), **how
-    )
+    return DataLoader(dataset, batch_sampler=EpochOrder(len(tensor), batch_size, device=device, **order), **how)

@@ -7,11 +7,11 @@ from numbers import Real
 from typing import Any, Self
 
 import torch
+from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 from torch.distributions import Independent, Normal, transform_to
 from torch.nn.functional import normalize
 
-from pyro_vje.distributions.backend import TorchDistribution, constraints
 from pyro_vje.distributions.numerics import Scalar, at_least_float32, squared_distance
 
 
@@ -24,9 +24,7 @@ class VectorDistribution(TorchDistribution):
     def _set_parameters(self, validate_args: bool | None, **parameters: Scalar) -> None:
         """Upcast, broadcast and store; a leading underscore marks a parameter whose public name has a default."""
         stored: dict[str, Tensor] = {}
-        like = next(
-            (at_least_float32(p) for p in parameters.values() if isinstance(p, Tensor)), torch.empty(0)
-        )
+        like = next((at_least_float32(p) for p in parameters.values() if isinstance(p, Tensor)), torch.empty(0))
         for name, p in parameters.items():
             if not isinstance(p, Tensor | Real):
                 raise TypeError(f"{name.lstrip('_')} must be a tensor or a number, not a {type(p).__name__}")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 
-from pyro_vje.distributions.backend import TorchDistribution, constraints, polar_vector
 from pyro_vje.distributions.base import VectorDistribution, pairwise_log_prob
 from pyro_vje.distributions.numerics import (
     Scalar,
@@ -21,6 +21,20 @@ from pyro_vje.distributions.numerics import (
 from pyro_vje.distributions.student_t import DirectionalStudentT, ProjectedStudentT, RestrictedStudentT
 
 Radius = Literal["student-t", "log-student-t"]
+
+
+class _PolarVector(constraints.Constraint):
+    """Real vectors by direction and radius: as ``real_vector``, but nobody's location-scale family lies there."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        return constraints.real_vector.check(value)
+
+
+polar_vector = _PolarVector()
+for registry in (torch.distributions.biject_to, torch.distributions.transform_to):
+    registry.register(polar_vector, lambda _: torch.distributions.identity_transform)
 
 
 class PolarDensity(VectorDistribution):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pyro.distributions import TorchDistribution, constraints
 from torch import Size, Tensor
 from torch.distributions import transform_to
 
-from pyro_vje.distributions.backend import TorchDistribution, constraints
 from pyro_vje.distributions.base import VectorDistribution
 from pyro_vje.distributions.numerics import Scalar, first_accepted, log_gamma_ratio, match, row_products, unit
 from pyro_vje.distributions.quadrature import PolarLaw, cosine_power_law, exponential_law, rational_law

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pyro.distributions import constraints
 from torch import Size, Tensor
 
 from pyro_vje.distributions import numerics
-from pyro_vje.distributions.backend import constraints
 from pyro_vje.distributions.base import VectorDistribution
 from pyro_vje.distributions.numerics import Scalar, student_t_log_density, unit
 from pyro_vje.distributions.quadrature import log_directional_integral, log_radial_integral, rational_law

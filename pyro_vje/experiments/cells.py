@@ -176,9 +176,7 @@ def spread(values: pd.Series, style: str) -> str:
     return f"{values.mean():{style}}{deviation}" if len(values) else NOT_USED
 
 
-def write_table(
-    folder: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, notes: Sequence[str]
-) -> str:
+def write_table(folder: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, notes: Sequence[str]) -> str:
     """Write rows as CSV, a table of strings (``**best**``) as Markdown and LaTeX, and return it for a terminal."""
     write_atomic(folder / f"{name}.csv", rows.to_csv(index=False, lineterminator="\n"))
     write_atomic(folder / f"{name}.md", "\n\n".join([markdown(table), *notes]) + "\n")

@@ -89,7 +89,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
     ``ckpt`` is a run folder or weights file; p-values and scores that compare with reference images need the folder.
     ``format`` is ``"onnx"`` (needs the extra ``export``), or ``"torch"``: a program for `torch.export.load`. The
     ``settings`` are those of `pyro_vje.score`, whose numbers the file's are: ``out`` (by default ``model.onnx`` or
-    ``model.pt2`` in the run folder), ``score``, ``score_likelihood``, ``calibration``, ``reference_views``,
+    ``model.pt2`` in the run folder), ``score``, ``score_likelihood``, ``calibration``,
     ``num_particles``, ``seed``, ``trust_plugins``. A ``ValueError`` says which name is unknown or extra missing, that
     the model uses what cannot be exported, or that the file would not compute what the model does.
     """
@@ -126,9 +126,7 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
                 cause = cause.__cause__
             what = f"encoder {run.info.config.encoder!r} with likelihood {judge.scorer.family.name!r}"
             why = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
-            raise ValueError(
-                f"{what} and score {how.score!r} cannot be exported as {format}: {why}"
-            ) from error
+            raise ValueError(f"{what} and score {how.score!r} cannot be exported as {format}: {why}") from error
     differences = dict.fromkeys(wanted[0], 0.0)
     for outputs, values in zip(found, wanted, strict=True):
         tolerances = {name: TOLERANCE * np.abs(value).max() for name, value in values.items()}
@@ -173,9 +171,7 @@ def _write_onnx(program: torch.export.ExportedProgram, names: list[str], descrip
     onnx.helper.set_model_props(proto, {HEADER_KEY: description})
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: dict(
-        zip(names, session.run(names, {"images": images.numpy()}), strict=True)
-    )
+    return content, lambda images: dict(zip(names, session.run(names, {"images": images.numpy()}), strict=True))
 
 
 _WRITERS = {"onnx": _write_onnx, "torch": _write_torch}
@@ -231,9 +227,7 @@ def model_card(judge: Judge, differences: dict[str, float], **file: str) -> str:
         weights = sha256(run.folder / WEIGHTS)
         scored = scored if scored["weights_sha256"] == weights and scored["metrics"] else None
     private = ("data_dir", "download", "workers")
-    card = (
-        files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8") + "\n"
-    )  # Jinja drops the last
+    card = files("pyro_vje.export").joinpath("model_card.md").read_text("utf-8") + "\n"  # Jinja drops the last
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     config = run.info.config
     return environment.from_string(card).render(

@@ -78,9 +78,7 @@ def build_encoder(name: str, image_size: int, weights: str = "none") -> nn.Modul
         raise ValueError(f"encoder {name!r} has no pretrained weights: {how}")
     form = "from an image size to an nn.Module"
     factory = look_up(name, ENCODERS, what="encoder", form=form, group="pyro_vje.encoders")
-    with users_code(
-        f"encoder {name!r}, which must be a function {form}, failed when called with {image_size}"
-    ):
+    with users_code(f"encoder {name!r}, which must be a function {form}, failed when called with {image_size}"):
         encoder = factory(image_size)
     if not isinstance(encoder, nn.Module):
         raise ValueError(

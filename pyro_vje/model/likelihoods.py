@@ -81,9 +81,7 @@ def get_family(name: str) -> LikelihoodFamily:
     """A family by registered name, ``module:function``, or entry point; a ``ValueError`` lists the known ones."""
     form = "(loc, scale, settings) -> Distribution"
     found = look_up(name, FAMILIES, what="likelihood family", form=form, group="pyro_vje.likelihoods")
-    return (
-        found if isinstance(found, LikelihoodFamily) else LikelihoodFamily(name, found, None, "user-defined")
-    )
+    return found if isinstance(found, LikelihoodFamily) else LikelihoodFamily(name, found, None, "user-defined")
 
 
 POLAR = ("df", "unit_radius", "radius_scale")

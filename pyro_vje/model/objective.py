@@ -46,14 +46,10 @@ class SymmetricELBO(Trace_ELBO):
     kl_weight, analytic_kl
         Weight of log q(z) - log p(z), at least 0, and whether it is taken in closed form instead of by samples. At 1
         this is the ELBO proper; model and guide know of no weight, so that Pyro's other inference means what it says.
-    bound
-        ``"elbo"``, or ``"iwae"``: the importance-weighted bound of Burda et al. (arXiv 1509.00519) for each image by
-        itself, over ``num_particles``. `pyro.infer.RenyiELBO` weighs the whole batch as one.
     monitor
         Called with each (model trace, guide trace) under ``no_grad``, for logging the parts of the objective.
 
-    Raises ``ValueError`` for another bound, a negative weight, and an iwae bound with another weight than 1 or an
-    analytic KL: it would be no bound.
+    Raises ``ValueError`` for a weight that is negative or not finite.
     """
 
     def __init__(
@@ -62,21 +58,14 @@ class SymmetricELBO(Trace_ELBO):
         *,
         kl_weight: float = 1.0,
         analytic_kl: bool = False,
-        bound: str = "elbo",
         monitor: Monitor | None = None,
         **kwargs: Any,
     ) -> None:
         if not 0 <= kl_weight < math.inf:
             raise ValueError(f"kl_weight must be finite and at least 0, not {kl_weight}")
-        if bound not in ("elbo", "iwae"):
-            raise ValueError(f"bound must be one of elbo, iwae, not {bound!r}")
-        if bound == "iwae" and (kl_weight != 1 or analytic_kl):
-            raise ValueError(
-                f"with kl_weight {kl_weight} and analytic_kl {analytic_kl} iwae is no bound: leave them at 1 and False"
-            )
         kwargs.setdefault("max_plate_nesting", 2)
         super().__init__(num_particles=num_particles, **kwargs)
-        self.kl_weight, self.analytic_kl, self.bound, self.monitor = kl_weight, analytic_kl, bound, monitor
+        self.kl_weight, self.analytic_kl, self.monitor = kl_weight, analytic_kl, monitor
 
     def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ELBOModule:
         """Bind model and guide in an ``nn.Module`` that owns the parameters behind them, also behind bound methods."""
@@ -107,36 +96,27 @@ class SymmetricELBO(Trace_ELBO):
                 with torch.no_grad():
                     self.monitor(model_trace, guide_trace)
         count = math.prod((views.loc if isinstance(views, ViewPairs) else views).shape[:2])
-        if self.bound == "elbo":
-            # With vectorised particles _get_traces yields one trace whose sums run over all of them.
-            return torch.stack(found).sum() / (self.num_particles * count)
-        weights = torch.stack(found).reshape(self.num_particles, count)
-        return (math.log(self.num_particles) - (-weights).logsumexp(0)).mean()
+        # With vectorised particles _get_traces yields one trace whose sums run over all of them.
+        return torch.stack(found).sum() / (self.num_particles * count)
 
     def _terms(self, model_trace: Trace, guide_trace: Trace) -> Tensor:
-        """kl_weight · Σ latents (log q - log p, or their KL) - Σ observed log p: for iwae an image."""
-
-        def of(values: Tensor) -> Tensor:
-            return values.sum() if self.bound == "elbo" else values
-
+        """kl_weight · Σ latents (log q - log p, or their KL) - Σ observed log p."""
         exact = {name for name, site in guide_trace.nodes.items() if self.analytic_kl and _is_latent(site)}
         observed = latents = torch.zeros(())
         for name in exact:
             site: Any = guide_trace.nodes[name]
             divergence = kl_divergence(site["fn"], cast(Any, model_trace.nodes[name]["fn"]))
-            latents = latents + of(scale_and_mask(divergence, site["scale"], site["mask"]))
+            latents = latents + scale_and_mask(divergence, site["scale"], site["mask"]).sum()
         for trace, sign in ((guide_trace, 1.0), (model_trace, -1.0)):
             trace.compute_log_prob(site_filter=lambda name, site: name not in exact)
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and site["is_observed"]:
-                    observed = observed + sign * of(site["log_prob"])
+                    observed = observed + sign * site["log_prob_sum"]
                 elif _is_latent(site) and name not in exact:
-                    latents = latents + sign * of(site["log_prob"])
+                    latents = latents + sign * site["log_prob_sum"]
         return observed + self.kl_weight * latents
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Loss as a float, with gradients accumulated on the parameters: what `pyro.infer.SVI` calls."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

@@ -211,9 +211,7 @@ class VJE(nn.Module):
         """Loc and scale ``(N, D)`` of q(z | context) for context embeddings ``(N, D)``."""
         return self.posterior_network(embeddings)
 
-    def likelihood(
-        self, z: Tensor, scale: Tensor, family: LikelihoodFamily | None = None
-    ) -> dist.TorchDistribution:
+    def likelihood(self, z: Tensor, scale: Tensor, family: LikelihoodFamily | None = None) -> dist.TorchDistribution:
         """p(target | z, scale) over R^D for latents and posterior scales ``(..., D)``; another ``family`` if given."""
         if self.likelihood_raw_scale is not None:
             scale = (functional.softplus(self.likelihood_raw_scale) + MIN_SCALE).expand_as(scale)

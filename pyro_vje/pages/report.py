@@ -155,9 +155,7 @@ def _charts(read: pd.DataFrame, held_out: Floats) -> list[dict[str, Any]]:
         caption = "Higher is stranger. Bars are shares of each group."
         flagged = read["decision"].eq("anomaly")
         threshold = scores[flagged].min(initial=np.inf)
-        if (
-            has_limit := np.isfinite(threshold) and not (scores[~flagged] >= threshold).any()
-        ):  # with folds none is one
+        if has_limit := np.isfinite(threshold) and not (scores[~flagged] >= threshold).any():  # with folds none is one
             caption += f" Flagged from {_number(threshold)} on (dashed line)."
 
         def draw_scores(axes: Axes) -> None:

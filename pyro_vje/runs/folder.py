@@ -61,28 +61,16 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-LACKED: dict[int, dict[str, Any]] = {
-    1: {"holdout": 0.0},
-    2: {"projector": "mlp", "radius_scale": "shared"},
-    3: {"fit": "crop"},
-}
-"""For each older schema version the settings that its runs did not have, and what they would say today."""
-
-
-def migrate(values: Any) -> dict[str, Any]:
-    """The content of ``config.json`` or of a file's header, of whatever version, in the form of `SCHEMA_VERSION`."""
+def check_version(values: Any) -> dict[str, Any]:
+    """The content of ``config.json`` or of a file's header, if it is of `SCHEMA_VERSION`; else a ``ValueError``."""
     version = values.get("schema_version") if isinstance(values, dict) else None
     if type(version) is not int:
         raise ValueError("schema_version is missing or no number: not written by pyro-vje")
-    if not 1 <= version <= SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise ValueError(
-            f"schema version {version}, but this pyro-vje reads 1 to {SCHEMA_VERSION}: use the version that wrote it, "
-            "or a newer one"
+            f"schema version {version}, but this pyro-vje reads {SCHEMA_VERSION}: use the version that wrote it"
         )
-    for step in range(version, SCHEMA_VERSION):
-        if isinstance(values.get("config"), dict):
-            values = {**values, "config": {**LACKED[step], **values["config"]}}
-    return {**values, "schema_version": SCHEMA_VERSION}
+    return values
 
 
 Side = Annotated[int, Field(ge=1, le=8192)]
@@ -138,11 +126,9 @@ class RunInfo:
 
     @classmethod
     def from_dict(cls, values: Any) -> RunInfo:
-        """Read `to_dict`'s form, of this schema version or an older one; a ``ValueError`` says what is wrong in it."""
-        values = migrate(values)
+        """Read `to_dict`'s form; a ``ValueError`` says what is wrong in it."""
+        values = check_version(values)
         known = {name: value for name, value in values.items() if name in fields_of(cls)}
-        if "image_size" in known:
-            known = {"view_size": known["image_size"], **known}
         if isinstance(known.get("config"), dict):
             known["config"] = TrainConfig.from_dict(known["config"]).resolved()
         try:
@@ -164,9 +150,7 @@ class LoadedRun:
     folder: Path | None
 
 
-def build_model(
-    config: TrainConfig, image_size: int, features: int | None = None, *, weights: str = "none"
-) -> VJE:
+def build_model(config: TrainConfig, image_size: int, features: int | None = None, *, weights: str = "none") -> VJE:
     """A freshly initialised model for views of ``image_size`` pixels; the same configuration gives the same weights.
 
     ``features``, the encoder's width, is measured if not known; ``weights`` are as in `pyro_vje.model.build_encoder`.
@@ -281,7 +265,7 @@ def _kept(run: LoadedRun, name: str) -> tuple[Path, dict[str, Tensor]] | None:
     path = run.folder / name if run.folder else None
     if path is None or not path.is_file():
         return None
-    _, tensors = _read(path, lambda values: migrate(values or {"schema_version": 1}))  # 1 had no header
+    _, tensors = _read(path, check_version)
     return path, tensors
 
 
@@ -334,9 +318,7 @@ def save_maps(run: LoadedRun, modules: Sequence[str], head: VJE, tensors: Mappin
     return _save(cast(Path, run.folder) / MAPS, {**state, **tensors}, header)
 
 
-def load_maps(
-    run: LoadedRun, build: Callable[[int, int], VJE]
-) -> tuple[list[str], VJE, dict[str, Tensor]] | None:
+def load_maps(run: LoadedRun, build: Callable[[int, int], VJE]) -> tuple[list[str], VJE, dict[str, Tensor]] | None:
     """What `save_maps` wrote, where ``build`` makes a head of its width of features and D; ``None`` if there is none.
 
     ``ValueError``: the file is damaged, or was made with other weights of the run.
@@ -345,11 +327,9 @@ def load_maps(
     if path is None or not path.is_file():
         return None
     form = {"modules": list, "weights_sha256": str}
-    header, tensors = _read(path, lambda values: check_form(migrate(values), form))
+    header, tensors = _read(path, lambda values: check_form(check_version(values), form))
     if header["weights_sha256"] != weights_sha256(run):
-        raise ValueError(
-            f"{path} was made with other weights than those of the run: remove it, and make it again"
-        )
+        raise ValueError(f"{path} was made with other weights than those of the run: remove it, and make it again")
     matrix = tensors.get("head.projector.matrix", torch.empty(0))
     if matrix.dim() != 2:
         raise ValueError(f"{path} holds no head of places")
@@ -402,9 +382,7 @@ def deterministic_kernels(wanted: bool = True) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def load_run(
-    ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu"
-) -> LoadedRun:
+def load_run(ckpt: str | Path, *, trust_plugins: bool = False, device: str | torch.device = "cpu") -> LoadedRun:
     """Load a trained model from a run folder or a weights file, in evaluation mode; nothing in either is executed.
 
     ``ckpt`` is a run folder, or a ``.safetensors`` file that a run or an export wrote; ``trust_plugins`` allows to
@@ -475,9 +453,7 @@ def check_state(path: Path, state: dict[str, Tensor], wanted: dict[str, Tensor])
     """Check names, shapes and types of tensors read from ``path``, and that they are finite; else a ``ValueError``."""
     if state.keys() != wanted.keys():
         names = sorted(state.keys() ^ wanted.keys())
-        raise ValueError(
-            f"{path} does not fit its configuration: tensors missing or too many: {', '.join(names[:5])}"
-        )
+        raise ValueError(f"{path} does not fit its configuration: tensors missing or too many: {', '.join(names[:5])}")
     for name, tensor in state.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
             raise ValueError(

@@ -212,8 +212,6 @@ class Pretraining(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take this process's sums; with another number of processes, the mean."""
-        # Of runs before, whose loaders kept where they were: the number of steps says it.
-        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
         names, rows, self.counts = checkpoint.get("sums", ([], torch.empty(1, 0), {}))
         mine = rows[self.global_rank] if len(rows) == self.trainer.world_size else rows.mean(0)
         self.sums = dict(zip(names, mine, strict=True))

@@ -161,9 +161,7 @@ class EpochReport(lightning.pytorch.Callback):
                 numbers = {name: row[name] for name in COLUMNS[1:] if name in row}
                 logger.log_metrics({"epoch": float(row["epoch"]), **numbers}, step=row["epoch"])
         except Exception as error:
-            log.warning(
-                "epoch %d is not in the log of %s: %s", rows[-1]["epoch"], type(logger).__name__, error
-            )
+            log.warning("epoch %d is not in the log of %s: %s", rows[-1]["epoch"], type(logger).__name__, error)
 
     def draw(self) -> None:
         """Draw the curves into the run folder."""

@@ -39,9 +39,7 @@ log = logging.getLogger("pyro_vje")
 _TRAINING = threading.Lock()
 
 
-def train(
-    config: TrainConfig, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False
-) -> Path:
+def train(config: TrainConfig, out: str | Path | None = None, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Pretrain a model and leave a run folder behind, whose path is returned.
 
     ``config`` may leave settings to the data set; ``out`` is the folder, by default ``runs/<dataset>-<number>``, and

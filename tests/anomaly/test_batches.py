@@ -79,9 +79,7 @@ def test_batches_of_paths_bytes_and_pixels_have_the_numbers_of_score(run, mixed,
     agrees(found, wanted)
     assert list(found["number"]) == list(range(20))
     assert list(found["image"]) == paths
-    found = pickle.loads(pickle.dumps(scorer))(
-        {**batch, "image": [Path(path).read_bytes() for path in paths]}
-    )
+    found = pickle.loads(pickle.dumps(scorer))({**batch, "image": [Path(path).read_bytes() for path in paths]})
     agrees(found, wanted)
     assert "image" not in found
     whole = [path for path in paths if not wanted.error[path]]
@@ -92,9 +90,7 @@ def test_batches_of_paths_bytes_and_pixels_have_the_numbers_of_score(run, mixed,
 
 
 def test_a_batch_in_which_nothing_is_an_image_is_not_lost(run):
-    found = BatchScorer(run, trust_plugins=True)(
-        {"bytes": [b"", b"text", None, np.zeros((3, 8, 8), np.uint8)]}
-    )
+    found = BatchScorer(run, trust_plugins=True)({"bytes": [b"", b"text", None, np.zeros((3, 8, 8), np.uint8)]})
     assert all(found["error"])
     assert np.isnan(found["anomaly_score"]).all()
     assert list(found["decision"]) == [""] * 4
@@ -124,9 +120,7 @@ def test_settings_that_mean_nothing_in_a_batch_are_refused(run):
             BatchScorer(run, trust_plugins=True, **settings)
     with pytest.raises(ValueError, match="score: no settings of a batch"):
         BatchEmbedder(run, score="knn")
-    with pytest.raises(
-        ValueError, match=r"no column 'bytes': name that of the images, one of 'image', 'path'"
-    ):
+    with pytest.raises(ValueError, match=r"no column 'bytes': name that of the images, one of 'image', 'path'"):
         BatchScorer(run, trust_plugins=True)({"image": [], "path": []})
 
 

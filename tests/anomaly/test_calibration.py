@@ -42,9 +42,7 @@ def false_alarms(head, score, images, folds):
         if folds == 1:  # half to fit, half to calibrate
             own = head(known[::2])
             scorer = Scorer(own, reference=encode_features(own, known[::2]), num_particles=2)
-            own, found = (
-                scorer.scores(score, encode_features(scorer.vje, x)).numpy() for x in (known[1::2], new)
-            )
+            own, found = (scorer.scores(score, encode_features(scorer.vje, x)).numpy() for x in (known[1::2], new))
             calibration, scores = Calibration([own]), found
         else:
             heads = [head(known[fold != k]) for k in range(folds)]
@@ -72,9 +70,7 @@ def test_each_fold_is_compared_by_the_head_that_has_not_seen_it(head):
     expected = np.ones(3)
     for k, own in enumerate(heads):
         knower = Scorer(own, reference=encode_features(own, known[fold != k]), num_particles=2)
-        normal, strange = (
-            knower.scores("mahalanobis", encode_features(own, x)) for x in (known[fold == k], new)
-        )
+        normal, strange = (knower.scores("mahalanobis", encode_features(own, x)) for x in (known[fold == k], new))
         expected += (normal >= strange[:, None]).sum(1).numpy()
     np.testing.assert_array_equal(found, expected / 21)
 
@@ -99,13 +95,9 @@ def test_a_calibration_is_called_by_its_name(trained_run, image_folder, tmp_path
         calibrate(run / "weights.safetensors", image_folder)
 
 
-def test_a_level_that_no_image_can_meet_is_an_error_that_says_how_many_images_do(
-    trained_run, tmp_path, caplog
-):
+def test_a_level_that_no_image_can_meet_is_an_error_that_says_how_many_images_do(trained_run, tmp_path, caplog):
     for rule in ("alpha", "fdr"):
-        with pytest.raises(
-            ValueError, match=rf"at {rule} 0\.01: calibrate with 99 or more .*, or raise the level"
-        ):
+        with pytest.raises(ValueError, match=rf"at {rule} 0\.01: calibrate with 99 or more .*, or raise the level"):
             say_level(98, 10, **{"alpha": None, "fdr": None, rule: 0.01})
         with pytest.raises(ValueError, match=rf"at {rule} 0\.1: calibrate with 9 or more"):
             score(trained_run, out=tmp_path / "s.csv", **{rule: 0.1})  # 2 held-out images

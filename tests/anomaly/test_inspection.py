@@ -24,9 +24,7 @@ def photographs(tmp_path, monkeypatch):
     for name, count in (("good/a", 20), ("good/b", 20), ("new", 6)):
         (tmp_path / name).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
-                tmp_path / name / f"{i}.png"
-            )
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / name / f"{i}.png")
     few = partial(TrainConfig, epochs=2, folds=2, feature_views=2)
     monkeypatch.setattr(inspection, "TrainConfig", few)
     return tmp_path / "good", tmp_path / "new", tmp_path / "out"

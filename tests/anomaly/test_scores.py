@@ -75,9 +75,7 @@ def test_the_pivot_is_what_the_directional_factor_is_a_function_of(run, encoded)
         n, df = (8 + run.vje.settings.df) / 2, run.vje.settings.df
         at_mode = likelihood.log_prob_direction(encoded.loc[i]).item()
         direction = at_mode - n * math.log1p(found[i].item() / df)
-        assert likelihood.log_prob_direction(encoded.embeddings[i]).item() == pytest.approx(
-            direction, abs=1e-3
-        )
+        assert likelihood.log_prob_direction(encoded.embeddings[i]).item() == pytest.approx(direction, abs=1e-3)
 
 
 @pytest.mark.parametrize("family", ["polar-student-t", "polar-student-t-exact", "normal", "laplace"])
@@ -90,9 +88,7 @@ def test_aggregate_is_the_log_mean_over_kernels_at_the_reference_embeddings(run,
     expected = torch.stack(each).double().logsumexp(0) - math.log(46)
     scorer = Scorer(run.vje, reference=reference, likelihood=family)
     torch.testing.assert_close(-scorer.scores("aggregate", encoded), expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(
-        scorer.log_aggregate(encoded.embeddings, chunk=7), expected, rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(scorer.log_aggregate(encoded.embeddings, chunk=7), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_aggregate_of_equal_gaussian_kernels_is_scikit_learns_kernel_density(run, encoded, reference):
@@ -140,20 +136,6 @@ def test_without_noise_images_are_ranked_as_by_a_thousand_particles(tiny_config,
         Scorer(run.vje, num_particles=0, likelihood="laplace").scores("conditional", encoded)
 
 
-def test_kernels_at_augmented_views_of_the_reference_images(run, encoded, reference, tmp_path):
-    settings = ScoreConfig(score="aggregate", reference_views=2)
-    scorer = make_scorer(run, settings)
-    assert len(scorer.reference.loc) == 3 * 46
-    torch.testing.assert_close(scorer.reference.embeddings[-46:], reference.embeddings, rtol=1e-4, atol=1e-4)
-    assert (scorer.reference.embeddings[:46] - reference.embeddings).norm(dim=-1).min() > 1e-3
-    again = make_scorer(run, settings).scores("aggregate", encoded)
-    assert torch.equal(scorer.scores("aggregate", encoded), again)
-    elsewhere = dataclasses.replace(run.info.config, data_dir=str(tmp_path / "gone"))
-    moved = dataclasses.replace(run, info=dataclasses.replace(run.info, config=elsewhere))
-    with pytest.raises(ValueError, match=r"augmented views of the training images need these.*gone"):
-        make_scorer(moved, settings)
-
-
 def nearness(parts: LikelihoodParts) -> torch.Tensor:
     """Squared length of the embedding.
 
@@ -167,9 +149,7 @@ def test_scores_of_ones_own(run, encoded, monkeypatch):
     assert found.description == "Squared length of the embedding"
     expected = encoded.embeddings.double().square().sum(-1)
     torch.testing.assert_close(Scorer(run.vje).scores(f"{__name__}:nearness", encoded), expected)
-    monkeypatch.setattr(
-        sys.modules[__name__], "nearness", Score("near", "nearness", nearness, True), raising=True
-    )
+    monkeypatch.setattr(sys.modules[__name__], "nearness", Score("near", "nearness", nearness, True), raising=True)
     assert get_score(f"{__name__}:nearness").needs_reference
     with pytest.raises(ValueError, match=r"unknown score 'magic'.*conditional.*module:attribute"):
         get_score("magic")
@@ -178,9 +158,7 @@ def test_scores_of_ones_own(run, encoded, monkeypatch):
 
 
 def test_names_and_meanings_load_no_torch():
-    code = (
-        "import sys; from pyro_vje.anomaly.scores import SCORES; assert SCORES and 'torch' not in sys.modules"
-    )
+    code = "import sys; from pyro_vje.anomaly.scores import SCORES; assert SCORES and 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -208,9 +186,7 @@ def test_scores_are_the_same_bits_in_any_order(wide_run, image_folder, threads, 
 
         def scores(order):
             found = encode(run.vje, whole.select(order), run.info.view, batch_size=40)
-            return [
-                scorer.scores(name, found) for name in ("aggregate", "elbo", "pivot", "mahalanobis", "knn")
-            ]
+            return [scorer.scores(name, found) for name in ("aggregate", "elbo", "pivot", "mahalanobis", "knn")]
 
         order = torch.randperm(len(names))
         straight, mixed, alone = scores(torch.arange(len(names))), scores(order), scores(order[:5])

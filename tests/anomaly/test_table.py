@@ -266,9 +266,7 @@ def test_embed_writes_posteriors(trained_run, image_folder, tmp_path):
             assert arrays[name].shape == (18, 8)
             assert arrays[name].dtype == np.float32
         assert (arrays["scale"] > 0).all()
-        assert [str(arrays["classes"][i]) for i in arrays["labels"]] == [
-            p.split("/")[-2] for p in arrays["paths"]
-        ]
+        assert [str(arrays["classes"][i]) for i in arrays["labels"]] == [p.split("/")[-2] for p in arrays["paths"]]
 
 
 def test_another_family_for_scoring(trained_run, out):
@@ -341,9 +339,7 @@ def test_scores_are_the_same_bytes_whatever_the_batch(wide_run, image_folder, ou
 
 
 @pytest.mark.parametrize("cut", [0, 1, 9])
-def test_an_interrupted_call_goes_on_where_it_stopped(
-    trained_run, image_folder, tmp_path, out, monkeypatch, cut
-):
+def test_an_interrupted_call_goes_on_where_it_stopped(trained_run, image_folder, tmp_path, out, monkeypatch, cut):
     monkeypatch.setattr(encoding, "cpu_rows", lambda side: 4)
     folder = shutil.copytree(image_folder / "test", tmp_path / "mixed")
     (folder / "spots" / "03.png").write_bytes(b"no image")
@@ -369,9 +365,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
     monkeypatch.setattr(Scorer, "parts", original)
     seen = []
     features = VJE.features
-    monkeypatch.setattr(
-        VJE, "features", lambda self, images: seen.append(len(images)) or features(self, images)
-    )
+    monkeypatch.setattr(VJE, "features", lambda self, images: seen.append(len(images)) or features(self, images))
     for other, changed in (({"score": "elbo"}, "score"), ({"data": folder / "normal"}, "images")):
         with pytest.raises(ValueError, match=rf"other settings \({changed}\)"):
             score(trained_run, dataclasses.replace(settings, **other), out=out, resume=True)

@@ -23,9 +23,7 @@ SMALL = "--encoder tiny --embedding-dim 8 --hidden-dim 16 --batch-size 16 --prec
 def commands(group=main, names=()):
     """Every command, by the words that call it."""
     for name, command in group.commands.items():
-        yield from (
-            commands(command, (*names, name)) if isinstance(command, click.Group) else [(*names, name)]
-        )
+        yield from (commands(command, (*names, name)) if isinstance(command, click.Group) else [(*names, name)])
 
 
 def run(*arguments):
@@ -62,9 +60,7 @@ def test_train_eval_score_embed(image_folder, tmp_path):
 
 def test_one_class_run_scores_against_its_own_class(image_folder, tmp_path):
     arguments = ["--dataset", "folder", "--data-dir", image_folder, "--out", tmp_path / "run", "--epochs", 1]
-    result = run(
-        "train", *arguments, "--normal-class", "stripes", *SMALL.replace("16 --pre", "8 --pre").split()
-    )
+    result = run("train", *arguments, "--normal-class", "stripes", *SMALL.replace("16 --pre", "8 --pre").split())
     assert result.exit_code == 0, result.output
     result = run("score", "--ckpt", tmp_path / "run")
     assert "normal: 6" in result.stdout

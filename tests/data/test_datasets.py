@@ -296,9 +296,7 @@ def test_a_damaged_file_costs_only_itself(tmp_path, caplog, residency):
     assert [path for path, _ in images.failed] == [str(tmp_path / "1.png"), str(tmp_path / "4.png")]
     assert "not an image" in images.failed[0][1]
     assert len(caplog.records) == 2
-    pairs = [
-        (images.paths[i], int(x[0, 0, 0])) for index, batch in read for i, x in zip(index, batch, strict=True)
-    ]
+    pairs = [(images.paths[i], int(x[0, 0, 0])) for index, batch in read for i, x in zip(index, batch, strict=True)]
     assert pairs == [(str(tmp_path / f"{i}.png"), 40 * i) for i in (0, 2, 3, 5)]
     assert max(len(batch) for _, batch in read) <= 4
 

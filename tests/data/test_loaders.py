@@ -149,9 +149,7 @@ def test_resident_on_a_gpu():
 
 
 def test_user_errors_name_both_numbers():
-    with pytest.raises(
-        ValueError, match="batch_size 32 is larger than the data, 20 images: choose at most 20"
-    ):
+    with pytest.raises(ValueError, match="batch_size 32 is larger than the data, 20 images: choose at most 20"):
         make_loader(numbered(20), 32)
     with pytest.raises(ValueError, match="batch_size 9 cannot be shared equally by 2 processes"):
         make_loader(numbered(20), 9, world_size=2)

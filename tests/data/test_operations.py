@@ -68,9 +68,7 @@ def test_hue_is_torchvisions_on_every_saturated_colour():
 
 
 def test_greyscale_is_torchvisions(images):
-    expected = one_by_one(
-        lambda image, on: reference.rgb_to_grayscale(image, 3) if on else image, images, FLAGS
-    )
+    expected = one_by_one(lambda image, on: reference.rgb_to_grayscale(image, 3) if on else image, images, FLAGS)
     torch.testing.assert_close(pixels.greyscale_(images.clone(), FLAGS), expected, atol=1e-6, rtol=0)
 
 

@@ -15,11 +15,7 @@ def log_radial_integral_series(dim, df, kappa):
     with mp.workdps(40):
         dim, df, kappa = mp.mpf(dim), mp.mpf(df), mp.mpf(kappa)
         even = mp.gamma(dim / 2) * mp.gamma(df / 2) * mp.hyp2f1(dim / 2, df / 2, 0.5, kappa**2)
-        odd = (
-            mp.gamma((dim + 1) / 2)
-            * mp.gamma((df + 1) / 2)
-            * mp.hyp2f1((dim + 1) / 2, (df + 1) / 2, 1.5, kappa**2)
-        )
+        odd = mp.gamma((dim + 1) / 2) * mp.gamma((df + 1) / 2) * mp.hyp2f1((dim + 1) / 2, (df + 1) / 2, 1.5, kappa**2)
         return mp.log((even + 2 * kappa * odd) / (2 * mp.gamma((dim + df) / 2)))
 
 
@@ -78,9 +74,7 @@ def uniform_directions(count, dim, dtype=torch.float64):
 def circle_nodes(count):
     """Points on S^1 and weights: the trapezoid rule, exact to rounding for smooth densities."""
     angle = torch.arange(count, dtype=torch.float64) * (2 * math.pi / count)
-    return torch.stack([angle.cos(), angle.sin()], -1), torch.full(
-        (count,), 2 * math.pi / count, dtype=torch.float64
-    )
+    return torch.stack([angle.cos(), angle.sin()], -1), torch.full((count,), 2 * math.pi / count, dtype=torch.float64)
 
 
 def sphere_nodes(count):
@@ -105,9 +99,7 @@ def cosine_density(log_prob, axis, count=8001):
     other[int(axis.abs().argmin())] = 1.0
     other = torch.nn.functional.normalize(other - (other @ axis) * axis, dim=0)
     angle = torch.linspace(0, math.pi, count, dtype=torch.float64)[1:-1]
-    logs = torch.cat(
-        [log_prob(a.cos()[:, None] * axis + a.sin()[:, None] * other) for a in angle.split(4096)]
-    )
+    logs = torch.cat([log_prob(a.cos()[:, None] * axis + a.sin()[:, None] * other) for a in angle.split(4096)])
     return angle, (logs + log_area(dim - 1) + (dim - 2) * angle.sin().log()).exp()
 
 

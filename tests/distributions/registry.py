@@ -33,9 +33,7 @@ def _student_t(family, **keywords):
 
 def _product(loc, concentration):
     direction = distributions.PowerSpherical(normalize(loc, dim=-1), concentration, validate_args=False)
-    return PolarProduct(
-        direction, dist.Gamma(1 + concentration, 2.0, validate_args=False), validate_args=False
-    )
+    return PolarProduct(direction, dist.Gamma(1 + concentration, 2.0, validate_args=False), validate_args=False)
 
 
 _POLAR = [
@@ -46,9 +44,7 @@ _POLAR = [
 _OTHERS = {
     "HypersphericalUniform": lambda family: {
         "HypersphericalUniform": (
-            lambda like: family(like.shape[-1], dtype=like.dtype, validate_args=False).expand(
-                like.shape[:-1]
-            ),
+            lambda like: family(like.shape[-1], dtype=like.dtype, validate_args=False).expand(like.shape[:-1]),
             lambda draw, batch, dim: (draw(*batch, dim),),
         )
     },

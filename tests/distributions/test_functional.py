@@ -5,9 +5,7 @@ import torch
 from registry import MEMBERS, build
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:FutureWarning"
-)  # PyTorch's own, in forward mode
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own, in forward mode
 
 
 @pytest.fixture(params=MEMBERS)

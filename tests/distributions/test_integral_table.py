@@ -45,9 +45,7 @@ def row(label, name, family):
         if works(lambda: torch.distributions.biject_to(law.support))
         else "by SphereReparam",
     }
-    return {"family": label} | {
-        key: {True: "yes", False: "—"}.get(value, value) for key, value in yes.items()
-    }
+    return {"family": label} | {key: {True: "yes", False: "—"}.get(value, value) for key, value in yes.items()}
 
 
 def table():

@@ -107,9 +107,7 @@ def test_df_and_radius_scale_of_each_element_and_expanded(make):
     distribution = make(*arguments(make, (9,), 3, torch.float64, df), **keywords)
     for each in (distribution, distribution.expand((2, 9))):
         value = values(make, 7, 3, torch.float64)
-        torch.testing.assert_close(
-            pairwise_log_prob(each, value), by_broadcasting(each, value), rtol=1e-11, atol=1e-11
-        )
+        torch.testing.assert_close(pairwise_log_prob(each, value), by_broadcasting(each, value), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name)
@@ -186,9 +184,7 @@ def test_memory_is_that_of_the_pairs(make):
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=name)
-@pytest.mark.parametrize(
-    "wrong", [torch.ones(4), torch.ones(2, 3), torch.ones(2, 2, 4), [[1.0] * 4]], ids=str
-)
+@pytest.mark.parametrize("wrong", [torch.ones(4), torch.ones(2, 3), torch.ones(2, 2, 4), [[1.0] * 4]], ids=str)
 def test_wrong_shapes_are_named(make, wrong):
     distribution = make(*arguments(make, (9,), 4, torch.float32))
     with pytest.raises(ValueError, match=r"shape \(M, D\)"):

@@ -33,9 +33,7 @@ def test_default_is_the_papers_density(df):
     polar = PolarStudentT(df, loc, scale, unit_radius=unit_radius)
     torch.testing.assert_close(polar.log_prob_direction(value), direction, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(polar.log_prob_radius(r), radius, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        polar.log_prob(value), direction + radius - 5 * r.log(), rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(polar.log_prob(value), direction + radius - 5 * r.log(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,9 +84,7 @@ def test_projected_direction_is_the_projected_student_t_in_units_of_the_radius()
 @pytest.mark.parametrize(("df", "radius_scale"), [(0.5, None), (5.0, 0.7), (math.inf, None)])
 def test_projected_with_log_radius_integrates_to_one_over_the_plane(df, radius_scale):
     loc, scale = torch.tensor([0.9, -0.4]).double(), torch.tensor([0.6, 1.2]).double()
-    polar = PolarStudentT(
-        df, loc, scale, radius_scale=radius_scale, direction="projected", radius="log-student-t"
-    )
+    polar = PolarStudentT(df, loc, scale, radius_scale=radius_scale, direction="projected", radius="log-student-t")
     assert polar.is_normalized
     # A polar grid whose log radii reach out to 350, beyond which lies the tail's known mass.
     x = torch.linspace(-math.asinh(350), math.asinh(350), 601, dtype=torch.float64)
@@ -121,9 +117,7 @@ def test_each_radial_factor_has_the_mass_that_it_claims(df):
         assert mass == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dim", "masses"), [(512, (-130.96, -37.56, -7.90, 1.33)), (64, (-12.82, -1.69, 1.93, 3.54))]
-)
+@pytest.mark.parametrize(("dim", "masses"), [(512, (-130.96, -37.56, -7.90, 1.33)), (64, (-12.82, -1.69, 1.93, 3.54))])
 def test_restricted_mass_of_the_papers_setting(dim, masses):
     for variance, mass in zip((0.1, 0.01, 1e-3, 1e-4), masses, strict=True):
         polar = PolarStudentT(3.0, torch.ones(dim), torch.full((dim,), math.sqrt(variance)))
@@ -137,13 +131,9 @@ def test_restricted_mass_agrees_with_2f1(dim, df, scale):
     with mp.workdps(40):
         v, nu = mp.mpf(scale) ** 2, mp.mpf(df)
         n, half = (nu + dim) / 2, mp.mpf(dim) / 2
-        want = mp.log(mp.hyp2f1(n / 2, (n + 1) / 2, half, (2 / (nu * v + 2)) ** 2)) - n * mp.log(
-            1 + 2 / (nu * v)
-        )
+        want = mp.log(mp.hyp2f1(n / 2, (n + 1) / 2, half, (2 / (nu * v + 2)) ** 2)) - n * mp.log(1 + 2 / (nu * v))
         want += mp.log(2) - mp.loggamma(half) + mp.loggamma(n) - mp.loggamma(nu / 2) - half * mp.log(nu * v)
-    polar = PolarStudentT(
-        df, torch.ones(dim, dtype=torch.float64), torch.full((dim,), 2 * scale), unit_radius=2.0
-    )
+    polar = PolarStudentT(df, torch.ones(dim, dtype=torch.float64), torch.full((dim,), 2 * scale), unit_radius=2.0)
     rounding = 1e-6 * dim  # of the float32 scale, log Σ
     assert polar.direction_factor.log_mass.item() == pytest.approx(float(want), rel=1e-6, abs=rounding)
     exact = PolarStudentT(df, torch.ones(dim).double(), torch.full((dim,), scale, dtype=torch.float64))
@@ -303,9 +293,7 @@ def test_gradcheck(direction, radius):
     value = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
     def log_prob(df, loc, scale, value):
-        return PolarStudentT(df, loc, scale, direction=direction, radius=radius, unit_radius=2.0).log_prob(
-            value
-        )
+        return PolarStudentT(df, loc, scale, direction=direction, radius=radius, unit_radius=2.0).log_prob(value)
 
     assert torch.autograd.gradcheck(log_prob, (df, loc, scale, value))
 
@@ -322,9 +310,7 @@ def test_zero_vectors_and_extreme_scales_stay_finite(direction, radius, dtype):
         (one, 1e-9 * one, 1.0),
     ]:
         arguments = [x.clone().requires_grad_() for x in (loc, width * one, value)]
-        log_prob = PolarStudentT(3.0, *arguments[:2], direction=direction, radius=radius).log_prob(
-            arguments[2]
-        )
+        log_prob = PolarStudentT(3.0, *arguments[:2], direction=direction, radius=radius).log_prob(arguments[2])
         grads = torch.autograd.grad(log_prob, arguments)
         assert log_prob.isfinite()
         assert not any(grad.isnan().any() for grad in grads), (loc, value, width, grads)
@@ -371,8 +357,7 @@ def test_wrong_arguments_are_named(keywords, message):
 def test_restricted_density_exceeds_one_in_mass_at_small_scales():
     # Why likelihoods of different scales are not comparable through the restricted factor.
     masses = [
-        PolarStudentT(3.0, torch.ones(512), torch.full((512,), s)).direction_factor.log_mass.item()
-        for s in (1.0, 0.01)
+        PolarStudentT(3.0, torch.ones(512), torch.full((512,), s)).direction_factor.log_mass.item() for s in (1.0, 0.01)
     ]
     assert masses[0] < -100
     assert masses[1] > 1

@@ -70,9 +70,7 @@ def test_is_the_radial_integral_of_scipys_density(df):
     loc, scale = torch.randn(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64) + 0.2
     value = uniform_directions(1, 4)[0]
     ambient = stats.multivariate_t(loc.numpy(), torch.diag(scale.square()).numpy(), df)
-    want, _ = scipy_integrate.quad(
-        lambda r: ambient.pdf(r * value.numpy()) * r**3, 0, math.inf, epsabs=0, epsrel=1e-9
-    )
+    want, _ = scipy_integrate.quad(lambda r: ambient.pdf(r * value.numpy()) * r**3, 0, math.inf, epsabs=0, epsrel=1e-9)
     got = ProjectedStudentT(df, loc, scale).log_prob(value).exp().item()
     assert got == pytest.approx(want, rel=1e-7)
 
@@ -107,9 +105,7 @@ def test_integrates_to_one_in_high_dimension_with_unequal_scales(dim, df):
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("df", [0.5, 5.0, math.inf])
 def test_is_uniform_without_location(dim, df):
-    got = ProjectedStudentT(df, torch.zeros(dim), torch.full((dim,), 0.3)).log_prob(
-        uniform_directions(5, dim)
-    )
+    got = ProjectedStudentT(df, torch.zeros(dim), torch.full((dim,), 0.3)).log_prob(uniform_directions(5, dim))
     torch.testing.assert_close(got, torch.full_like(got, -log_area(dim)), rtol=1e-6, atol=0)
 
 
@@ -119,10 +115,7 @@ def test_tends_to_pyros_projected_normal(dim):
     normal = dist.ProjectedNormal(loc)
     value = normal.sample()
     gaps = [
-        (ProjectedStudentT(df, loc, torch.ones(dim)).log_prob(value) - normal.log_prob(value))
-        .abs()
-        .max()
-        .item()
+        (ProjectedStudentT(df, loc, torch.ones(dim)).log_prob(value) - normal.log_prob(value)).abs().max().item()
         for df in (1e2, 1e4, 1e6, 1e8, math.inf)
     ]
     assert all(after < 0.02 * before for before, after in pairwise(gaps[:4])), gaps
@@ -133,9 +126,7 @@ def log_projected_normal(loc, scale, value):
     """40-digit log density for one scale, by Weber's parabolic cylinder function."""
     with mp.workdps(50):
         dim, s = len(loc), mp.mpf(scale)
-        dot, square = (
-            mp.fsum(mp.mpf(a) * mp.mpf(b) for a, b in zip(loc, x, strict=True)) for x in (value, loc)
-        )
+        dot, square = (mp.fsum(mp.mpf(a) * mp.mpf(b) for a, b in zip(loc, x, strict=True)) for x in (value, loc))
         t = dot / s
         log_integral = mp.log(mp.pcfu(mp.mpf(dim) - mp.mpf(1) / 2, -t) * mp.gamma(dim)) - t**2 / 4
         return -mp.mpf(dim) / 2 * mp.log(2 * mp.pi) - (square - dot**2) / s**2 / 2 + log_integral
@@ -271,12 +262,8 @@ def test_rsample_gradients_are_those_of_the_expectation():
     # In D = 2, d E[u_1] / d parameter by quadrature of the density against the mean of pathwise gradients.
     angle = torch.arange(2000, dtype=torch.float64) * (2 * math.pi / 2000)
     nodes = torch.stack([angle.cos(), angle.sin()], -1)
-    parameters = [
-        torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, [0.8, 0.3], [0.5, 0.9])
-    ]
-    expectation = (ProjectedStudentT(*parameters).log_prob(nodes).exp() * nodes[:, 0]).sum() * (
-        2 * math.pi / 2000
-    )
+    parameters = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, [0.8, 0.3], [0.5, 0.9])]
+    expectation = (ProjectedStudentT(*parameters).log_prob(nodes).exp() * nodes[:, 0]).sum() * (2 * math.pi / 2000)
     want = torch.cat([x.reshape(-1) for x in torch.autograd.grad(expectation, parameters)])
     draws = [x.detach().expand(200_000, *x.shape).clone().requires_grad_() for x in parameters]
     pathwise = torch.autograd.grad(ProjectedStudentT(*draws).rsample()[:, 0].sum(), draws)
@@ -321,6 +308,4 @@ def test_second_derivatives():
         return ProjectedStudentT(df, loc, scale).log_prob(axis(3))
 
     assert torch.autograd.gradgradcheck(log_prob, (df, loc, scale))
-    assert torch.autograd.gradgradcheck(
-        lambda loc: ProjectedStudentT(2.5, loc, scale).log_prob(axis(3)), (loc,)
-    )
+    assert torch.autograd.gradgradcheck(lambda loc: ProjectedStudentT(2.5, loc, scale).log_prob(axis(3)), (loc,))

@@ -219,9 +219,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(tiny_config, trained_ru
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_cell_without_checkpoint_starts_anew_and_a_trained_one_is_only_measured(
-    finished, quick, tmp_path, trained
-):
+def test_a_cell_without_checkpoint_starts_anew_and_a_trained_one_is_only_measured(finished, quick, tmp_path, trained):
     out = shutil.copytree(finished.folder, tmp_path / "out")
     begun, measured = named(out, "normal", "seed-0"), named(out, "normal", "seed-1")
     for cell in (begun, measured):

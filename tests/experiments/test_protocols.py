@@ -46,9 +46,7 @@ def test_detectors_find_what_lies_elsewhere():
         scores = detector(train + centre)(vectors)
         assert scores.shape == (400,), name
         assert roc_auc_score(np.arange(400) >= 200, scores) > 0.95, name
-        assert detector(train[:3] + centre)(vectors).isfinite().all(), (
-            name
-        )  # fewer images than neighbours or features
+        assert detector(train[:3] + centre)(vectors).isfinite().all(), name  # fewer images than neighbours or features
 
 
 def test_detectors_against_their_definitions():
@@ -88,9 +86,7 @@ def test_every_score_and_detector_has_a_row_for_each_cell(finished):
 def test_the_number_is_the_one_that_scoring_the_cell_gives(finished, tmp_path):
     for name in SCORES.keys() - ROTATIONS:
         alone = score(finished.folder / "cells" / "stripes_seed-1", score=name, out=tmp_path / "scores.csv")
-        (row,) = [
-            row for row in finished.rows if (row["normal"], row["seed"], row["score"]) == ("stripes", 1, name)
-        ]
+        (row,) = [row for row in finished.rows if (row["normal"], row["seed"], row["score"]) == ("stripes", 1, name)]
         assert alone.auroc == pytest.approx(row["auroc"], abs=1e-12), name
 
 
@@ -161,9 +157,7 @@ def test_inspection_images_are_one_class(base, image_folder, tmp_path):
     config = dataclasses.replace(base, data_dir=str(tmp_path / "screw"))
     for classes in ([], ["good"]):
         result = one_class(config, tmp_path / "out", classes=classes)
-        assert {(row["normal"], row["normal_images"], row["anomalies"]) for row in result.rows} == {
-            ("good", 6, 6)
-        }
+        assert {(row["normal"], row["normal_images"], row["anomalies"]) for row in result.rows} == {("good", 6, 6)}
     with pytest.raises(ValueError, match="no image of class 'crack'"):
         one_class(config, tmp_path / "out", classes=["crack"])
 
@@ -219,9 +213,7 @@ def test_commands(image_folder, trained_run, tmp_path):
     found = CliRunner().invoke(main, ["benchmark", *map(str, ood + outside)])
     assert found.exit_code == 0, found.output
     assert "against spots" in found.output
-    found = CliRunner().invoke(
-        main, ["benchmark", *map(str, ood), "--outside", "a/test", "--outside", "b/test"]
-    )
+    found = CliRunner().invoke(main, ["benchmark", *map(str, ood), "--outside", "a/test", "--outside", "b/test"])
     assert found.exit_code == 2
     assert "two sets have one name in the table, a/test, b/test" in found.stderr
 

@@ -83,11 +83,7 @@ def files(tmp_path_factory):
             *[("F", (20, 20)), ("P", (33, 64)), ("1", (50, 49)), ("clear", (19, 30)), ("CMYK", (64, 90))],
         )
     ):
-        noise = (
-            rng.random((size[1] // 3 + 1, size[0] // 3 + 1, 4))
-            .repeat(3, 0)
-            .repeat(3, 1)[: size[1], : size[0]]
-        )
+        noise = rng.random((size[1] // 3 + 1, size[0] // 3 + 1, 4)).repeat(3, 0).repeat(3, 1)[: size[1], : size[0]]
         image = Image.fromarray((255 * noise).astype(np.uint8), "RGBA")
         if mode == "I;16":
             image = Image.fromarray((65535 * noise[..., 0]).astype(np.uint16))
@@ -112,9 +108,7 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize(
     ("format", "name", "kind"), [("onnx", "model.onnx", "aggregate"), ("torch", "model.pt2", "conditional")]
 )
-def test_without_the_package_a_file_computes_what_score_and_embed_write(
-    run_copy, files, tmp_path, format, name, kind
-):
+def test_without_the_package_a_file_computes_what_score_and_embed_write(run_copy, files, tmp_path, format, name, kind):
     """From image files, by the code of the model card."""
     if format == "onnx":
         pytest.importorskip("onnxscript")
@@ -136,9 +130,7 @@ def test_without_the_package_a_file_computes_what_score_and_embed_write(
         np.testing.assert_allclose(found[ours], embedded[theirs], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("fit", "interpolation"), [("crop", "bilinear"), ("pad", "bicubic"), ("squeeze", "bilinear")]
-)
+@pytest.mark.parametrize(("fit", "interpolation"), [("crop", "bilinear"), ("pad", "bicubic"), ("squeeze", "bilinear")])
 def test_the_cards_preprocessing_reads_files_as_the_package_does(trained_run, files, fit, interpolation):
     run = load_run(trained_run)
     config = dataclasses.replace(run.info.config, fit=fit)
@@ -165,9 +157,7 @@ def test_p_values_by_folds_have_their_heads_in_the_file(tiny_config, images, tmp
     wanted = columns(score(run).csv)
     found = torch.export.load(result.path).module()(images)
     np.testing.assert_allclose(found["score"], wanted["anomaly_score"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(
-        found["p_value"], wanted["p_value"], atol=1.01 / 49
-    )  # a score may move past one
+    np.testing.assert_allclose(found["p_value"], wanted["p_value"], atol=1.01 / 49)  # a score may move past one
     assert np.mean(np.abs(found["p_value"].numpy() - wanted["p_value"]) < 1e-6) > 0.8
     assert len(set(wanted["p_value"])) > 5
 

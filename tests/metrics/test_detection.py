@@ -38,9 +38,7 @@ class TestScores:
         scores, labels = scored(rng, ties=ties)
         assert metrics.aupr(scores, labels, positive="anomaly") == average_precision_score(labels, scores)
         assert metrics.aupr(scores, labels, positive="normal") == average_precision_score(~labels, -scores)
-        assert metrics.aupr(scores, labels, positive="normal") > metrics.aupr(
-            scores, labels, positive="anomaly"
-        )
+        assert metrics.aupr(scores, labels, positive="normal") > metrics.aupr(scores, labels, positive="anomaly")
 
     @pytest.mark.parametrize(("ties", "tpr"), [(False, 0.95), (True, 0.5), (True, 1.0)])
     def test_fpr_at_tpr(self, rng, ties, tpr):
@@ -145,6 +143,4 @@ class TestAurocInterval:
         assert found["auroc"] == metrics.auroc(scores, labels)
         for name, positive in (("anomalies", "anomaly"), ("normal", "normal")):
             assert found[f"aupr_{name}_positive"] == metrics.aupr(scores, labels, positive=positive)
-            assert found[f"fpr_at_95_tpr_{name}_positive"] == metrics.fpr_at_tpr(
-                scores, labels, positive=positive
-            )
+            assert found[f"fpr_at_95_tpr_{name}_positive"] == metrics.fpr_at_tpr(scores, labels, positive=positive)

@@ -45,9 +45,7 @@ def test_the_metrics_are_those_of_scikit_learn_and_of_the_slow_reference(picture
     found = counted(maps, masks)
     truth, values = masks.ravel(), maps.ravel()
     assert found["pixel_auroc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
-    assert found["pixel_average_precision"] == pytest.approx(
-        average_precision_score(truth, values), abs=1e-12
-    )
+    assert found["pixel_average_precision"] == pytest.approx(average_precision_score(truth, values), abs=1e-12)
     assert found["aupro_30"] == pytest.approx(slow_aupro(maps, masks, 0.3), abs=1e-5)
     assert (found["pictures"], found["regions"]) == (6, 4)  # corners that touch are one region
     assert found["defective_pixels"] == masks.mean()
@@ -56,9 +54,7 @@ def test_the_metrics_are_those_of_scikit_learn_and_of_the_slow_reference(picture
 def test_perfect_and_blind_maps(pictures):
     _, masks = pictures
     perfect = counted(masks.astype(np.uint16) * 65535, masks)
-    assert [perfect[x] for x in ("pixel_auroc", "aupro_30", "pixel_average_precision")] == pytest.approx(
-        [1] * 3
-    )
+    assert [perfect[x] for x in ("pixel_auroc", "aupro_30", "pixel_average_precision")] == pytest.approx([1] * 3)
     blind = counted(np.full(masks.shape, 7, np.uint16), masks)
     assert (blind["pixel_auroc"], blind["aupro_30"]) == (0.5, pytest.approx(0.15))
 

@@ -90,9 +90,7 @@ class TestKnn:
         index = representation._top_k(torch.tensor([[0.5, 0.5, 1.0, 0.5, 0.5]]), 3)
         assert index.tolist() == [[2, 0, 1]]
         # Class 0 is nearest but outvoted at a high temperature only if both images of class 2 were taken.
-        assert metrics.knn_predict(
-            train, labels, torch.tensor([[1.0, 0]]), k=3, temperature=100.0
-        ).tolist() == [0]
+        assert metrics.knn_predict(train, labels, torch.tensor([[1.0, 0]]), k=3, temperature=100.0).tolist() == [0]
 
     def test_sweep_is_separate_calls(self, rng):
         # Coarse features, so that many similarities are equal, also at the smaller k.
@@ -101,9 +99,7 @@ class TestKnn:
         data = train.round(), labels, test.round(), truth
         swept = metrics.knn_sweep(*data, ks=[40, 1, 500, 6], temperatures=[0.1, 5.0])
         separate = [
-            (metrics.knn_predict(*data[:3], k, t).numpy() == truth).mean()
-            for k in (40, 1, 500, 6)
-            for t in (0.1, 5.0)
+            (metrics.knn_predict(*data[:3], k, t).numpy() == truth).mean() for k in (40, 1, 500, 6) for t in (0.1, 5.0)
         ]
         assert [result["accuracy"] for result in swept] == separate
         assert [result["temperature"] for result in swept] == [0.1, 5.0] * 4
@@ -172,17 +168,12 @@ class TestLinearProbe:
         features = StandardScaler().fit_transform(features)
         fitted = []
         fit = LogisticRegression.fit
-        monkeypatch.setattr(
-            LogisticRegression, "fit", lambda self, *data: fitted.append(fit(self, *data)) or self
-        )
+        monkeypatch.setattr(LogisticRegression, "fit", lambda self, *data: fitted.append(fit(self, *data)) or self)
         converged = metrics.linear_probe(features, labels, features, labels)["converged"]
         (probe,) = fitted
         weight = torch.tensor(probe.coef_, requires_grad=True)
         logits = torch.from_numpy(features) @ weight.T + torch.tensor(probe.intercept_)
-        loss = (
-            torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-            + 0.005 * weight.square().sum()
-        )
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)) + 0.005 * weight.square().sum()
         loss.backward()
         assert converged
         assert weight.grad.abs().max() < 1e-3 < weight.detach().abs().max()
@@ -192,9 +183,9 @@ class TestLinearProbe:
         test, truth = clusters(rng, 300)
         scale = np.float32(10.0) ** np.arange(-4, 4, dtype=np.float32)
         plain = metrics.linear_probe(train, labels, test, truth)
-        assert metrics.linear_probe(train * scale + 3, labels, test * scale + 3, truth)[
-            "accuracy"
-        ] == pytest.approx(plain["accuracy"], abs=0.01)
+        assert metrics.linear_probe(train * scale + 3, labels, test * scale + 3, truth)["accuracy"] == pytest.approx(
+            plain["accuracy"], abs=0.01
+        )
 
     def test_constant_feature(self, rng):
         train, labels = clusters(rng, 100)
@@ -235,9 +226,7 @@ class TestHealth:
     def test_spread(self, rng):
         embeddings = rng.normal(size=(4000, 64))
         assert metrics.embedding_spread(embeddings) == pytest.approx(1, abs=0.01)
-        assert metrics.embedding_spread(embeddings * rng.uniform(1, 9, size=(4000, 1))) == pytest.approx(
-            1, abs=0.01
-        )
+        assert metrics.embedding_spread(embeddings * rng.uniform(1, 9, size=(4000, 1))) == pytest.approx(1, abs=0.01)
         assert metrics.embedding_spread(np.ones((100, 64)) * 5) == pytest.approx(0, abs=1e-6)
         # A quarter of the features varies; three quarters of the squared length are common (see MIN_SPREAD).
         quarter = np.where(np.arange(64) < 16, embeddings, 0)

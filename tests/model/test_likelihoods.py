@@ -54,12 +54,9 @@ def test_families_that_claim_it_integrate_to_one(name, df):
     # half around the location, half around the origin, where the polar densities pile up
     centres = np.where(generator.random(size)[:, None] < 0.5, loc[0].numpy(), 0.0)
     spread = 0.8
-    samples = centres + spread * scipy.stats.multivariate_t(np.zeros(3), np.eye(3), df=1, seed=generator).rvs(
-        size
-    )
+    samples = centres + spread * scipy.stats.multivariate_t(np.zeros(3), np.eye(3), df=1, seed=generator).rvs(size)
     kernel = [
-        scipy.stats.multivariate_t(c, spread**2 * np.eye(3), df=1).pdf(samples)
-        for c in (loc[0].numpy(), np.zeros(3))
+        scipy.stats.multivariate_t(c, spread**2 * np.eye(3), df=1).pdf(samples) for c in (loc[0].numpy(), np.zeros(3))
     ]
     weights = family.log_prob(torch.from_numpy(samples)).exp().numpy() / (0.5 * (kernel[0] + kernel[1]))
     error = weights.std() / math.sqrt(size)
@@ -72,9 +69,7 @@ def test_gaussian_limit_of_each_student_t():
     settings = LikelihoodSettings(df=math.inf, unit_radius=2.0)
     expected = scipy.stats.norm(loc, scale).logpdf(value).sum(-1)
     for name in ("student-t", "student-t-independent", "normal"):
-        np.testing.assert_allclose(
-            get_family(name)(loc, scale, settings).log_prob(value), expected, rtol=1e-9
-        )
+        np.testing.assert_allclose(get_family(name)(loc, scale, settings).log_prob(value), expected, rtol=1e-9)
     limit = get_family("polar-student-t")(loc, scale, settings).log_prob(value)
     torch.testing.assert_close(
         get_family("polar-normal")(loc, scale, LikelihoodSettings(unit_radius=2.0)).log_prob(value), limit
@@ -168,9 +163,7 @@ def test_marginal_direction_under_scales_of_features_is_not_uniform():
 
 
 def test_look_up_errors_name_what_is_known(tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"unknown likelihood family 'cauchy'.*polar-student-t.*module:attribute"
-    ):
+    with pytest.raises(ValueError, match=r"unknown likelihood family 'cauchy'.*polar-student-t.*module:attribute"):
         get_family("cauchy")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "family_for_test.py").write_text("number = 3\n")
@@ -206,8 +199,6 @@ def test_families_use_what_they_say(name):
     changed = {
         setting
         for setting, new in changes.items()
-        if not torch.equal(
-            family(loc, scale, dataclasses.replace(base, **{setting: new})).log_prob(value), before
-        )
+        if not torch.equal(family(loc, scale, dataclasses.replace(base, **{setting: new})).log_prob(value), before)
     }
     assert changed == set(family.uses)

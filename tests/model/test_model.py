@@ -58,9 +58,7 @@ def test_target_is_data_and_scale_is_shared():
     assert (pair.scale > 0).all()
     embeddings = vje.embed(torch.randn(9, 6))
     # the closing batch norm puts each feature at unit variance: radius √D on average, the unit of the prior
-    torch.testing.assert_close(
-        embeddings.square().sum(-1).mean().sqrt(), torch.tensor(2.0), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(embeddings.square().sum(-1).mean().sqrt(), torch.tensor(2.0), rtol=1e-3, atol=0)
     scale = torch.rand(9, 4) + 0.1
     torch.testing.assert_close(vje.likelihood(pair.loc[0], scale).scale, scale)
 
@@ -78,9 +76,7 @@ def test_kl_weight_weighs_the_kl_alone(monkeypatch):
     noise = torch.randn(2, 9, 4)
     monkeypatch.setattr("torch.distributions.normal._standard_normal", lambda *a, **k: noise)
     vje, views = make(), torch.randn(2, 9, 6)
-    none, half, whole = (
-        SymmetricELBO(kl_weight=weight)(vje.model, vje.guide)(views) for weight in (0.0, 0.5, 1.0)
-    )
+    none, half, whole = (SymmetricELBO(kl_weight=weight)(vje.model, vje.guide)(views) for weight in (0.0, 0.5, 1.0))
     assert whole > none  # the divergence is positive
     torch.testing.assert_close(half, (none + whole) / 2)
     with pytest.raises(ValueError, match="kl_weight must be finite and at least 0"):
@@ -114,9 +110,7 @@ def test_projectors_close_with_a_batch_norm_and_name_what_they_cannot_do():
         assert (embeddings.shape, vje.embedding_dim) == ((64, dim), dim)
         assert len(list(vje.projector.parameters())) == count
         torch.testing.assert_close(embeddings.var(0, unbiased=False), torch.ones(dim), rtol=1e-3, atol=0)
-    with pytest.raises(
-        ValueError, match="the embedding is the encoder's 4 features, not 5: leave embedding_dim"
-    ):
+    with pytest.raises(ValueError, match="the embedding is the encoder's 4 features, not 5: leave embedding_dim"):
         make(embedding_dim=5)
 
 
@@ -128,9 +122,7 @@ def test_the_radius_has_a_scale_of_its_own_where_its_density_has_one():
     loc, scale, target = torch.randn(9, 4), torch.rand(9, 4) + 0.1, torch.randn(9, 4)
     radii = {}
     for name, vje in (("learned", learned), ("shared", shared)):
-        radii[name] = [
-            vje.likelihood(loc, s).log_prob_radius(target.norm(dim=-1)) for s in (scale, 2 * scale)
-        ]
+        radii[name] = [vje.likelihood(loc, s).log_prob_radius(target.norm(dim=-1)) for s in (scale, 2 * scale)]
     torch.testing.assert_close(*radii["learned"])
     assert (radii["shared"][0] != radii["shared"][1]).all()
 

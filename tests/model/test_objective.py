@@ -93,9 +93,7 @@ def test_equals_the_hand_written_formula_and_its_gradients(unit_radius, value, k
 
     e = vje.projector(vje.encoder(torch.cat(list(views))))
     loc, scale = (x.view(2, BATCH, DIM) for x in vje.posterior_network(e))
-    expected = hand_written_loss(
-        vje, views, loc + scale * noise, df=3.0, unit_radius=value, kl_weight=kl_weight
-    )
+    expected = hand_written_loss(vje, views, loc + scale * noise, df=3.0, unit_radius=value, kl_weight=kl_weight)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, list(vje.parameters())), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
@@ -187,9 +185,7 @@ def test_raw_views_are_encoded_once_under_any_objective(objective):
         assert math.isfinite(svi.step(views))
     assert (vje.encoder[0].passes, int(norm.num_batches_tracked)) == (1, 1)
     other = poutine.trace(vje.guide).get_trace(make_views(torch.float32, seed=7))
-    replayed = poutine.trace(poutine.replay(vje.model, other)).get_trace(
-        views
-    )  # of other views: its own pass
+    replayed = poutine.trace(poutine.replay(vje.model, other)).get_trace(views)  # of other views: its own pass
     assert not torch.equal(replayed.nodes["target"]["value"], other.nodes["z"]["infer"]["encoded"][1].target)
 
 
@@ -255,31 +251,6 @@ def test_pair_of_views_equals_the_stacked_tensor():
     stacked = elbo(views)
     torch.manual_seed(5)
     torch.testing.assert_close(elbo((views[0], views[1])), stacked)
-
-
-@pytest.mark.parametrize("vectorize", [False, True])
-def test_iwae_is_the_log_mean_weight_of_each_image(vectorize):
-    vje, views, found = make_vje(), make_views(), []
-    pair = vje.encode_views(views)
-    objective = SymmetricELBO(
-        4, bound="iwae", vectorize_particles=vectorize, monitor=lambda model, guide: found.append(guide)
-    )
-    loss = objective(vje.model, vje.guide)(pair)
-    z = torch.stack([guide.nodes["z"]["value"] for guide in found]).reshape(4, 2, BATCH, DIM)
-    prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
-    posterior = torch.distributions.Normal(pair.loc, pair.scale).log_prob(z).sum(-1)
-    weights = prior + vje.likelihood(z, pair.scale.expand_as(z)).log_prob(pair.target) - posterior
-    expected = [math.log(sum(math.exp(w) for w in column) / 4) for column in weights.flatten(1).T.tolist()]
-    assert loss.item() == pytest.approx(-sum(expected) / len(expected), rel=1e-9)
-    assert loss < -weights.mean()  # tighter than the ELBO of the same particles
-
-
-def test_a_bound_that_would_be_none_is_refused():
-    for wrong in ({"kl_weight": 0.5}, {"analytic_kl": True}):
-        with pytest.raises(ValueError, match="iwae is no bound"):
-            SymmetricELBO(2, bound="iwae", **wrong)
-    with pytest.raises(ValueError, match="bound must be one of elbo, iwae, not 'renyi'"):
-        SymmetricELBO(bound="renyi")
 
 
 def test_analytic_kl_is_the_mean_of_the_sampled_one():

@@ -134,9 +134,7 @@ def test_broad_images_keep_more_directions_than_narrow_ones():
 
 
 def test_a_frozen_run_chooses_its_directions_by_its_images_and_says_so(config, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        projector.DEFAULT_DIM, "whiten", 4
-    )  # its 96 features are fewer than any real one's 256
+    monkeypatch.setitem(projector.DEFAULT_DIM, "whiten", 4)  # its 96 features are fewer than any real one's 256
     run = load_run(folder := train(config, tmp_path / "run"))
     _, features, heads = load_folds(run)
     wanted = whitened_dim(features)
@@ -153,9 +151,7 @@ def test_what_does_not_fit_a_square_is_cropped_or_whole_wherever_it_is_read(conf
         (tmp_path / name).parent.mkdir()
         Image.fromarray(pixels).save(tmp_path / name)
     for fit, side in (("crop", round(32 / preprocessing(NAME).crop)), ("pad", 32), ("squeeze", 32)):
-        own = dataclasses.replace(
-            config, dataset="folder", data_dir=str(tmp_path), fit=fit, holdout=0.0, batch_size=2
-        )
+        own = dataclasses.replace(config, dataset="folder", data_dir=str(tmp_path), fit=fit, holdout=0.0, batch_size=2)
         size, how = decoded_as(own)
         images, _ = load_train_set(own, size, how)
         info = RunInfo.from_dict(json.loads(json.dumps(describe_run(own, images).to_dict())))

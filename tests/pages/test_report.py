@@ -80,9 +80,7 @@ def rows(count=60, calibration=49, level=0.1, failed=(), **columns):
         "is_anomaly": is_anomaly,
     }
     table |= columns
-    table["path"] = pd.Series(
-        table["path"], dtype=object
-    )  # pandas' own strings hold no bytes that are no text
+    table["path"] = pd.Series(table["path"], dtype=object)  # pandas' own strings hold no bytes that are no text
     table = pd.DataFrame(table)
     unread = pd.DataFrame(failed, columns=["path", "error"], dtype=object)
     return (pd.concat([table, unread], ignore_index=True) if len(failed) else table), held_out
@@ -145,8 +143,7 @@ def test_a_plain_summary_then_the_numbers():
         f"Anomaly scores: photos {flagged.sum()} of 60 images look strange (limit: p-value at most 0.1). 2 files could"
     )
     assert (
-        "a normal image is marked by mistake in at most 10 % of cases. Were all 60 normal, about 6 would"
-        in page.text
+        "a normal image is marked by mistake in at most 10 % of cases. Were all 60 normal, about 6 would" in page.text
     )
     assert "are like the 49 held-out ones" in page.text
     assert f"Of the {flagged.sum()} marked images, {right} are anomalies; {15 - right} anomal" in page.text
@@ -260,9 +257,7 @@ def test_nothing_is_loaded_and_ids_are_unique():
     # One script, the one that the page's policy names.
     (script,) = re.findall(r"<script>(.*?)</script>", html, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
-    )
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in html
     assert page.links
     assert all(link.startswith(("data:", "#")) for link in page.links)
     assert len(page.ids) == len(set(page.ids))
@@ -284,9 +279,7 @@ def test_hostile_names(tmp_path):
         assert name in page.text
 
 
-@pytest.mark.parametrize(
-    ("count", "known"), [(0, True), (0, False), (1, True), (1, False), (2, True), (5, False)]
-)
+@pytest.mark.parametrize(("count", "known"), [(0, True), (0, False), (1, True), (1, False), (2, True), (5, False)])
 def test_few_images(count, known):
     asked = []
     table, held_out = rows(count, calibration=49 if known else 0, failed=[("a", "broken")])

@@ -95,9 +95,7 @@ def test_measures_of_the_encoder(trained_run, tmp_path):
     result = evaluate(trained_run, out=tmp_path / "eval.json")
     row = result["rows"][0]
     run = load_run(trained_run)
-    sets = [
-        load_dataset("folder", run.info.config.data_dir, split, image_size=16) for split in ("train", "test")
-    ]
+    sets = [load_dataset("folder", run.info.config.data_dir, split, image_size=16) for split in ("train", "test")]
     train, test = (encode(run.vje, images, run.info.view) for images in sets)
     assert row["effective_rank"] == pytest.approx(metrics.effective_rank(test.features))
     assert row["uniformity"] == pytest.approx(metrics.uniformity(test.embeddings))

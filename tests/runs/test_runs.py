@@ -10,16 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pyro_vje import TrainConfig, load_run
-from pyro_vje.runs.folder import (
-    CALIBRATION,
-    LACKED,
-    SCHEMA_VERSION,
-    RunInfo,
-    build_model,
-    load_posteriors,
-    migrate,
-    read_info,
-)
+from pyro_vje.runs.folder import CALIBRATION, SCHEMA_VERSION, RunInfo, build_model, read_info
 
 WEIGHT = "posterior_network.loc.weight"
 
@@ -51,9 +42,7 @@ def test_folder_and_weights_file_give_the_same_model(trained_run):
 
 
 def test_others_may_read_the_weights_if_they_may_read_the_settings(trained_run):
-    modes = {
-        (trained_run / name).stat().st_mode for name in ("config.json", "weights.safetensors", CALIBRATION)
-    }
+    modes = {(trained_run / name).stat().st_mode for name in ("config.json", "weights.safetensors", CALIBRATION)}
     assert len(modes) == 1
 
 
@@ -136,48 +125,29 @@ def test_infinite_df_survives_the_weights_header(tiny_config):
     assert config.df == float("inf")
 
 
-# config.json as the first version of this package wrote it: it had no holdout, other defaults, and held nothing out.
-VERSION_1 = """
-{"schema_version": 1,
+# config.json of a run of the encoder `tiny`.
+WRITTEN = """
+{"schema_version": 4,
  "config": {"dataset": "digits", "data_dir": null, "download": true, "normal_class": null, "image_size": null,
   "encoder": "tiny", "embedding_dim": 8, "hidden_dim": 16, "likelihood": "polar-student-t", "df": 5.0,
   "unit_radius": "sqrt-d", "radius": "student-t", "kl_weight": 0.1, "shared_variance": true, "epochs": 30,
   "batch_size": 128, "lr": 0.06, "weight_decay": 0.0005, "warmup_epochs": 3.0, "num_particles": 1, "devices": 1,
   "precision": "auto", "compile": false, "residency": "auto", "workers": 2, "knn_every": 5, "seed": 0},
  "image_size": 16, "mean": [0.305, 0.305, 0.305], "std": [0.319, 0.319, 0.319],
- "classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "train_images": 1442, "stem": "its own stem",
+ "classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "train_images": 1442,
+ "view_size": 16, "stem": "its own stem",
  "versions": {"python": "3.11.7", "pyro-vje": "0.1.0"}}
 """
 
 
-def test_a_run_of_version_1_is_read_as_what_it_was(run_copy):
-    """Also its files: weights with the same header, posteriors without any."""
-    info = RunInfo.from_dict(json.loads(VERSION_1))
-    assert (info.config.holdout, info.config.kl_weight, info.config.df) == (0.0, 0.1, 5.0)
-    assert (info.config.projector, info.config.radius_scale, info.fit) == ("mlp", "shared", "crop")
-    assert info.to_dict()["schema_version"] == SCHEMA_VERSION
+def test_a_run_of_this_version_is_read_and_no_other():
+    """Also with what it does not know: the defaults stand in for settings that came later."""
+    info = RunInfo.from_dict(json.loads(WRITTEN))
+    assert (info.config.holdout, info.config.kl_weight, info.config.df, info.fit) == (0.05, 0.1, 5.0, "crop")
     assert RunInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
-    (run_copy / "config.json").write_text(VERSION_1)
-    state = {name: t.contiguous() for name, t in build_model(info.config, 16).state_dict().items()}
-    save_file(state, run_copy / "weights.safetensors", {"pyro_vje": VERSION_1})
-    run = load_run(run_copy)
-    assert run.info == read_info(run_copy) == info
-    now = load_posteriors(run, CALIBRATION)
-    save_file(load_file(run_copy / CALIBRATION), run_copy / CALIBRATION)
-    assert all(torch.equal(a, b) for a, b in zip(now[:3], load_posteriors(run, CALIBRATION)[:3], strict=True))
-
-
-def test_every_older_version_has_a_way_to_this_one(monkeypatch):
-    assert list(LACKED) == list(range(1, SCHEMA_VERSION))
-    now = SCHEMA_VERSION
-    monkeypatch.setattr("pyro_vje.runs.folder.SCHEMA_VERSION", now + 2)
-    monkeypatch.setitem(LACKED, now, {"lr": 1, "df": 1})
-    monkeypatch.setitem(LACKED, now + 1, {"lr": 2, "seed": 2})
-    migrated = migrate({"schema_version": now, "config": {"seed": 0}})
-    assert migrated == {"schema_version": now + 2, "config": {"lr": 1, "df": 1, "seed": 0}}
-    for version in (0, now + 3, -1, True, "1", [], None):
+    for version in (SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, 0, -1, True, "1", [], None):
         with pytest.raises(ValueError, match=r"schema.version"):
-            migrate({"schema_version": version})
+            RunInfo.from_dict({**json.loads(WRITTEN), "schema_version": version})
 
 
 @pytest.mark.parametrize(
@@ -190,15 +160,15 @@ def test_every_older_version_has_a_way_to_this_one(monkeypatch):
         ({"std": [0.3, 0.3]}, "std: Tuple should have at least 3 items"),
         ({"image_size": True}, "image_size: .* valid integer, not True"),
         (
-            {"config": {**json.loads(VERSION_1)["config"], "embedding_dim": 10**9}},
+            {"config": {**json.loads(WRITTEN)["config"], "embedding_dim": 10**9}},
             "embedding_dim must be at least 2",
         ),
-        ({"config": {**json.loads(VERSION_1)["config"], "lr": float("nan")}}, "lr must be at least 0"),
+        ({"config": {**json.loads(WRITTEN)["config"], "lr": float("nan")}}, "lr must be at least 0"),
     ],
 )
 def test_descriptions_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        RunInfo.from_dict({**json.loads(VERSION_1), **changes})
+        RunInfo.from_dict({**json.loads(WRITTEN), **changes})
 
 
 def test_a_model_is_built_only_when_its_size_fits_the_weights(run_copy):

@@ -109,9 +109,7 @@ def length_field(data: bytes, rng: Rng) -> bytes:
     """Write a number where a length may stand, often near the start, where most formats have them."""
     form = rng.choice(("<H", ">H", "<I", ">I", "<Q", ">Q"))
     top = 2 ** (8 * struct.calcsize(form)) - 1
-    value = rng.choice(
-        (0, 1, 2, 255, 65535, top, top // 2, top // 2 + 1, len(data), len(data) - 1, len(data) * 2)
-    )
+    value = rng.choice((0, 1, 2, 255, 65535, top, top // 2, top // 2 + 1, len(data), len(data) - 1, len(data) * 2))
     start = rng.choice((rng.randrange(len(data)), rng.randrange(min(len(data), 64)), 0))
     return data[:start] + struct.pack(form, value & top) + data[start + struct.calcsize(form) :]
 
@@ -319,9 +317,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "batch_size": 8,
         "image_size": 16,
     }
-    config = TrainConfig(
-        dataset="folder", data_dir=str(images), precision="32", knn_every=0, holdout=0.2, **small
-    )  # type: ignore[arg-type]
+    config = TrainConfig(dataset="folder", data_dir=str(images), precision="32", knn_every=0, holdout=0.2, **small)  # type: ignore[arg-type]
     good = train(config, folder / "good")
     run = shutil.copytree(good, folder / "run")
     loaded, info = load_run(good), read_info(good)
@@ -337,9 +333,7 @@ def targets(folder: Path) -> dict[str, Target]:
             image_shape(path)
         whole(decoded.shape == (3, 32, 32) and decoded.dtype == torch.uint8, f"decoded to {decoded.shape}")
         if before.startswith(after):  # cut off: only what comes after the pixels may be missing
-            whole(
-                torch.equal(decoded, decode_image(before, 32)), "a part of an image was taken for the whole"
-            )
+            whole(torch.equal(decoded, decode_image(before, 32)), "a part of an image was taken for the whole")
 
     def read_config(before: bytes, after: bytes) -> None:
         found = read_info(run)
@@ -513,9 +507,7 @@ def main(count: int = 20_000, seed: int = 0) -> dict[str, Any]:
         kinds = targets(Path(folder))
         for number in range(count):
             name, outcome, failure, seconds = run_case(kinds, seed, number)
-            row = figures.setdefault(
-                name, {"cases": 0, "accepted": 0, "refused": 0, "failed": 0, "slowest_s": 0.0}
-            )
+            row = figures.setdefault(name, {"cases": 0, "accepted": 0, "refused": 0, "failed": 0, "slowest_s": 0.0})
             row["cases"] += 1
             row["failed" if failure else outcome] += 1
             row["slowest_s"] = round(max(row["slowest_s"], seconds), 3)

@@ -134,9 +134,7 @@ class Life:
 
 def _second_process() -> list[int]:
     """The child of this process that runs the command too: the second of a DDP run."""
-    found = [
-        int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()
-    ]
+    found = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
     return [pid for pid in found if b"pyro_vje.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 

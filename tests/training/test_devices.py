@@ -131,8 +131,7 @@ def test_two_processes_leave_the_weights_and_metrics_of_one(one_and_two):
     one, two = (load_file(run / "weights.safetensors") for run in runs)
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
     files = [
-        sorted(path.relative_to(run) for path in run.rglob("*") if "tensorboard" not in path.parts)
-        for run in runs
+        sorted(path.relative_to(run) for path in run.rglob("*") if "tensorboard" not in path.parts) for run in runs
     ]
     assert files[0] == files[1]
     one, two = (list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) for run in runs)
@@ -150,9 +149,7 @@ def test_batch_norm_of_two_shares_is_that_of_the_batch(one_and_two, monkeypatch)
     whole = importlib.import_module("devices_plugin").batch_norms()
     parts = [torch.load(one_and_two[1] / f"norms-{rank}") for rank in (0, 1)]
     for (out, gradient, gradients, state), *shares in zip(whole, *parts, strict=True):
-        tolerance = (
-            {"rtol": 1e-2, "atol": 1e-2} if out.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-        )
+        tolerance = {"rtol": 1e-2, "atol": 1e-2} if out.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
         outs, inputs, sums, states = zip(*shares, strict=True)
         torch.testing.assert_close(torch.cat(outs), out, **tolerance)
         torch.testing.assert_close(torch.cat(inputs), gradient, **tolerance)

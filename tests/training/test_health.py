@@ -68,9 +68,7 @@ def test_a_dead_posterior(train_with, said):
     """A normalised direction at KL weight 1 ends uninformative, whatever the encoder; the advice helps."""
     ratios = []
     for weight in (1.0, 1e-3):
-        folder = train_with(
-            likelihood="polar-student-t-exact", kl_weight=weight, epochs=20, knn_every=20, lr=2.0
-        )
+        folder = train_with(likelihood="polar-student-t-exact", kl_weight=weight, epochs=20, knn_every=20, lr=2.0)
         message = next(line for line in said() if "mostly noise" in line)
         assert "healthy from 0.7): train longer (epochs)" in message
         assert "a lower kl_weight" in message

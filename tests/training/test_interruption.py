@@ -157,9 +157,7 @@ def stopped_when(condition, command, image_folder, tmp_path, *, group=False):
     text = (tmp_path / "log").read_text
     with (
         open(tmp_path / "log", "w") as log,
-        subprocess.Popen(
-            command, cwd=tmp_path, stderr=log, start_new_session=True, preexec_fn=heed_ctrl_c
-        ) as process,
+        subprocess.Popen(command, cwd=tmp_path, stderr=log, start_new_session=True, preexec_fn=heed_ctrl_c) as process,
     ):
         try:
             patience = time.monotonic() + 300
@@ -297,9 +295,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(config, whole, small_disk, mon
                 file.write(bytes(1 << 12))
 
     said = spoilt(config, small_disk / "run", monkeypatch, fill)
-    assert said.startswith(
-        f"cannot write {small_disk / 'run/checkpoints/last.ckpt'}: No space left on device; "
-    )
+    assert said.startswith(f"cannot write {small_disk / 'run/checkpoints/last.ckpt'}: No space left on device; ")
     filler.unlink()
     train(TrainConfig(), small_disk / "run", resume=True)
     assert_same(small_disk / "run", whole)

@@ -55,9 +55,7 @@ def test_a_clipped_gradient_moves_no_weight_further_than_its_norm(tiny_config, t
         "lr": 16.0,
     }  # 16 images: a rate of 1; two steps, the first of half
     before = build_model(tiny_config.resolved(), 16).state_dict()
-    learned = [
-        name for name in before if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-    ]
+    learned = [name for name in before if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     for clip, free in ((1e-4, False), (None, True)):
         after = weights(tiny_config, tmp_path / str(clip), clip_norm=clip, **settings)
         moved = math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in learned))

@@ -59,9 +59,7 @@ def test_same_seed_same_weights_and_another_seed_others(trained_run, tiny_config
     again = load_file(train(tiny_config, tmp_path / "again") / "weights.safetensors")
     first = load_file(trained_run / "weights.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = load_file(
-        train(dataclasses.replace(tiny_config, seed=1), tmp_path / "other") / "weights.safetensors"
-    )
+    other = load_file(train(dataclasses.replace(tiny_config, seed=1), tmp_path / "other") / "weights.safetensors")
     assert not torch.equal(first["posterior_network.loc.weight"], other["posterior_network.loc.weight"])
 
 
@@ -88,9 +86,7 @@ def test_resumed_run_equals_an_uninterrupted_one(trained_run, tiny_config, tmp_p
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     timing = {"seconds", "images_per_second"}
     for one, other in zip(read_metrics(trained_run), read_metrics(folder), strict=True):
-        assert {k: v for k, v in one.items() if k not in timing} == {
-            k: v for k, v in other.items() if k not in timing
-        }
+        assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
 
 
 def test_a_run_is_never_overwritten_silently(trained_run, tiny_config, tmp_path):

@@ -68,9 +68,7 @@ class CleanView:
     ``crop``. ``mean`` and ``std`` are of each channel, in [0, 1]. ``ValueError``: no such side, or not three channels.
     """
 
-    def __init__(
-        self, image_size: int, mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3, *, crop: bool = False
-    ) -> None:
+    def __init__(self, image_size: int, mean: Rgb = (0.5,) * 3, std: Rgb = (0.25,) * 3, *, crop: bool = False) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
