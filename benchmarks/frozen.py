@@ -50,12 +50,7 @@ def features_of(config: TrainConfig, cache: Path) -> tuple[dict[str, Tensor], di
     size, interpolation = decoded_as(config)
     train, test = (
         load_dataset(
-            "folder",
-            config.data_dir,
-            split,
-            image_size=size,
-            interpolation=interpolation,
-            fit=config.fit or "crop",
+            "folder", config.data_dir, split, image_size=size, interpolation=interpolation, fit=config.fit or "crop"
         )
         for split in ("train", "test")
     )
@@ -81,11 +76,7 @@ def measure(config: TrainConfig, train: Tensor, test: Tensor, strange: Tensor, f
         scorer = Scorer(head, reference=kernels)
         score = torch.cat([get_score("aggregate")(scorer.parts(part)) for part in scored.split(256)])
         found[name] = float(roc_auc_score(strange, score))
-    for name, detector in (
-        ("Mahalanobis", mahalanobis),
-        ("k-NN 1", nearest_neighbour),
-        ("KDE", kernel_density),
-    ):
+    for name, detector in (("Mahalanobis", mahalanobis), ("k-NN 1", nearest_neighbour), ("KDE", kernel_density)):
         fitted = detector(train[:, 0], k=1) if name == "k-NN 1" else detector(train[:, 0])
         found[name] = float(roc_auc_score(strange, fitted(test)))
     if folds:

@@ -78,17 +78,7 @@ class Row:
         return f"{self.benchmark}: {self.what} against {self.rival}: {self.note}"
 
 
-HEADER = [
-    "benchmark",
-    "what",
-    "rival",
-    "ours",
-    "rival's",
-    "ratio [min, max]",
-    "wanted",
-    "images/s",
-    "precision",
-]
+HEADER = ["benchmark", "what", "rival", "ours", "rival's", "ratio [min, max]", "wanted", "images/s", "precision"]
 
 
 @dataclass

@@ -90,13 +90,7 @@ def _scale(x: Tensor) -> float:
 def load(encoder: str, weights: str, size: int, train: Path, seed: int) -> tuple[runs.LoadedRun, Any]:
     """A frozen encoder as a run has it, and the normal images."""
     config = TrainConfig(
-        "images",
-        str(train),
-        encoder=encoder,
-        weights=weights,
-        image_size=size,
-        encoder_lr_scale=0.0,
-        seed=seed,
+        "images", str(train), encoder=encoder, weights=weights, image_size=size, encoder_lr_scale=0.0, seed=seed
     ).resolved()
     images, _ = load_train_set(config, *runs.decoded_as(config))
     info = runs.describe_run(config, images)
@@ -146,10 +140,7 @@ def measure(
         for image, mask in zip(levels, masks, strict=True):
             counts.add(image, mask)
         row |= counts.metrics() or {}
-    print(
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()},
-        flush=True,
-    )
+    print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     return row
 
 
@@ -238,10 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     command = shlex.join(["python", "-m", "benchmarks.maps", *arguments])
-    about = describe(command, Settings(False, 1, "32-true")) | {
-        "seed": options.seed,
-        "encoder": options.encoder,
-    }
+    about = describe(command, Settings(False, 1, "32-true")) | {"seed": options.seed, "encoder": options.encoder}
     about |= {"weights": options.weights, "image_size": options.size, "every": options.every}
     about["data"] = "magnetic tiles, screws, steel"
     result: dict[str, Any] = {**about, "rows": []}
@@ -273,15 +261,7 @@ def steel(folder: Path, how: tuple[str, str, int], seed: int, every: int) -> lis
     for kind in range(len(STEEL)):
         strange = (tests.labels_at(torch.arange(len(tests))) != kind).numpy()
         found.append(
-            task(
-                run,
-                places[known.labels_at(torch.arange(len(known))) == kind],
-                test,
-                strange,
-                None,
-                seed,
-                False,
-            )
+            task(run, places[known.labels_at(torch.arange(len(known))) == kind], test, strange, None, seed, False)
         )
     means = []
     for rows in zip(*found, strict=True):

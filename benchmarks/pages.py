@@ -24,11 +24,7 @@ from pyro_vje.experiments.protocols import compare_scores
 FOLDER = Path(__file__).parent
 PAGES = (*sorted(FOLDER.glob("*.md")), FOLDER.parent / "README.md")
 MARK = re.compile(r"(<!-- (\w+) ([^\n]+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-METHODS = {
-    "elbo": "VJE",
-    "benchmarks.controls:simsiam": "SimSiam",
-    "benchmarks.controls:vi_simsiam": "VI-SimSiam",
-}
+METHODS = {"elbo": "VJE", "benchmarks.controls:simsiam": "SimSiam", "benchmarks.controls:vi_simsiam": "VI-SimSiam"}
 """Names of the objectives in tables and pictures, in their order."""
 LIKELIHOODS = {"elbo": "polar-student-t", "benchmarks.controls:vi_simsiam": "power-spherical"}
 """What the objectives that have a likelihood were trained with."""
@@ -185,11 +181,7 @@ def about(name: str) -> str:
 def features(name: str) -> str:
     """k-NN and linear accuracy of trained encoder, untrained encoder, pixels."""
     rows = [
-        {
-            "representation": row["representation"],
-            "k-NN": f"{row['knn']:.3f}",
-            "linear": f"{row['linear']:.3f}",
-        }
+        {"representation": row["representation"], "k-NN": f"{row['knn']:.3f}", "linear": f"{row['linear']:.3f}"}
         for row in result(name)["rows"]
     ]
     return markdown(pd.DataFrame(rows))

@@ -78,13 +78,7 @@ def cell(data_dir: str, encoder_name: str, epochs: int, seed: int) -> dict[str, 
     splits = (load_dataset("folder", data_dir, split, image_size=SIZE) for split in ("train", "test"))
     found, _ = probe(VJE(encoder, dim).to(device), clean, *splits)
     measures = {"loss": loss.item(), "knn": found["knn"], "linear": found["linear"], "seconds": seconds}
-    settings = {
-        "encoder": encoder_name,
-        "epochs": epochs,
-        "batch_size": BATCH,
-        "lr": LR * BATCH,
-        "seed": seed,
-    }
+    settings = {"encoder": encoder_name, "epochs": epochs, "batch_size": BATCH, "lr": LR * BATCH, "seed": seed}
     return {"config": {**settings, "weight_decay": DECAY}, "status": "finished", "measures": measures}
 
 

@@ -94,10 +94,7 @@ class FixedPosterior(nn.Module):
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
-        self.loc, self.raw_scale = (
-            nn.Parameter(torch.randn(count, dim)),
-            nn.Parameter(torch.zeros(count, dim)),
-        )
+        self.loc, self.raw_scale = (nn.Parameter(torch.randn(count, dim)), nn.Parameter(torch.zeros(count, dim)))
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
         """Loc and scale, whatever the embeddings."""
@@ -118,10 +115,7 @@ def elbo(settings: Settings, dim: int) -> Iterator[Result]:
     vje, embeddings = objective_alone(dim, batch, settings)
     objective = SymmetricELBO()(vje.model, vje.guide)
     what = f"symmetric ELBO alone, D {dim}, batch {batch}"
-    ours, rival = (
-        lambda: objective(embeddings).backward(),
-        lambda: plain_objective(vje, embeddings).backward(),
-    )
+    ours, rival = (lambda: objective(embeddings).backward(), lambda: plain_objective(vje, embeddings).backward())
     yield versus(settings, what, "plain torch", ours, rival, precision=FLOAT32)
 
 
@@ -257,10 +251,7 @@ def simsiam(settings: Settings, encoder: str, batch: int) -> Iterator[Result]:
     The step is on resident views; to the epoch each brings its own, lightly's from a `DataLoader`.
     """
     steps = 2 if settings.quick else 5
-    whats = (
-        f"whole step, {encoder}, batch {batch}",
-        f"epoch of {steps} steps, {encoder}, batch {batch}",
-    )
+    whats = (f"whole step, {encoder}, batch {batch}", f"epoch of {steps} steps, {encoder}, batch {batch}")
     if not installed("lightly"):
         yield from (missing(what, "lightly's SimSiam", "lightly") for what in whats)
         return
@@ -412,10 +403,7 @@ def aggregate_of(settings: Settings, count: int) -> Work:
 def step_of(settings: Settings, batch: int) -> Work:
     """A training step on a batch."""
     vje, _ = new_model("resnet-small", batch, settings)
-    step, views = (
-        train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings),
-        noise_views(batch, settings),
-    )
+    step, views = (train_step(vje, SymmetricELBO()(vje.model, vje.guide), settings), noise_views(batch, settings))
     return lambda: step(views)
 
 
@@ -461,11 +449,7 @@ TASKS = {
     "particles": Task("likelihood of 4096 images", "particles", particles_of, (1, 4, 16, 64), (1, 2)),
     "scoring": Task("scoring, resnet-small", "images", scoring_of, (1_000, 5_000, 10_000, 50_000), (8, 16)),
     "aggregate": Task(
-        f"aggregate, {REFERENCE} kernels, D {KERNEL_DIM}",
-        "images",
-        aggregate_of,
-        (1_000, 3_000, 10_000),
-        (8, 16),
+        f"aggregate, {REFERENCE} kernels, D {KERNEL_DIM}", "images", aggregate_of, (1_000, 3_000, 10_000), (8, 16)
     ),
 }
 

@@ -82,10 +82,7 @@ def measure(run: LoadedRun, count: int) -> list[dict[str, Any]]:
     drawn = viewed(run, test, info.views.recipe, VIEWS)
     directions = normalize(torch.stack([x.embeddings for x in drawn]), dim=-1)
     doubts: dict[str, Any] = {name: (of(clean), of) for name, of in OF_ONE.items()}
-    doubts["mean variance, mean of 8 views"] = (
-        torch.stack([OF_ONE["mean variance"](x) for x in drawn]).mean(0),
-        None,
-    )
+    doubts["mean variance, mean of 8 views"] = (torch.stack([OF_ONE["mean variance"](x) for x in drawn]).mean(0), None)
     doubts["spread of 8 views' directions"] = (1 - directions.mean(0).norm(dim=-1), None)
     crops = [viewed(run, test, replace(STILL, scale=(area, area)))[0] for area in AREAS]
     blurs = [viewed(run, test, replace(STILL, blur=1.0, sigma=(s, s)))[0] for s in SIGMAS]
@@ -109,10 +106,7 @@ def answer(of: Callable[[Encoded], Tensor], levels: Sequence[Encoded], name: str
     doubts = torch.stack([of(level) for level in levels], 1).double().numpy()
     ranks = doubts.argsort(1).argsort(1)
     correlation = np.mean([spearmanr(np.arange(len(levels)), row).statistic for row in ranks])
-    return {
-        f"{name}_correlation": float(correlation),
-        f"{name}_above": float((doubts[:, -1] > doubts[:, 0]).mean()),
-    }
+    return {f"{name}_correlation": float(correlation), f"{name}_above": float((doubts[:, -1] > doubts[:, 0]).mean())}
 
 
 if __name__ == "__main__":

@@ -86,15 +86,9 @@ def test_settings_that_would_do_nothing_are_refused():
     for settings, message in (
         ({"local_size": 16}, "local_size does nothing without local_views"),
         ({"targets": "mean"}, "the mean of one target is that target: views must be 3 or more"),
-        (
-            {"encoder_lr_scale": 0.0, "local_views": 2},
-            "local_views does nothing for the head of a frozen encoder",
-        ),
+        ({"encoder_lr_scale": 0.0, "local_views": 2}, "local_views does nothing for the head of a frozen encoder"),
         ({"encoder_lr_scale": 0.0, "ema": 0.9}, "ema does nothing for the head of a frozen encoder"),
-        (
-            {"encoder_lr_scale": 0.0, "optimizer": "sgd"},
-            "optimizer does nothing for the head of a frozen encoder",
-        ),
+        ({"encoder_lr_scale": 0.0, "optimizer": "sgd"}, "optimizer does nothing for the head of a frozen encoder"),
         ({"encoder_lr_scale": 0.0, "views": 8}, "has 2 feature_views and the image, but views are 8"),
     ):
         with pytest.raises(ValueError, match=message):

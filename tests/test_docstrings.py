@@ -102,13 +102,7 @@ def test_sources_of_distributions_are_named():
 
 def test_these_tests_see_what_they_should():
     names = {name for name, *_ in api()}
-    assert {
-        "VJE.__init__",
-        "SymmetricELBO.differentiable_loss",
-        "PolarStudentT.sample",
-        "register",
-        "score",
-    } <= names
+    assert {"VJE.__init__", "SymmetricELBO.differentiable_loss", "PolarStudentT.sample", "register", "score"} <= names
     node = ast.parse("def f(x: Tensor, y):\n    'Short.\\n\\nParameters\\n---\\nx'\n    raise OSError('x')").body[0]
     text = ast.get_docstring(node)
     assert (unsaid_exceptions(node, text), shapeless(node, text), undescribed(node, text)) == (

@@ -89,10 +89,7 @@ def build(make, case, dtype=torch.float64):
         scale = scale * (0.5 * randn(*batch, dim)).exp()
     if make in SYMMETRIC:
         concentration = torch.full(batch, case["spread"], dtype=torch.float64)
-        arguments = {
-            "loc": loc,
-            "concentration": concentration / (1 + concentration * (make is SphericalCauchy)),
-        }
+        arguments = {"loc": loc, "concentration": concentration / (1 + concentration * (make is SphericalCauchy))}
     else:
         arguments = {
             "df": torch.full(batch, case["df"], dtype=torch.float64),

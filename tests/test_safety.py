@@ -90,10 +90,7 @@ def test_a_checkpoint_of_another_model_is_refused(trained_run, tiny_config, tmp_
     for change, message in (
         (lambda c: c["state_dict"].popitem(), "missing or too many"),
         (lambda c: next(iter(c["state_dict"].values())).fill_(torch.nan), "non-finite"),
-        (
-            lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(3)),
-            "momentum_buffer is",
-        ),
+        (lambda c: c["optimizer_states"][0]["state"][0].update(momentum_buffer=torch.zeros(3)), "momentum_buffer is"),
         (lambda c: c.pop("loops"), "loops is missing"),
         (lambda c: c["loops"].update(fit_loop=3), "cannot be gone on with"),
     ):

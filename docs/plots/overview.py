@@ -26,11 +26,7 @@ plt.rcParams.update({"svg.hashsalt": "overview", "font.size": 9})
 def strangers() -> torch.Tensor:
     """A cross, a square and a bar, uint8 (3, 3, 16, 16)."""
     drawn = []
-    for lines in (
-        [(10, 10, 54, 54), (10, 54, 54, 10)],
-        [(12, 12, 52, 12, 52, 52, 12, 52, 12, 8)],
-        [(6, 32, 58, 32)],
-    ):
+    for lines in ([(10, 10, 54, 54), (10, 54, 54, 10)], [(12, 12, 52, 12, 52, 52, 12, 52, 12, 8)], [(6, 32, 58, 32)]):
         image = Image.new("L", (64, 64))
         for line in lines:
             ImageDraw.Draw(image).line(line, fill=255, width=10)

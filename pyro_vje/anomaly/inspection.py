@@ -153,12 +153,7 @@ def _seconds(config: TrainConfig, good: int, new: int) -> float:
 
 
 def calibrate(
-    ckpt: str | Path,
-    data: str | Path,
-    name: str = "new",
-    *,
-    batch_size: int = 256,
-    trust_plugins: bool = False,
+    ckpt: str | Path, data: str | Path, name: str = "new", *, batch_size: int = 256, trust_plugins: bool = False
 ) -> tuple[Path, int]:
     """Calibrate a finished run anew with other normal images (another camera, another season), without training.
 

@@ -43,13 +43,7 @@ class EpochOrder:
     """
 
     def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int = 0,
-        device: Any = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
+        self, count: int, batch_size: int, seed: int = 0, device: Any = "cpu", rank: int = 0, world_size: int = 1
     ) -> None:
         check_batch(batch_size, count, world_size)
         self.count, self.batch_size, self.seed, self.device = count, batch_size, seed, torch.device(device)

@@ -144,12 +144,7 @@ def one_class(
 
 
 def ood(
-    ckpt: str | Path,
-    outside: Sources,
-    out: str | Path,
-    *,
-    likelihoods: Names = (),
-    trust_plugins: bool = False,
+    ckpt: str | Path, outside: Sources, out: str | Path, *, likelihoods: Names = (), trust_plugins: bool = False
 ) -> Comparison:
     """Score a run's own test images against those of other data sets: (data set, data_dir) by name in the table.
 

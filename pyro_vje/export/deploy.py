@@ -67,12 +67,7 @@ class Deployed(nn.Module):
         """Outputs by name; in parts, as `pyro_vje.score` computes them, where not ``at_once``."""
         encoded = encode_images(self.vje, self.view, images, turns=self.score.of == "rotations")
         score = self.score(LikelihoodParts(self.scorer, encoded, at_once=at_once))
-        outputs = {
-            "embedding": encoded.embeddings,
-            "loc": encoded.loc,
-            "scale": encoded.scale,
-            "score": score,
-        }
+        outputs = {"embedding": encoded.embeddings, "loc": encoded.loc, "scale": encoded.scale, "score": score}
         if self.folds:
             scores = [] if self.fold_scorers else [score]
             for scorer in self.fold_scorers:

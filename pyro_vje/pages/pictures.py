@@ -121,11 +121,7 @@ def split_by_label(is_anomaly: pd.Series, shown: Any) -> list[Group]:
     if not is_anomaly.notna().any():
         return [("images", BLUE, np.asarray(shown))]
     kind = is_anomaly.to_numpy()
-    named = (
-        ("normal", BLUE, kind == 0),
-        ("anomalies", VERMILION, kind == 1),
-        ("unlabelled", GREY, np.isnan(kind)),
-    )
+    named = (("normal", BLUE, kind == 0), ("anomalies", VERMILION, kind == 1), ("unlabelled", GREY, np.isnan(kind)))
     groups = [(name, colour, members & shown) for name, colour, members in named]
     return [group for group in groups if group[2].any()]
 

@@ -141,11 +141,7 @@ def _data_uri(image: Image.Image) -> str:
 def _charts(read: pd.DataFrame, held_out: Floats) -> list[dict[str, Any]]:
     """Charts of what there are numbers for; the ROC curve where labels are known."""
     charts: list[dict[str, Any]] = []
-    scores, p_values, labels = (
-        read["anomaly_score"].to_numpy(),
-        read["p_value"].to_numpy(),
-        read["is_anomaly"],
-    )
+    scores, p_values, labels = (read["anomaly_score"].to_numpy(), read["p_value"].to_numpy(), read["is_anomaly"])
     if np.isfinite(scores).any():
         groups = split_by_label(labels, np.isfinite(scores))
         shown, legend = [(colour, scores[members]) for _, colour, members in groups], pictures.sizes(groups)

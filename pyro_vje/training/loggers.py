@@ -17,10 +17,7 @@ from pyro_vje.runs.files import read_json, write_json
 KEPT = "logger.json"
 """What a run is called where its log is kept, to go on with it."""
 PROJECT = "pyro_vje"
-WAYS = {
-    "wandb": "wandb login, or WANDB_MODE=offline",
-    "mlflow": "MLFLOW_TRACKING_URI says where",
-}
+WAYS = {"wandb": "wandb login, or WANDB_MODE=offline", "mlflow": "MLFLOW_TRACKING_URI says where"}
 
 
 def choose_logger(name: str) -> str:

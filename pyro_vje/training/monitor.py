@@ -50,12 +50,7 @@ class EpochReport(lightning.pytorch.Callback):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        train_set: ImageSet,
-        knn_sets: Sets,
-        view: CleanView,
-        features: Tensor | None = None,
+        self, folder: Path, train_set: ImageSet, knn_sets: Sets, view: CleanView, features: Tensor | None = None
     ) -> None:
         self.path, self.view, self.knn_sets = folder / METRICS, view, knn_sets
         watched = evenly_spread(len(train_set), HEALTH_IMAGES)

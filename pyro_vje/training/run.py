@@ -148,12 +148,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
 
 
 def _keep(
-    folder: Path,
-    vje: VJE,
-    info: RunInfo,
-    images: ImageSet,
-    held_out: ImageSet | None,
-    features: Tensor | None,
+    folder: Path, vje: VJE, info: RunInfo, images: ImageSet, held_out: ImageSet | None, features: Tensor | None
 ) -> None:
     """Write what a finished run is scored with: calibration, reference images, and last the weights."""
     if held_out is not None:
@@ -173,13 +168,7 @@ def _keep(
 
 
 def _fit(
-    module: Pretraining,
-    folder: Path,
-    report: EpochReport,
-    precision: str,
-    logger: Logger | None,
-    *,
-    resume: bool,
+    module: Pretraining, folder: Path, report: EpochReport, precision: str, logger: Logger | None, *, resume: bool
 ) -> None:
     """Run the epochs, from the last checkpoint if there is one to resume."""
     checkpoint = folder / CHECKPOINTS / checkpoints.LAST

@@ -154,10 +154,7 @@ def test_on_a_ray_cluster_a_killed_worker_costs_nothing(run, mixed, wanted, tmp_
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         images = ray.data.read_binary_files(str(mixed), include_paths=True, override_num_blocks=10)
-        settings = {
-            "fn_constructor_args": (run,),
-            "fn_constructor_kwargs": {"alpha": 0.1, "trust_plugins": True},
-        }
+        settings = {"fn_constructor_args": (run,), "fn_constructor_kwargs": {"alpha": 0.1, "trust_plugins": True}}
         workers = ray.data.ActorPoolStrategy(size=2)
         scores = images.map_batches(Mortal, **settings, compute=workers, batch_size=2)
         scores.write_parquet(tmp_path / "scores")
@@ -168,16 +165,10 @@ def test_on_a_ray_cluster_a_killed_worker_costs_nothing(run, mixed, wanted, tmp_
                 shard.add(name, f"{i:02d}.png")
         for column, source in (
             ("photo", ray.data.read_parquet(str(tmp_path / "photos.parquet"), override_num_blocks=1)),
-            (
-                "png",
-                ray.data.read_webdataset(str(tmp_path / "shard.tar"), decoder=None, override_num_blocks=1),
-            ),
+            ("png", ray.data.read_webdataset(str(tmp_path / "shard.tar"), decoder=None, override_num_blocks=1)),
         ):
             batch = source.take_batch(len(names))
-            agrees(
-                {"path": names, **BatchScorer(run, column, **settings["fn_constructor_kwargs"])(batch)},
-                wanted,
-            )
+            agrees({"path": names, **BatchScorer(run, column, **settings["fn_constructor_kwargs"])(batch)}, wanted)
     finally:
         ray.shutdown()
         shutil.rmtree(place, ignore_errors=True)

@@ -70,12 +70,7 @@ def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs
         Image.open(path).resize((24, 16)).save(path)
     save_file(timm.create_model("test_resnet.r160_in1k").state_dict(), weights)
     with caplog.at_level("INFO", "pyro_vje"):
-        result = inspect(
-            *photographs,
-            encoder="timm:test_resnet.r160_in1k",
-            weights=str(weights),
-            image_size=32,
-        )
+        result = inspect(*photographs, encoder="timm:test_resnet.r160_in1k", weights=str(weights), image_size=32)
     assert "this will take about" in caplog.text
     assert "not square (such as 24 x 16 pixels): whole, between grey margins of 33%" in caplog.text
     assert read_info(out / "model").fit == "pad"

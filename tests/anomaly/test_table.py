@@ -227,14 +227,7 @@ def test_odd_and_damaged_files_of_a_folder(trained_run, tmp_path, out):
     for name in ("truncated.jpg", "text.png", "empty.png"):
         assert rows[name]["error"]
         assert rows[name]["anomaly_score"] == ""
-    for name in (
-        "grey.png",
-        "rgba.png",
-        "sixteen.png",
-        "palette.png",
-        'comma, quote" and ü.jpg',
-        "latin-\udce9.jpg",
-    ):
+    for name in ("grey.png", "rgba.png", "sixteen.png", "palette.png", 'comma, quote" and ü.jpg', "latin-\udce9.jpg"):
         assert math.isfinite(float(rows[name]["anomaly_score"]))
         assert rows[name]["error"] == ""
 

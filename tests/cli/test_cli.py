@@ -161,10 +161,7 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_codes_130_and_143(trained_run,
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.setattr("pyro_vje.training.run.load_train_set", interrupted)
     result = run("train", "--out", tmp_path / "run")
-    assert (result.exit_code, result.output) == (
-        130,
-        "stopped: nothing was written, the same command begins anew\n",
-    )
+    assert (result.exit_code, result.output) == (130, "stopped: nothing was written, the same command begins anew\n")
 
 
 def test_repeatable_flag_shows_and_takes_its_names():

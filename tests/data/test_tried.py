@@ -57,10 +57,7 @@ LAYOUTS = {
     "both": ([b"train/a/0", b"train/b/0", b"val/a/0", b"val/b/0"], {"train": 2, "test": 2, "all": 4}),
     "Capitals": ([b"Training/a/0", b"Training/a/1", b"TEST/a/0", b"x/0"], {"train": 2, "test": 1, "all": 4}),
     "deep": ([b"train/a/x/y/0", b"train/0", b"test/a/z/0", b"test/1"], {"train": 2, "test": 2, "all": 4}),
-    "bytes": (
-        [b"train/\xe9/\xe9", b"train/a/1", b"test/\xff/0", b"test/a/1"],
-        {"train": 2, "test": 2, "all": 4},
-    ),
+    "bytes": ([b"train/\xe9/\xe9", b"train/a/1", b"test/\xff/0", b"test/a/1"], {"train": 2, "test": 2, "all": 4}),
 }
 # Environment and --devices; whether this process is the first, or what is wrong.
 SRUN, TORCHRUN = {"SLURM_NTASKS": "2"}, {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}

@@ -22,11 +22,7 @@ def _student_t(family, **keywords):
     return {
         name: (
             lambda df, loc, scale: family(df, loc, scale, **keywords, validate_args=False),
-            lambda draw, batch, dim: (
-                1 + draw(*batch).exp(),
-                draw(*batch, dim),
-                0.3 + draw(*batch, dim).sigmoid(),
-            ),
+            lambda draw, batch, dim: (1 + draw(*batch).exp(), draw(*batch, dim), 0.3 + draw(*batch, dim).sigmoid()),
         )
     }
 

@@ -66,12 +66,7 @@ def test_second_derivatives_by_each_order_of_modes(case):
         return function(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
     want = torch.autograd.functional.hessian(of_vector, flat)
-    for by in (
-        hessian,
-        lambda f: jacrev(jacrev(f)),
-        lambda f: jacfwd(jacfwd(f)),
-        lambda f: jacrev(jacfwd(f)),
-    ):
+    for by in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(jacfwd(f)), lambda f: jacrev(jacfwd(f))):
         close(by(of_vector)(flat), want)
     step = 1e-5 * torch.randn_like(flat)
     numeric = (jacrev(of_vector)(flat + step) - jacrev(of_vector)(flat - step)) / 2

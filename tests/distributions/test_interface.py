@@ -28,10 +28,7 @@ def arguments(family, batch=(), dtype=torch.float32):
     """Keyword arguments with the widest shapes that the family takes."""
     loc = torch.randn(*batch, DIM, dtype=dtype)
     if family in (PowerSpherical, SphericalCauchy, VonMisesFisher):
-        return {
-            "loc": torch.nn.functional.normalize(loc, dim=-1),
-            "concentration": torch.rand(batch, dtype=dtype),
-        }
+        return {"loc": torch.nn.functional.normalize(loc, dim=-1), "concentration": torch.rand(batch, dtype=dtype)}
     return {
         "df": torch.rand(batch, dtype=dtype) * 5 + 1,
         "loc": loc,

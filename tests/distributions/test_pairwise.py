@@ -172,10 +172,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("make", MAKERS, ids=name)
 def test_memory_is_that_of_the_pairs(make):
     rows, count, dim = 300, 400, 64
-    distribution, value = (
-        make(*arguments(make, (rows,), dim, torch.float32)),
-        values(make, count, dim, torch.float32),
-    )
+    distribution, value = (make(*arguments(make, (rows,), dim, torch.float32)), values(make, count, dim, torch.float32))
     with LargestTensor() as recorded, torch.no_grad():
         pairwise_log_prob(distribution, value)
     # The projected factor's table has 150 nodes of 2^12 angles, whatever the numbers of rows and values.

@@ -98,8 +98,7 @@ def test_mean_is_that_of_samples(family, concentration):
 
 
 @pytest.mark.parametrize(
-    ("family", "low", "high"),
-    [(PowerSpherical, 0.1, 50), (SphericalCauchy, 0.05, 0.95), (VonMisesFisher, 0.1, 50)],
+    ("family", "low", "high"), [(PowerSpherical, 0.1, 50), (SphericalCauchy, 0.05, 0.95), (VonMisesFisher, 0.1, 50)]
 )
 def test_gradcheck(family, low, high):
     loc = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)

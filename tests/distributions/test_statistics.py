@@ -87,14 +87,8 @@ def test_entropy_and_divergence_by_draws_in_high_dimension(dim):
     loc, other = uniform_directions(2, dim)
     for p, q in [
         (PowerSpherical(loc, double(300.0)), VonMisesFisher(loc, double(100.0))),
-        (
-            SphericalCauchy(loc, double(0.5)),
-            SphericalCauchy((loc + other) / (loc + other).norm(), double(0.3)),
-        ),
-        (
-            PowerSpherical(loc, double(300.0)),
-            PowerSpherical((loc + other) / (loc + other).norm(), double(99.0)),
-        ),
+        (SphericalCauchy(loc, double(0.5)), SphericalCauchy((loc + other) / (loc + other).norm(), double(0.3))),
+        (PowerSpherical(loc, double(300.0)), PowerSpherical((loc + other) / (loc + other).norm(), double(99.0))),
     ]:
         draws = p.sample((2000,))
         entropy, divergence = -p.log_prob(draws), p.log_prob(draws) - q.log_prob(draws)

@@ -123,12 +123,7 @@ def test_tables(finished):
         (likelihood, seed) for likelihood in ("normal", PAPER) for seed in "01"
     ]
     for row in rows:
-        assert (row["status"], row["shared_variance"], row["auroc"], row["error"]) == (
-            "finished",
-            "true",
-            "",
-            "",
-        )
+        assert (row["status"], row["shared_variance"], row["auroc"], row["error"]) == ("finished", "true", "", "")
         assert row["df"] == (NOT_USED if row["likelihood"] == "normal" else "5")
         assert 0 <= float(row["knn"]) <= 1
         assert 0 <= float(row["linear"]) <= 1

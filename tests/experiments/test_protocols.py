@@ -67,11 +67,7 @@ def test_every_score_and_detector_has_a_row_for_each_cell(finished):
     assert found == {(name, seed) for name in ("normal", "stripes") for seed in (0, 1)}
     own = [row for row in finished.rows if (row["normal"], row["seed"]) == ("stripes", 1)]
     by = {row["score"]: row["on"] for row in own}
-    assert {by[name] for name in SCORES.keys() - ROTATIONS} == {
-        "likelihood polar-student-t",
-        "posterior",
-        "embeddings",
-    }
+    assert {by[name] for name in SCORES.keys() - ROTATIONS} == {"likelihood polar-student-t", "posterior", "embeddings"}
     assert {row["score"] for row in own if row["on"] == "trained features"} == set(DETECTORS)
     for control in ("untrained features", "raw pixels"):
         assert {row["score"] for row in own if row["on"] == control} == {"k-NN 1", "k-NN 50"}
@@ -94,9 +90,7 @@ def test_finished_cells_are_not_run_again_and_others_may_be_added(finished, base
     trained = []
     train = cells.train
     monkeypatch.setattr(
-        cells,
-        "train",
-        lambda config, folder, **how: (trained.append(folder.name), train(config, folder, **how)),
+        cells, "train", lambda config, folder, **how: (trained.append(folder.name), train(config, folder, **how))
     )
     out = shutil.copytree(finished.folder, tmp_path / "out")
     again = one_class(base, out, classes=["stripes"], seeds=[0, 1])
@@ -104,11 +98,7 @@ def test_finished_cells_are_not_run_again_and_others_may_be_added(finished, base
     (out / "cells" / "stripes_seed-1.json").unlink()  # training stands, scores are made anew
     again = one_class(base, out, classes=["stripes"], seeds=[1])
     assert (trained, again.rows) == ([], finished.rows)
-    assert {row["normal"] for row in one_class(base, out, classes=["spots"]).rows} == {
-        "normal",
-        "stripes",
-        "spots",
-    }
+    assert {row["normal"] for row in one_class(base, out, classes=["spots"]).rows} == {"normal", "stripes", "spots"}
     assert trained == ["spots_seed-0"]
     with pytest.raises(FileExistsError, match=r"with kl_weight 0.03, not 0.5"):
         one_class(dataclasses.replace(base, kl_weight=0.5), out)
@@ -148,11 +138,7 @@ def test_table_is_the_mean_over_seeds_and_classes():
 
 def test_inspection_images_are_one_class(base, image_folder, tmp_path):
     """Normal images in ``train/good`` and ``test/good``, defective ones in ``test/`` alone."""
-    for source, target in (
-        ("train/normal", "train/good"),
-        ("test/normal", "test/good"),
-        ("test/spots", "test/crack"),
-    ):
+    for source, target in (("train/normal", "train/good"), ("test/normal", "test/good"), ("test/spots", "test/crack")):
         shutil.copytree(image_folder / source, tmp_path / "screw" / target)
     config = dataclasses.replace(base, data_dir=str(tmp_path / "screw"))
     for classes in ([], ["good"]):

@@ -115,8 +115,7 @@ def test_polar_product_splits_its_density():
     value = torch.randn(10, 3)
     radius = value.norm(dim=-1)
     torch.testing.assert_close(
-        product.log_prob(value),
-        product.log_prob_direction(value) + product.log_prob_radius(radius) - 2 * radius.log(),
+        product.log_prob(value), product.log_prob_direction(value) + product.log_prob_radius(radius) - 2 * radius.log()
     )
     assert product.has_rsample
     samples = product.sample((20_000,))
@@ -187,12 +186,7 @@ def test_every_family_trains_a_step(name):
 def test_families_use_what_they_say(name):
     loc, scale, value = draw()
     base = LikelihoodSettings(df=5.0, radius_scale=torch.tensor(1.0))
-    changes = {
-        "df": 3.0,
-        "unit_radius": 2.0,
-        "radius": "log-student-t",
-        "radius_scale": torch.tensor(2.0),
-    }
+    changes = {"df": 3.0, "unit_radius": 2.0, "radius": "log-student-t", "radius_scale": torch.tensor(2.0)}
     assert changes.keys() == {field.name for field in dataclasses.fields(LikelihoodSettings)}
     family = get_family(name)
     before = family(loc, scale, base).log_prob(value)

@@ -236,8 +236,7 @@ def test_second_model_in_the_parameter_store_is_refused():
 
 
 @pytest.mark.parametrize(
-    "views",
-    [torch.zeros(1, 4, 5), [torch.zeros(4, 5)], (torch.zeros(4, 5), torch.zeros(3, 5)), torch.zeros(2, 4)],
+    "views", [torch.zeros(1, 4, 5), [torch.zeros(4, 5)], (torch.zeros(4, 5), torch.zeros(3, 5)), torch.zeros(2, 4)]
 )
 def test_views_of_a_wrong_shape_are_named(views):
     with pytest.raises(ValueError, match="views must"):

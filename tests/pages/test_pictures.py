@@ -64,11 +64,7 @@ class TestTraining:
         assert len(lines["k-NN accuracy"]) == 1
 
     def test_missing_columns_and_values(self, tmp_path, figures):
-        columns = {
-            "loss": ["3.5", "", "2.5"],
-            "kl": [None, float("nan"), 1.0],
-            "knn_accuracy": [float("nan")] * 3,
-        }
+        columns = {"loss": ["3.5", "", "2.5"], "kl": [None, float("nan"), 1.0], "knn_accuracy": [float("nan")] * 3}
         draw("training", columns, path=tmp_path / "training.png")
         assert titles(figures[0]) == ["Loss (negative ELBO)", "KL to the prior"]
         assert figures[0].axes[0].lines[0].get_xdata().tolist() == [1, 3]

@@ -87,15 +87,7 @@ def rows(count=60, calibration=49, level=0.1, failed=(), **columns):
 
 
 def render(
-    table,
-    held_out,
-    *,
-    level=0.1,
-    rule="p-value at most the level",
-    asked=None,
-    metrics=None,
-    folds=1,
-    folder=Path(),
+    table, held_out, *, level=0.1, rule="p-value at most the level", asked=None, metrics=None, folds=1, folder=Path()
 ):
     """The page of a table; ``asked`` collects the rows whose images it shows."""
 
@@ -106,12 +98,7 @@ def render(
     summary = {
         "run": "runs/x",
         "data": "photos",
-        "score": {
-            "score": "conditional",
-            "meaning": "minus the log-likelihood",
-            "likelihood": "polar",
-            "seed": 7,
-        },
+        "score": {"score": "conditional", "meaning": "minus the log-likelihood", "likelihood": "polar", "seed": 7},
         "decision": {"rule": rule, "level": level} if level and held_out is not None else None,
         "metrics": metrics,
         "calibration": {"folds": folds},

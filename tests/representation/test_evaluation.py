@@ -29,11 +29,7 @@ MEASURES = ("effective_rank", "alignment", "uniformity", "recall_at_1", "r_auroc
 
 def test_table_of_three_representations(trained_run, tmp_path):
     result = evaluate(trained_run, out=tmp_path / "eval.json", k=5)
-    assert [row["representation"] for row in result["rows"]] == [
-        "trained encoder",
-        "untrained encoder",
-        "raw pixels",
-    ]
+    assert [row["representation"] for row in result["rows"]] == ["trained encoder", "untrained encoder", "raw pixels"]
     assert [row["dim"] for row in result["rows"]] == [8, 8, 3 * 16 * 16]
     for row in result["rows"]:
         assert 0 <= row["knn"] <= 1

@@ -68,18 +68,12 @@ def test_building_a_model_leaves_the_random_state_alone(tiny_config):
         (lambda p: save_file({"a": torch.zeros(1)}, p), "not written by pyro-vje"),
         (lambda p: rewrite(p, lambda s: s.pop(WEIGHT)), f"missing or too many: {WEIGHT}"),
         (lambda p: rewrite(p, lambda s: s.update({"x": torch.zeros(1)})), "missing or too many: x"),
-        (
-            lambda p: rewrite(p, lambda s: s.update({WEIGHT: torch.zeros(2, 2)})),
-            rf"{WEIGHT} is torch.float32 \(2, 2\)",
-        ),
+        (lambda p: rewrite(p, lambda s: s.update({WEIGHT: torch.zeros(2, 2)})), rf"{WEIGHT} is torch.float32 \(2, 2\)"),
         (lambda p: rewrite(p, lambda s: s[WEIGHT].fill_(float("nan"))), "holds non-finite values"),
         (lambda p: rewrite(p, None, lambda h: h.update(schema_version=99)), "schema version 99"),
         (lambda p: rewrite(p, None, lambda h: h.pop("image_size")), "image_size is missing"),
         (lambda p: rewrite(p, None, lambda h: h["config"].update(epochs="many")), "setting epochs must be"),
-        (
-            lambda p: rewrite(p, None, lambda h: h["config"].update(encoder="os:getcwd")),
-            "code outside this package",
-        ),
+        (lambda p: rewrite(p, None, lambda h: h["config"].update(encoder="os:getcwd")), "code outside this package"),
     ],
 )
 def test_damaged_weights_are_refused(run_copy, damage, message):
@@ -159,10 +153,7 @@ def test_a_run_of_this_version_is_read_and_no_other():
         ({"std": [10**400] * 3}, r"std\.0: .* valid number, not 1000"),
         ({"std": [0.3, 0.3]}, "std: Tuple should have at least 3 items"),
         ({"image_size": True}, "image_size: .* valid integer, not True"),
-        (
-            {"config": {**json.loads(WRITTEN)["config"], "embedding_dim": 10**9}},
-            "embedding_dim must be at least 2",
-        ),
+        ({"config": {**json.loads(WRITTEN)["config"], "embedding_dim": 10**9}}, "embedding_dim must be at least 2"),
         ({"config": {**json.loads(WRITTEN)["config"], "lr": float("nan")}}, "lr must be at least 0"),
     ],
 )

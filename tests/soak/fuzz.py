@@ -96,12 +96,7 @@ def truncate(data: bytes, rng: Rng) -> bytes:
 def splice(data: bytes, rng: Rng) -> bytes:
     a, b, c = sorted(rng.randrange(len(data) + 1) for _ in range(3))
     return rng.choice(
-        (
-            data[:a] + data[b:],
-            data[:b] + data[a:],
-            data[:a] + data[b:c] + data[a:b] + data[c:],
-            data + data[a:],
-        )
+        (data[:a] + data[b:], data[:b] + data[a:], data[:a] + data[b:c] + data[a:b] + data[c:], data + data[a:])
     )
 
 
@@ -281,11 +276,7 @@ def good_images() -> list[bytes]:
         (pixels, "TIFF", {"compression": "jpeg"}),
         (frames[0], "GIF", {"save_all": True, "append_images": frames[1:]}),
         (frames[0], "PNG", {"transparency": 3}),
-        (
-            pixels.convert("RGBA"),
-            "PNG",
-            {"save_all": True, "append_images": [pixels.convert("RGBA").rotate(9)]},
-        ),
+        (pixels.convert("RGBA"), "PNG", {"save_all": True, "append_images": [pixels.convert("RGBA").rotate(9)]}),
         (pixels.convert("RGBA"), "WEBP", {"lossless": True}),
         (pixels.convert("I;16"), "PNG", {}),
         (pixels.convert("F"), "TIFF", {}),
@@ -309,14 +300,7 @@ def targets(folder: Path) -> dict[str, Target]:
             for i in range(count):
                 pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(images / split / kind / f"{i}.png")
-    small = {
-        "encoder": "fuzz",
-        "embedding_dim": 4,
-        "hidden_dim": 8,
-        "epochs": 2,
-        "batch_size": 8,
-        "image_size": 16,
-    }
+    small = {"encoder": "fuzz", "embedding_dim": 4, "hidden_dim": 8, "epochs": 2, "batch_size": 8, "image_size": 16}
     config = TrainConfig(dataset="folder", data_dir=str(images), precision="32", knn_every=0, holdout=0.2, **small)  # type: ignore[arg-type]
     good = train(config, folder / "good")
     run = shutil.copytree(good, folder / "run")
@@ -337,14 +321,8 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def read_config(before: bytes, after: bytes) -> None:
         found = read_info(run)
-        whole(
-            not before.startswith(after) or before.strip() == after.strip(),
-            "a part of the configuration was taken",
-        )
-        whole(
-            type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found,
-            "it cannot be written again",
-        )
+        whole(not before.startswith(after) or before.strip() == after.strip(), "a part of the configuration was taken")
+        whole(type(found).from_dict(json.loads(json.dumps(found.to_dict()))) == found, "it cannot be written again")
         build_model(dataclasses.replace(found.config, encoder="fuzz", hidden_dim=8, embedding_dim=4), 16)
 
     def read_weights(before: bytes, after: bytes) -> None:
@@ -357,10 +335,7 @@ def targets(folder: Path) -> dict[str, Target]:
         found = load_posteriors(dataclasses.replace(loaded, folder=run), CALIBRATION)
         assert found is not None
         whole(not before.startswith(after), "a part of the posteriors was taken")
-        whole(
-            all(t.isfinite().all() for t in found[:3]) and bool((found.scale > 0).all()),
-            "posteriors are unusable",
-        )
+        whole(all(t.isfinite().all() for t in found[:3]) and bool((found.scale > 0).all()), "posteriors are unusable")
 
     def read_checkpoint(before: bytes, after: bytes) -> None:
         nonlocal resumed
@@ -390,14 +365,7 @@ def targets(folder: Path) -> dict[str, Target]:
             lines = before[: before.rindex(b"\n", 0, len(after)) + 1].count(b"\n") if b"\n" in after else 1
             whole(len(found) == lines - 1, "a half row was taken, or a whole one was not")
 
-    score = {
-        "normal": "a",
-        "seed": 0,
-        "score": "elbo",
-        "on": "likelihood normal",
-        "auroc": 0.5,
-        "auroc_95": [0.4, 0.6],
-    }
+    score = {"normal": "a", "seed": 0, "score": "elbo", "on": "likelihood normal", "auroc": 0.5, "auroc_95": [0.4, 0.6]}
     measures = {"loss": 1.0, "seconds": 2.0, "knn": 0.5}
     cell = Cell("a", config.resolved(), "finished", None, measures, {"knn": {"k": 5}}, [score, score])
     cell_json = json.dumps({**cell.to_dict(), "versions": {}}).encode()

@@ -241,13 +241,7 @@ def make_images(root: Path, steps: int) -> None:
                 Image.fromarray(pixels).save(folder / f"{number:03d}.png")
 
 
-RUN_FILES = (
-    "weights.safetensors",
-    "metrics.csv",
-    "calibration.safetensors",
-    "reference.safetensors",
-    "config.json",
-)
+RUN_FILES = ("weights.safetensors", "metrics.csv", "calibration.safetensors", "reference.safetensors", "config.json")
 
 
 # Training -------------------------------------------------------------------------------------------------------------
@@ -345,12 +339,7 @@ def kill_command(
             landed[life.events[-1][0]] += 1
     Life([*call, str(killed / out), *again], log).succeed()
     compare(whole, killed, files)
-    return {
-        "kills": kills - faster,
-        "landed_in": dict(landed),
-        "faster_than_the_kill": faster,
-        "identical": files,
-    }
+    return {"kills": kills - faster, "landed_in": dict(landed), "faster_than_the_kill": faster, "identical": files}
 
 
 def run(quick: bool, seed: int) -> dict[str, Any]:

@@ -82,16 +82,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(
 ):
     folder = tmp_path / "run"
     arguments = ["--dataset", "folder", "--data-dir", str(image_folder), "--out", str(folder)]
-    names = (
-        "encoder",
-        "embedding_dim",
-        "hidden_dim",
-        "epochs",
-        "batch_size",
-        "knn_every",
-        "precision",
-        "logger",
-    )
+    names = ("encoder", "embedding_dim", "hidden_dim", "epochs", "batch_size", "knn_every", "precision", "logger")
     for name in names:
         arguments += ["--" + name.replace("_", "-"), str(getattr(config, name))]
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -205,11 +196,7 @@ def cut(*_, **__):
     ("owner", "name", "left"),
     [
         (checkpoints.Checkpoints, "on_train_start", "config.json"),  # before the first checkpoint
-        (
-            checkpoints.Checkpoints,
-            "on_train_epoch_end",
-            "metrics.csv",
-        ),  # its row is there, its checkpoint is not
+        (checkpoints.Checkpoints, "on_train_epoch_end", "metrics.csv"),  # its row is there, its checkpoint is not
         (training, "save_weights", "reference.safetensors"),
         (training.EpochReport, "draw", "weights.safetensors"),
     ],
@@ -246,8 +233,7 @@ def test_a_state_that_has_diverged_replaces_no_good_one(config, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"residency": "stream", "workers": 0}, {"residency": "stream", "workers": 2}, {"deterministic": True}],
+    "changes", [{"residency": "stream", "workers": 0}, {"residency": "stream", "workers": 2}, {"deterministic": True}]
 )
 def test_the_same_bits_however_images_are_read(config, whole, tmp_path, monkeypatch, changes):
     during = []

@@ -49,11 +49,7 @@ def test_a_constant_predictor_keeps_its_rate_while_the_others_decay(tiny_config)
 
 
 def test_a_clipped_gradient_moves_no_weight_further_than_its_norm(tiny_config, tmp_path):
-    settings = {
-        "epochs": 1,
-        "weight_decay": 0.0,
-        "lr": 16.0,
-    }  # 16 images: a rate of 1; two steps, the first of half
+    settings = {"epochs": 1, "weight_decay": 0.0, "lr": 16.0}  # 16 images: a rate of 1; two steps, the first of half
     before = build_model(tiny_config.resolved(), 16).state_dict()
     learned = [name for name in before if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     for clip, free in ((1e-4, False), (None, True)):

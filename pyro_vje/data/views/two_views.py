@@ -54,8 +54,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 ViewParameters = namedtuple(
-    "ViewParameters",
-    "top left height width flip brightness contrast saturation hue grey blur sigma",
+    "ViewParameters", "top left height width flip brightness contrast saturation hue grey blur sigma"
 )
 """What was drawn for V views of each of B images, (V, B) each, or for one view of each, (B,): the crop's box in whole
 pixels, factors, a shift of the hue in turns, sigma in pixels, and whether to flip, grey and blur."""
