@@ -167,8 +167,9 @@ class EpochReport(lightning.pytorch.Callback):
 
     def _measure(self, vje: VJE, gentler: str) -> dict[str, float]:
         encoded = self._encode(vje, self.health_set)
-        if not all(tensor.isfinite().all() for tensor in encoded[:3]):
-            raise TrainingDiverged(f"the embeddings are not finite after an epoch whose loss was: {gentler}")
+        # Weights too: the statistics of a batch norm may be infinite, and what it gives in evaluation is then zero.
+        if not all(tensor.isfinite().all() for tensor in (*encoded[:3], *vje.state_dict().values())):
+            raise TrainingDiverged(f"embeddings or weights are not finite after an epoch whose loss was: {gentler}")
         row = {
             "effective_rank": metrics.effective_rank(encoded.features),
             "spread": metrics.embedding_spread(encoded.embeddings),

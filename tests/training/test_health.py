@@ -52,6 +52,19 @@ def test_a_diverging_rate_by_a_loss_or_embeddings_that_are_not_finite(train_with
     assert str(caught.value).endswith(GENTLER.format(f"{lr:g}"))
 
 
+def test_infinite_statistics_of_a_batch_norm_which_leave_loss_and_embeddings_finite(train_with, monkeypatch):
+    """In training it takes the batch's, and in evaluation divides by infinity."""
+    step = training.Pretraining.training_step
+
+    def overflow(self, *batch):
+        self.vje.posterior_network.trunk[1].running_var.fill_(torch.inf)
+        return step(self, *batch)
+
+    monkeypatch.setattr(training.Pretraining, "training_step", overflow)
+    with pytest.raises(TrainingDiverged, match="embeddings or weights are not finite"):
+        train_with(epochs=1)
+
+
 def test_a_diverging_rate_is_seen_within_the_epoch(train_with, monkeypatch):
     monkeypatch.setattr("pyro_vje.training.monitor.CHECK_EVERY", 2)
     steps = []
