@@ -31,8 +31,9 @@ from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.anomaly.scores import get_score
 from pyro_vje.data import load_dataset
 from pyro_vje.model import encode, encode_features, whitened_dim
+from pyro_vje.model.build import build_model
 from pyro_vje.runs.files import write_json
-from pyro_vje.runs.folder import build_model, decoded_as, describe_run
+from pyro_vje.runs.folder import decoded_as, describe_run
 from pyro_vje.training.features import cache_features, fit_folds, fit_head
 from pyro_vje.training.run import choose_precision
 

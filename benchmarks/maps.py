@@ -26,6 +26,7 @@ from pyro_vje.config import TrainConfig
 from pyro_vje.data import load_dataset, load_train_set
 from pyro_vje.data.decode import decode_image
 from pyro_vje.metrics.localisation import PixelCounts
+from pyro_vje.model.build import build_head, build_model
 from pyro_vje.model.encoding import encode_features
 from pyro_vje.model.places import KINDS, PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.model.vje import VJE
@@ -94,7 +95,7 @@ def load(encoder: str, weights: str, size: int, train: Path, seed: int) -> tuple
     ).resolved()
     images, _ = load_train_set(config, *runs.decoded_as(config))
     info = runs.describe_run(config, images)
-    vje = runs.build_model(config, info.view_size, weights=weights)
+    vje = build_model(config, info.view_size, weights=weights)
     return runs.LoadedRun(vje.eval().requires_grad_(False), info, None), images
 
 
@@ -191,7 +192,7 @@ def speed(run: runs.LoadedRun, places: int = own.REFERENCE) -> dict[str, Any]:
     """Time of maps, the encoder's pass among it, against the bare pass, a batch of 8 images on one thread."""
     size = run.info.image_size
     found = PlaceFeatures(run.vje.encoder, run.info.view_size)
-    head = runs.build_head(own.place_head(found.dim, own.DIM), found.dim).eval()
+    head = build_head(own.place_head(found.dim, own.DIM), found.dim).eval()
     scale, kind = share_scales(0.5 + torch.rand(places, head.embedding_dim), 0)
     kernels = PlaceDensity(head, torch.randn(places, head.embedding_dim), scale, kind)
     maps = own.Maps(run, found.modules, kernels)

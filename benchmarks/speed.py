@@ -34,9 +34,10 @@ from benchmarks.rivals import (
 from pyro_vje import VJE, SymmetricELBO, TrainConfig
 from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.data import ImageSet, make_loader, views_for
+from pyro_vje.model.build import build_model
 from pyro_vje.model.encoders import build_encoder, feature_dim
 from pyro_vje.model.encoding import Encoded, encode_batches
-from pyro_vje.runs.folder import build_model, describe_run
+from pyro_vje.runs.folder import describe_run
 from pyro_vje.runs.stopping import StopRequest
 from pyro_vje.training import run as training
 from pyro_vje.training.checkpoints import LAST, Checkpoints

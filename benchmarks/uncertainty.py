@@ -28,8 +28,9 @@ from pyro_vje.data import ImageSet, Recipe, TwoViews, derive_seed
 from pyro_vje.data.splits import evenly_spread, reference_images
 from pyro_vje.metrics import knn_predict, r_auroc
 from pyro_vje.model import Encoded, encode
+from pyro_vje.model.build import build_model
 from pyro_vje.runs.files import write_json
-from pyro_vje.runs.folder import LoadedRun, build_model, load_run, load_split, training_images
+from pyro_vje.runs.folder import LoadedRun, load_run, load_split, training_images
 
 AREAS = (1.0, 0.75, 0.5, 0.25, 0.1)
 SIGMAS = (0.1, 0.5, 1.0, 2.0)  # pixels

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import controls
 from pyro_vje import VJE, ablate, evaluate, score, train
-from pyro_vje.runs.folder import build_model
+from pyro_vje.model.build import build_model
 
 CONTROLS = ("simsiam", "vi_simsiam")
 

@@ -25,6 +25,7 @@ from pyro_vje.data import ImageSet, derive_seed
 from pyro_vje.data.decode import decode_image, image_shape, list_images, shown_box
 from pyro_vje.data.splits import evenly_spread
 from pyro_vje.metrics.localisation import PixelCounts
+from pyro_vje.model.build import build_head
 from pyro_vje.model.encoding import Encoded, cpu_rows, encode_features, images_at_once, in_equal_parts
 from pyro_vje.model.places import PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.progress import Progress
@@ -261,7 +262,7 @@ def with_neighbours(
 def load_maps(run: runs.LoadedRun) -> Maps:
     """The maps of a run; ``ValueError`` with what to do where it has none."""
     seed = run.info.config.seed
-    found = runs.load_maps(run, lambda features, dim: runs.build_head(place_head(features, dim, seed), features))
+    found = runs.load_maps(run, lambda features, dim: build_head(place_head(features, dim, seed), features))
     if found is None:
         raise ValueError(
             f"the run {run.folder or ''} has learned no maps: pyro-vje maps --ckpt RUN does, from its training images"

@@ -15,10 +15,11 @@ from pyro_vje.anomaly.table import score
 from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.experiments.cells import NOT_USED, Cell, Cells, Comparison, Table, protocols_of, spread, text
+from pyro_vje.model.build import build_model
 from pyro_vje.model.likelihoods import FAMILIES, SETTINGS
 from pyro_vje.pages import pictures
 from pyro_vje.representation.evaluation import probe
-from pyro_vje.runs.folder import METRICS, build_model, default_device, load_run, load_split
+from pyro_vje.runs.folder import METRICS, default_device, load_run, load_split
 from pyro_vje.training.monitor import HEALTH_IMAGES
 
 NOT_AXES = ("dataset", "data_dir", "download", "devices")  # numbers on different data do not compare

@@ -25,6 +25,7 @@ from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, load_dataset
 from pyro_vje.data.splits import reference_images
 from pyro_vje.experiments.cells import Cell, Cells, Comparison, Table
+from pyro_vje.model.build import build_model
 from pyro_vje.model.encoding import Encoded, encode, encode_features
 from pyro_vje.representation.evaluation import pixels
 from pyro_vje.runs import folder as runs
@@ -82,7 +83,7 @@ def all_scores(
     encoded = [look_at(run.vje, normal_images), *map(look, sets)]
     features = {"trained features": [images.features for images in encoded]}
     if config.weights == "none":
-        untrained = runs.build_model(config, run.info.view_size).to(run.vje.device).eval()
+        untrained = build_model(config, run.info.view_size).to(run.vje.device).eval()
         every = [normal_images, *sets]
         features["untrained features"] = [look_at(untrained, x).features for x in every]
         features["raw pixels"] = [pixels(images, view)[1] for images in every]

@@ -17,12 +17,13 @@ from pyro_vje import metrics
 from pyro_vje.config import EvalConfig, TrainConfig
 from pyro_vje.data import CleanView, ImageSet, Recipe, TwoViews, derive_seed, views_for, warn_if_shared
 from pyro_vje.metrics.representation import check_knn
+from pyro_vje.model.build import build_model
 from pyro_vje.model.encoding import Encoded, encode
 from pyro_vje.model.vje import VJE
 from pyro_vje.pages.pictures import plot_rejection
 from pyro_vje.progress import Progress
 from pyro_vje.runs.files import write_json
-from pyro_vje.runs.folder import PICTURES, build_model, default_device, load_run, load_split
+from pyro_vje.runs.folder import PICTURES, default_device, load_run, load_split
 
 log = logging.getLogger("pyro_vje")
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from pyro_vje.config import TrainConfig, fields_of
 from pyro_vje.data import CleanView, ImageSet, TwoViews, find_dataset, load_dataset, load_train_set
 from pyro_vje.data.datasets import recipe_for
-from pyro_vje.model.encoders import build_encoder, feature_dim
+from pyro_vje.model.build import build_head, build_model
 from pyro_vje.model.encoding import Encoded
 from pyro_vje.model.pretrained import LIBRARIES, Preprocessing, preprocessing
 from pyro_vje.model.vje import VJE
@@ -148,40 +148,6 @@ class LoadedRun:
     vje: VJE
     info: RunInfo
     folder: Path | None
-
-
-def build_model(config: TrainConfig, image_size: int, features: int | None = None, *, weights: str = "none") -> VJE:
-    """A freshly initialised model for views of ``image_size`` pixels; the same configuration gives the same weights.
-
-    ``features``, the encoder's width, is measured if not known; ``weights`` are as in `pyro_vje.model.build_encoder`.
-    """
-    if config.encoder is None:
-        raise ValueError("the configuration names no encoder: use TrainConfig.resolved()")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        encoder = build_encoder(config.encoder, image_size, weights)
-        # The encoder's convolutions are fastest with channels last on every device we measured.
-        encoder.to(memory_format=torch.channels_last)
-        vje = _model(config, encoder, features or feature_dim(encoder, image_size))
-    if config.encoder_lr_scale == 0:
-        vje.freeze_encoder()
-    return vje
-
-
-def build_head(config: TrainConfig, features: int) -> VJE:
-    """The model of a run without its encoder: its images are features ``(N, features)``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return _model(config, nn.Identity(), features)
-
-
-def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
-    names = ("embedding_dim", "hidden_dim", "likelihood", "df", "unit_radius", "radius", "radius_scale")
-    settings: dict[str, Any] = {
-        name: getattr(config, name) for name in (*names, "shared_variance", "targets", "rotations")
-    }
-    projector = "none" if config.projector == "auto" else config.projector
-    return VJE(encoder, features, projector=projector, **settings)
 
 
 def describe_run(config: TrainConfig, train_set: ImageSet) -> RunInfo:
@@ -415,7 +381,7 @@ def load_run(ckpt: str | Path, *, trust_plugins: bool = False, device: str | tor
     takes = state["projector.matrix"].T if "projector.matrix" in state else takes
     features = takes.shape[-1] if takes.dim() == 2 else 1
     with torch.device("meta"):
-        head = _model(info.config, nn.Identity(), features).state_dict()
+        head = build_head(info.config, features).state_dict()
     check_state(path, {name: t for name, t in state.items() if not name.startswith("encoder.")}, head)
     vje = build_model(info.config, info.view_size, features)
     check_state(path, state, vje.state_dict())

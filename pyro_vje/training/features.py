@@ -16,10 +16,11 @@ from torch import Tensor
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import ImageSet, derive_seed
 from pyro_vje.model import VJE, Whitening
+from pyro_vje.model.build import build_head
 from pyro_vje.model.encoding import cpu_rows
 from pyro_vje.progress import Progress
 from pyro_vje.runs.files import read_json, write_json
-from pyro_vje.runs.folder import RunInfo, build_head
+from pyro_vje.runs.folder import RunInfo
 from pyro_vje.training.module import QUIET, Pretraining, quiet_lightning
 
 ROWS = 32

@@ -23,7 +23,7 @@ from pyro_vje.data import ImageSet, splits
 from pyro_vje.data.datasets import say_fit
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
-from pyro_vje.model import ELBO, VJE, encode, encode_features, own_objective, whitened_dim
+from pyro_vje.model import ELBO, VJE, build_model, encode, encode_features, own_objective, whitened_dim
 from pyro_vje.runs import folder as layout
 from pyro_vje.runs.files import LOCK, is_begun, locked, write_json
 from pyro_vje.runs.folder import CHECKPOINTS, CONFIG, RunInfo, save_weights
@@ -91,7 +91,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     if config.normal_class is not None:  # its index would be another class elsewhere
         config = dataclasses.replace(config, normal_class=train_set.class_name(config.normal_class))
     info = layout.describe_run(config, train_set)
-    vje = layout.build_model(config, info.view_size, weights=config.weights)
+    vje = build_model(config, info.view_size, weights=config.weights)
     if config.compile:
         vje.encoder.compile()
     vje.family.check(vje.embedding_dim, vje.settings)
@@ -134,7 +134,7 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
             config = dataclasses.replace(config, embedding_dim=whitened_dim(features[:, 0]))
             info = dataclasses.replace(info, config=config)
             write_json(folder / CONFIG, info.to_dict())
-            vje = layout.build_model(config, info.view_size, vje.feature_dim, weights=config.weights)
+            vje = build_model(config, info.view_size, vje.feature_dim, weights=config.weights)
             vje.to(device)
         fit_whitening(vje, features[:, 0])
     report = EpochReport(folder, train_set, knn_sets, info.view, features)

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from pyro_vje.data.splits import load_train_set
+from pyro_vje.model.build import build_model
 from pyro_vje.model.encoding import encode
-from pyro_vje.runs.folder import CALIBRATION, REFERENCE, build_model, describe_run, save_posteriors, save_weights
+from pyro_vje.runs.folder import CALIBRATION, REFERENCE, describe_run, save_posteriors, save_weights
 
 
 @pytest.fixture(scope="session")

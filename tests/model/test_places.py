@@ -9,8 +9,8 @@ from torch import nn
 from pyro_vje.anomaly.maps import place_head
 from pyro_vje.distributions import pairwise_log_prob
 from pyro_vje.model import build_encoder
+from pyro_vje.model.build import build_head
 from pyro_vje.model.places import GROUP, KINDS, PlaceDensity, PlaceFeatures, share_scales
-from pyro_vje.runs.folder import build_head
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pyro_vje import TrainConfig, load_run
-from pyro_vje.runs.folder import CALIBRATION, SCHEMA_VERSION, RunInfo, build_model, read_info
+from pyro_vje.model.build import build_model
+from pyro_vje.runs.folder import CALIBRATION, SCHEMA_VERSION, RunInfo, read_info
 
 WEIGHT = "posterior_network.loc.weight"
 

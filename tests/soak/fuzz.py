@@ -38,16 +38,8 @@ from pyro_vje.data.splits import load_train_set
 from pyro_vje.experiments import ablation, protocols
 from pyro_vje.experiments.cells import Cell, Cells
 from pyro_vje.model import encoders
-from pyro_vje.runs.folder import (
-    CALIBRATION,
-    CHECKPOINTS,
-    CONFIG,
-    METRICS,
-    WEIGHTS,
-    build_model,
-    load_posteriors,
-    read_info,
-)
+from pyro_vje.model.build import build_model
+from pyro_vje.runs.folder import CALIBRATION, CHECKPOINTS, CONFIG, METRICS, WEIGHTS, load_posteriors, read_info
 from pyro_vje.training import run as training
 from pyro_vje.training.checkpoints import check_checkpoint
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from pyro_vje.data import ImageSet, LazyImages
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.runs.folder import build_model, describe_run
+from pyro_vje.model.build import build_model
+from pyro_vje.runs.folder import describe_run
 from pyro_vje.training import features as caching
 
 

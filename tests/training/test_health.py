@@ -11,7 +11,8 @@ from PIL import Image
 from pyro_vje import train
 from pyro_vje.data import make_loader
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.runs.folder import build_model, read_info
+from pyro_vje.model.build import build_model
+from pyro_vje.runs.folder import read_info
 from pyro_vje.training import run as training
 from pyro_vje.training.monitor import TrainingDiverged
 

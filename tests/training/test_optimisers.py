@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pyro_vje import TrainConfig, train
 from pyro_vje.data.splits import load_train_set
-from pyro_vje.runs.folder import build_model
+from pyro_vje.model.build import build_model
 from pyro_vje.training import run as training
 from pyro_vje.training.module import Pretraining
 
