@@ -96,20 +96,33 @@ class VectorDistribution(TorchDistribution):
         ``method`` is ``"mle"``, maximum likelihood by L-BFGS, or ``"moments"``, its start: mean direction and resultant
         length on the sphere (the maximum likelihood of :class:`VonMisesFisher`), mean and variance elsewhere. ``df``
         are degrees of freedom that are not to be fitted; ``moments`` without them takes the Gaussian limit. A
-        ValueError says if an argument is another one, a NotImplementedError if the family has no fit.
+        ValueError says if an argument is another one, or the samples are outside the support or determine no law; a
+        NotImplementedError if the family has no fit.
         """
         if not isinstance(samples, Tensor) or samples.dim() != 2 or len(samples) < 2:
             raise ValueError(f"samples must be a tensor (N, D) with N of 2 or more, not {samples!r:.80}")
         if method not in ("mle", "moments"):
             raise ValueError(f"method must be 'mle' or 'moments', not {method!r}")
         values = samples.detach().double()
+        if not values.isfinite().all() or (values == values[0]).all():
+            raise ValueError("samples must be finite, and not all the same")
+        if cls.support is constraints.sphere and (values.norm(dim=-1) - 1).abs().max() > 1e-2:
+            raise ValueError("samples must be unit vectors")
+        if df is not None and not ("df" in cls.arg_constraints and _lies_in(cls.arg_constraints["df"], df)):
+            raise ValueError(f"df {df} is no degrees of freedom of {cls.__name__}")
         parameters = cls._start(values, df)
         if method == "mle":
             if df is None and "df" in parameters:
                 parameters["df"] = parameters["df"].clamp(max=10.0)
             parameters = cls._maximize(values, parameters, () if df is None else ("df",))
+        for name, p in parameters.items():
+            if not _lies_in(cls.arg_constraints[name], p) or (p.isinf().any() and name != "df"):
+                raise ValueError(
+                    f"these samples determine no {cls.__name__} ({name}): are some or all of them constant?"
+                )
         made: Any = partial(cls, validate_args=False)
-        return made(**{name: p.to(samples.dtype) for name, p in parameters.items()})
+        dtype = samples.dtype if samples.is_floating_point() else torch.get_default_dtype()
+        return made(**{name: p.to(dtype) for name, p in parameters.items()})
 
     @classmethod
     def _start(cls, samples: Tensor, df: float | None) -> dict[str, Tensor]:
@@ -145,6 +158,10 @@ class VectorDistribution(TorchDistribution):
         with torch.enable_grad():
             optimizer.step(loss)
         return {name: p.detach() for name, p in parameters().items()}
+
+
+def _lies_in(constraint: Any, value: Scalar) -> bool:
+    return bool(torch.as_tensor(constraint.check(torch.as_tensor(value, dtype=torch.float64))).all())
 
 
 def pairwise_log_prob(distribution: TorchDistribution, value: Tensor) -> Tensor:

@@ -92,10 +92,27 @@ class PolarLaw(NamedTuple):
     curvature: Tensor
     log_density: Callable[[Tensor, Tensor], Tensor]
 
-    def nodes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Nodes z, log densities and log masses there (..., num_nodes); masses sum to the normaliser."""
-        log_z, log_1mz, log_weight = logit_nodes(self.mode.logit().detach(), self.curvature.rsqrt().detach())
-        return self._masses(log_z, log_1mz, log_weight)
+    def nodes(self, cut: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Nodes z, log densities and log masses there (..., num_nodes); masses sum to the normaliser.
+
+        With ``cut`` (...) they are for functions that are singular at that z, and move with it: on either side those of
+        tanh-sinh quadrature (Takahasi & Mori 1974) in the variable tau of `logit_nodes`.
+        """
+        mode, width = self.mode.logit().detach(), self.curvature.rsqrt().detach()
+        if cut is None:
+            return self._masses(*logit_nodes(mode, width))
+        s = torch.linspace(-3.2, 3.2, 601, dtype=mode.dtype, device=mode.device)
+        share, rest = (math.pi * s.sinh()).sigmoid(), (-math.pi * s.sinh()).sigmoid()
+        weight = (s[1] - s[0]) * math.pi * s.cosh() * share * rest
+        mode, width, tiny = mode.unsqueeze(-1), width.unsqueeze(-1), torch.finfo(mode.dtype).tiny
+        logit = cut.clamp(tiny, 1 - torch.finfo(cut.dtype).eps).logit().unsqueeze(-1)
+        middle = ((logit - mode) / width).asinh().clamp(-_LAST_NODE, _LAST_NODE)
+        left, right = (middle + _LAST_NODE).clamp_min(tiny), (_LAST_NODE - middle).clamp_min(tiny)
+        tau = torch.cat([left * share - _LAST_NODE, middle + right * share], -1)
+        log_weight = torch.cat([(left * weight).log(), (right * weight).log()], -1) + (width * tau.cosh()).log()
+        logit = mode + width * tau.sinh()
+        log_z = torch.nn.functional.logsigmoid(logit)
+        return self._masses(log_z, log_z - logit, log_weight)
 
     def _masses(self, log_z: Tensor, log_1mz: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, half = log_z.exp(), 0.5 * (self.dim - 1)

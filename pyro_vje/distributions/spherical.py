@@ -272,8 +272,11 @@ def directional_pit(distribution: Any, value: Tensor, num_samples: int = 1000) -
     The residual is the angle between the direction of value (..., D) and the distribution's ``loc``; its probability
     to be smaller, shape (...), is uniform on (0, 1) if value is a draw. It is exact where the law has an
     ``angle_cdf``; elsewhere the randomised rank among ``num_samples`` draws for each batch element is uniform too.
+    A ValueError says if the distribution has no ``loc``.
     """
     distribution = getattr(distribution, "direction_factor", distribution)
+    if not hasattr(distribution, "loc"):
+        raise ValueError(f"a {type(distribution).__name__} has no loc, to which there would be an angle")
     direction = torch.nn.functional.normalize(value, dim=-1)
     if hasattr(distribution, "angle_cdf"):
         return distribution.angle_cdf(direction)

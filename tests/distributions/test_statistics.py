@@ -116,19 +116,66 @@ def test_divergences_by_integrals(dim):
     assert got.item() == pytest.approx(want, abs=1e-9)
 
 
-@pytest.mark.parametrize("angle", [0.3, 2.0, math.pi])
-def test_divergence_of_power_sphericals_on_the_circle(angle):
+@pytest.mark.parametrize(
+    ("dim", "one", "other", "angle"),
+    [(2, 20, 2, 0.3), (2, 2, 2, 3.0), (2, 7, 4, 1.5), (2, 1, 50, 2.5), (2, 0.3, 5, 2.0), (2, 20, 2, math.pi)]
+    + [(3, 1, 50, 1.5), (3, 2, 2, 3.0), (3, 0.5, 3, 2.0)],
+)
+def test_divergence_of_power_sphericals_in_low_dimension(dim, one, other, angle):
+    """The cross entropy is singular within the range; on the sphere its mean over a latitude has a closed form."""
     with mp.workdps(20):
-        norm = [mp.log(2 * mp.sqrt(mp.pi) * mp.gamma(k + mp.mpf(1) / 2) / mp.gamma(k + 1)) for k in (20, 2)]
+        k, j, cos = mp.mpf(one), mp.mpf(other), mp.cos(mp.mpf(angle))
+        if dim == 2:
+            norms = [mp.log(2 * mp.sqrt(mp.pi) * mp.gamma(x + mp.mpf(1) / 2) / mp.gamma(x + 1)) for x in (k, j)]
+            at = sorted({-mp.pi, angle - mp.pi, mp.mpf(0), min(mp.mpf(angle), mp.pi), mp.pi})
 
-        def integrand(x):
-            p = 20 * mp.log(mp.cos(x / 2) ** 2) - norm[0]
-            return mp.exp(p) * (p - 2 * mp.log(mp.cos((x - angle) / 2) ** 2) + norm[1])
+            def integrand(x):
+                own, its = (2 * mp.log(abs(mp.cos(y / 2))) for y in (x, x - angle))
+                return mp.exp(k * own - norms[0]) * (k * own - norms[0] - j * its + norms[1])
+        else:
+            norms = [mp.log(4 * mp.pi / (x + 1)) for x in (k, j)]
+            at = [-1, -cos, 1]
 
-        want = float(mp.quad(integrand, [-mp.pi, angle - mp.pi - 1e-9, angle - mp.pi + 1e-9, 0, 1, mp.pi]))
-    locs = double([[1.0, 0.0], [math.cos(angle), math.sin(angle)]])
-    p, q = PowerSpherical(locs[0], double(20.0)), PowerSpherical(locs[1], double(2.0))
-    assert kl_divergence(p, q).item() == pytest.approx(want, abs=2e-3)
+            def integrand(c):
+                own, its = mp.log((1 + c) / 2), mp.log((1 + c * cos + abs(c + cos)) / 4)
+                return 2 * mp.pi * mp.exp(k * own - norms[0]) * (k * own - norms[0] - j * its + norms[1])
+
+        want = float(mp.quad(integrand, at))
+    locs = torch.zeros(2, dim).double()
+    locs[0, 0], locs[1, 0], locs[1, 1] = 1.0, math.cos(angle), math.sin(angle)
+    p, q = PowerSpherical(locs[0], double(one)), PowerSpherical(locs[1], double(other))
+    assert kl_divergence(p, q).item() == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("law", [PowerSpherical, SphericalCauchy, VonMisesFisher])
+@pytest.mark.parametrize("dim", [2, 3, 64])
+def test_the_slope_of_a_divergence_is_right_and_zero_where_both_laws_are_one(law, dim):
+    y = uniform_directions(1, dim)[0]
+    for x in (y, uniform_directions(1, dim)[0]):
+        loc, concentration = x.clone().requires_grad_(), double(0.4).requires_grad_()
+
+        def divergence(loc, concentration, y=y):
+            p = law(loc / loc.norm(), concentration, validate_args=False)
+            return kl_divergence(p, law(y, double(0.4)))
+
+        slopes = torch.autograd.grad(divergence(loc, concentration), (loc, concentration))
+        step = 1e-5 * uniform_directions(1, dim)[0]
+        with torch.no_grad():
+            along = divergence(loc + step, concentration) - divergence(loc - step, concentration)
+            up = divergence(loc, concentration + 1e-5) - divergence(loc, concentration - 1e-5)
+        assert (2 * slopes[0] @ step).item() == pytest.approx(along.item(), rel=1e-5, abs=1e-12)
+        assert (2e-5 * slopes[1]).item() == pytest.approx(up.item(), rel=1e-5, abs=1e-12)
+        if x is y:
+            assert max(slope.abs().max() for slope in slopes) < 1e-7
+
+
+def test_divergences_broadcast_and_ask_for_one_dimension():
+    uniform, law = HypersphericalUniform(3).expand((4,)), PowerSpherical(torch.eye(3)[:1], 2.0)
+    for p, q in ((uniform, law), (law, uniform), (uniform, uniform), (law, law.expand((4,)))):
+        assert kl_divergence(p, q).shape == (4,)
+    for p, q in ((HypersphericalUniform(5), law), (law, HypersphericalUniform(5)), (HypersphericalUniform(5), uniform)):
+        with pytest.raises(ValueError, match="different event shapes"):
+            kl_divergence(p, q)
 
 
 def test_polar_products():
@@ -196,6 +243,28 @@ def test_fits_name_what_is_wrong():
         VonMisesFisher.fit(torch.eye(3), method="map")
     with pytest.raises(NotImplementedError, match="PolarStudentT has no fit"):
         PolarStudentT.fit(torch.randn(5, 3))
+    unit, real = uniform_directions(50, 3), torch.randn(50, 3)
+    for law, samples, df, message in (
+        (VonMisesFisher, 10 * unit, None, "unit vectors"),
+        (DiagonalStudentT, real * torch.inf, None, "must be finite"),
+        (DiagonalStudentT, real, -3.0, "df -3.0 is no degrees of freedom"),
+        (ProjectedStudentT, unit, 0.01, "df 0.01 is no degrees of freedom"),
+        (PowerSpherical, unit, 3.0, "df 3.0 is no degrees of freedom of PowerSpherical"),
+        (DiagonalStudentT, real * torch.tensor([1.0, 1.0, 0.0]), 3.0, "determine no DiagonalStudentT"),
+        (PowerSpherical, unit[:1].expand(50, 3), None, "not all the same"),
+    ):
+        for method in ("moments", "mle"):
+            with pytest.raises(ValueError, match=message):
+                law.fit(samples, df=df, method=method)
+    with pytest.raises(ValueError, match="HypersphericalUniform has no loc"):
+        directional_pit(HypersphericalUniform(3), unit)
+
+
+def test_whole_numbers_are_fitted_as_real_ones():
+    whole = torch.randint(0, 5, (200, 3))
+    one, other = (DiagonalStudentT.fit(samples, method="moments") for samples in (whole, whole.float()))
+    assert one.scale.dtype == torch.float32
+    near(one.scale, other.scale, 1e-6)
 
 
 @pytest.mark.parametrize("dim", [2, 17, 128, 512])
