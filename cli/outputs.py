@@ -54,8 +54,9 @@ def eval(ckpt: Path, **settings: Any) -> None:
     click.echo(format_table(result))
     trained, untrained, *_ = result["rows"]
     found = f"k-NN {trained['knn']:.3f}, and {untrained['knn']:.3f} of the {untrained['representation']}"
-    better = trained["knn"] > untrained["knn"]
-    log.info(f"training has {'helped' if better else 'not helped yet (more --epochs may)'}: {found}")
+    gain, noise = trained["knn"] - untrained["knn"], 2 * (0.5 / result["test_images"]) ** 0.5
+    said = "helped" if gain > noise else "not helped yet (more --epochs may)" if gain <= 0 else "not clearly helped"
+    log.info(f"training has {said}: {found}, of {result['test_images']} test images")
 
 
 @options.command("export")

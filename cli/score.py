@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pyro_vje.anomaly.scores import PLACES, SCORES
+from pyro_vje.anomaly.scores import PLACES, SCORES, get_score
 from pyro_vje.cli import options
 from pyro_vje.config import INSPECTION, ScoreConfig, fields_of
 
@@ -22,7 +22,8 @@ _, _, DEFAULT = (fields_of(ScoreConfig)["score"].description or "").partition(",
 def score(ckpt: Path, **settings: Any) -> None:
     """Anomaly score of each image, higher for stranger ones, with p-value and the likelihood's parts, as a CSV."""
     config = ScoreConfig(**settings)
-
+    if config.score is not None:
+        get_score(config.score)  # an unknown one is known before anything heavy is loaded
     from pyro_vje import score
 
     _say(score(ckpt, config))

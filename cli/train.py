@@ -34,11 +34,14 @@ def train(ctx: click.Context, out: Path | None, resume: bool, overwrite: bool, *
 
     from pyro_vje import train
     from pyro_vje.runs.folder import read_info
+    from pyro_vje.training.run import refuse_changes
 
     if config is None:
         given = {name for name in settings if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
-        stored = read_info(out or Path()).config
-        config = dataclasses.replace(stored, **{name: settings[name] for name in given})
+        stored = read_info(out or Path())
+        config = dataclasses.replace(stored.config, **{name: settings[name] for name in given})
+        # Also what is a default: `train` cannot tell whether that was said.
+        refuse_changes(out or Path(), stored, {name: config.to_dict()[name] for name in given})
     folder = train(config, out, resume=resume, overwrite=overwrite)
     if is_first_process():
         log.info("which images are strange: pyro-vje score --ckpt %s --data FOLDER", folder)

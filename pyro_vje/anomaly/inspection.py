@@ -24,10 +24,12 @@ from pyro_vje.anomaly.table import ScoreResult, score
 from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import ImageSet, list_images, load_train_set, views_for
 from pyro_vje.data.datasets import SQUARE, short_to_long
+from pyro_vje.data.decode import image_shape
 from pyro_vje.model import build_encoder, encode
 from pyro_vje.model.pretrained import packaged_weights, preprocessing
 from pyro_vje.progress import duration
 from pyro_vje.runs import folder as runs
+from pyro_vje.runs.stopping import GOES_ON, Interrupted
 from pyro_vje.training import train
 from pyro_vje.training.run import choose_precision
 
@@ -68,16 +70,21 @@ def inspect(
     scores other images with it), calibrates, scores and decides; leaves ``out/scores.csv``, its summary and
     ``out/scores_report.html``. ``encoder``, ``weights``, ``image_size`` and ``fit`` are those of `TrainConfig`, by
     default what `choose_encoder` finds, images that are not square whole between margins; ``places`` that of
-    `MapConfig`, for maps, which a finished model without them learns then; ``overrides`` are fields of `ScoreConfig`
-    in place of those of ``settings``, by default decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``:
-    one folder lies within another or has no images, or the decision asked for cannot be met by any image.
+    `MapConfig`, for maps, which a finished model learns then; ``overrides`` are fields of `ScoreConfig` in place of
+    those of ``settings``, by default decided at p-values of 0.05. ``ValueError`` or ``FileNotFoundError``: one folder
+    lies within another or has no images, the decision asked for cannot be met by any image, or the model in ``out`` has
+    learned from other images or in another way. `Interrupted`: the same call goes on.
     """
     folders = {"GOOD": Path(good).resolve(), "NEW": Path(new).resolve(), "--out": Path(out).resolve()}
     for (name, folder), (other, outer) in permutations(folders.items(), 2):
         if folder.is_relative_to(outer):
             raise ValueError(f"{name} ({folder}) lies within {other} ({outer}): images would count twice, name another")
-    learned = [str(path) for path in list_images(good)]
-    count, new_count = len(learned), len(list_images(new))
+    learned, shown = ([str(path) for path in list_images(folder)] for folder in (good, new))
+    count, new_count = len(learned), len(shown)
+    if not any(map(image_shape, shown)):
+        raise ValueError(f"not one of {new_count} images in {new} can be read; the first is {shown[0]}")
+    if weights and not encoder:
+        raise ValueError("weights are an encoder's: name it too (--encoder)")
     settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **overrides})
     network, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
     log.info("%d good images, %d new ones; the network: %s", count, new_count, why)
@@ -88,7 +95,7 @@ def inspect(
         weights=source,
         holdout=min(0.3, max(0.05, HELD_OUT / count)) if source == "none" else None,
         image_size=image_size,
-        fit=fit or ("crop" if short_to_long(learned) >= SQUARE else "pad"),
+        fit=fit or ("crop" if min(map(short_to_long, (learned, shown))) >= SQUARE else "pad"),
     )
     resolved = config.resolved()
     calibrated = count if resolved.frozen else round((resolved.holdout or 0) * count)
@@ -99,19 +106,24 @@ def inspect(
     else:
         log.warning("%d good images are too few to decide at %g: p-values only", count, ALPHA)
     run = Path(out) / "model"
-    if (run / runs.WEIGHTS).is_file():
-        _check_learned(run, good, encoder, fit)
-        log.info("the model in %s is there already; remove it to learn anew", run)
-    else:
-        if resolved.frozen:
-            log.info("this will take about %s", duration(_seconds(resolved, count, new_count)))
-        train(config, run, resume=(run / runs.CONFIG).is_file())
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # what training has freed, glibc keeps: 100 MB
-            ctypes.CDLL(None).malloc_trim(0)
-    if settings.maps and not (run / runs.MAPS).is_file():
-        learn_maps(run, places=places, trust_plugins=settings.trust_plugins)
-    return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
+    if begun := (run / runs.CONFIG).is_file():
+        config = _check_learned(run, good, encoder=encoder, weights=weights, image_size=image_size, fit=fit)
+    try:
+        if (run / runs.WEIGHTS).is_file():
+            log.info("the model in %s is there already; remove it to learn anew", run)
+        else:
+            if resolved.frozen:
+                maps = ", and for maps about as long again" * settings.maps
+                log.info("this will take about %s%s", duration(_seconds(resolved, count, new_count)), maps)
+            train(config, run, resume=begun)
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # what training has freed, glibc keeps: 100 MB
+                ctypes.CDLL(None).malloc_trim(0)
+        if settings.maps and (places or not (run / runs.MAPS).is_file()):
+            learn_maps(run, places=places, trust_plugins=settings.trust_plugins)
+        return score(run, settings, data=Path(new), out=settings.out or Path(out) / "scores.csv")
+    except KeyboardInterrupt as stop:
+        raise Interrupted.after(stop, GOES_ON) from None
 
 
 def _learned_from(info: runs.RunInfo, **other: Any) -> ImageSet:
@@ -120,16 +132,16 @@ def _learned_from(info: runs.RunInfo, **other: Any) -> ImageSet:
     return load_train_set(config, info.image_size, info.interpolation)[0]
 
 
-def _check_learned(run: Path, good: str | Path, encoder: str | None, fit: str | None) -> None:
-    """Raise ``ValueError`` if a finished model has not learned from these images, or not in the way asked for."""
+def _check_learned(run: Path, good: str | Path, **asked: Any) -> TrainConfig:
+    """The settings of a model that has begun to learn; ``ValueError`` if it is from other images, or in another way."""
     info = runs.read_info(run)
-    images = _learned_from(info, data_dir=str(good))
-    asked = encoder in (None, info.config.encoder) and fit in (None, info.fit)
-    if images.fingerprint() != info.fingerprint or not asked:
-        raise ValueError(
-            f"{run} has learned from other images than those in {good}, or with another network or fit: remove it, or "
-            "name another --out"
-        )
+    if _learned_from(info, data_dir=str(good)).fingerprint() != info.fingerprint:
+        raise ValueError(f"{run} has learned from other images than those in {good}: remove it, or name another --out")
+    for name, value in asked.items():
+        known = (getattr(info.config, name), info.view_size if name == "image_size" else None)
+        if value is not None and value not in known:
+            raise ValueError(f"{run} has learned with {name} {known[0]}, not {value}: remove it, or name another --out")
+    return info.config
 
 
 def _seconds(config: TrainConfig, good: int, new: int) -> float:

@@ -198,13 +198,16 @@ class Calibration:
         self.folds, self._score = [np.sort(fold) for fold in folds], score
 
     def p_values(self, scores: Floats, features: Tensor | None = None) -> Floats:
-        """P-values of images of ``scores`` (N,), or where there are several models of ``features`` (N, F)."""
+        """P-values of images of ``scores`` (N,), or where there are several models of ``features`` (N, F).
+
+        A score that is not a number has none.
+        """
         found = [scores]
         if features is not None and self.scorers:
             found = [_scores(own, self._score, features) for own in self.scorers]
         pairs = zip(self.folds, found, strict=True)
         at_least = np.sum([len(fold) - np.searchsorted(fold, x, side="left") for fold, x in pairs], axis=0)
-        return (1 + at_least) / (len(self.scores) + 1)
+        return np.where(np.isnan(found).any(0), np.nan, (1 + at_least) / (len(self.scores) + 1))
 
     def describe(self) -> dict[str, Any]:
         """Number of its images, and above which score an image's p-value is at most some levels."""

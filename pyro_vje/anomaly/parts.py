@@ -175,8 +175,9 @@ class LikelihoodParts:
 
     @property
     def log_radius(self) -> Tensor:
-        """The radial factor; NaN for a family that does not split them."""
-        return self._factors[:, 2]
+        """The radial factor; NaN for a family that does not split them, and where the factor is dropped."""
+        dropped = self.scorer.vje.settings.radius is None and "radius" in self.scorer.family.uses
+        return torch.full_like(self._factors[:, 2], torch.nan) if dropped else self._factors[:, 2]
 
     @cached_property
     def kl(self) -> Tensor:

@@ -25,8 +25,11 @@ class Score:
     of: str = "likelihood"
 
     def __call__(self, parts: Any) -> Any:
-        """Evaluate the score ``(N,)``."""
-        return self.function(parts)
+        """Evaluate the score ``(N,)``; ``ValueError`` if the function gives another shape."""
+        values = self.function(parts)
+        if values.dim() != 1:
+            raise ValueError(f"score {self.name!r} must be a number an image, (N,), not of shape {tuple(values.shape)}")
+        return values
 
 
 # fmt: off

@@ -27,6 +27,7 @@ from pyro_vje.anomaly.judge import HOW, MAP_COLUMNS, PARTS, Judge, prepare, say_
 from pyro_vje.anomaly.maps import describe_maps, find_masks, map_file, read_levels
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageError, ImageSet
+from pyro_vje.data.datasets import say_fit
 from pyro_vje.data.decode import shown_box
 from pyro_vje.metrics.detection import benjamini_hochberg
 from pyro_vje.model.encoding import encode
@@ -103,6 +104,8 @@ def _score(ckpt: Path, settings: ScoreConfig) -> ScoreResult:
         family = judge.scorer.family.name
         raise ValueError(f"score {judge.score.name!r} does not exist for the likelihood {family!r}")
 
+    if lost := int(scored.anomaly_score.isna().sum()):
+        log.warning("the score of %d of %d images is not a number: they have no p-value", lost, len(scored))
     maps = None
     if judge.maps and maps_folder:
         positions, peaks = scored.position.tolist(), scored.map_peak.to_numpy()
@@ -161,6 +164,8 @@ def _images_and_normal_class(run: runs.LoadedRun, settings: ScoreConfig) -> tupl
     """The images to score, and the name of the class that is normal among them, if anything says so."""
     if settings.data is not None:
         images = runs.load_split(run, "all", "folder", settings.data, residency="stream")
+        if run.info.fit == "crop":
+            say_fit(images, "crop")
     else:
         where = (settings.dataset, settings.data_dir)
         images = runs.load_split(run, "test", *where, download=settings.download)
@@ -277,7 +282,7 @@ def _table(
 
 def _decide(table: pd.DataFrame, settings: ScoreConfig) -> dict[str, Any] | None:
     """Fill in decisions, if there is a rule for them: which it is, and how many images are called anomalies."""
-    p_values = table.p_value[table.error.isna()]
+    p_values = table.p_value.dropna()
     if settings.alpha is not None:
         rule, level, called = "p-value at most the level", settings.alpha, p_values <= settings.alpha
     elif settings.fdr is not None:

@@ -25,7 +25,7 @@ SPLITS = ("pretrain", "train", "test", "all")
 
 @dataclass(frozen=True)
 class Request:
-    """What a data set's function is asked for; see :func:`load_dataset`."""
+    """What a data set's function is asked for; see :func:`load_dataset`. Training asks for the split ``"pretrain"``."""
 
     name: str
     root: Path

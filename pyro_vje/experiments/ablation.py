@@ -15,8 +15,7 @@ from pyro_vje.anomaly.table import score
 from pyro_vje.config import ABLATION_AXES, TrainConfig, fields_of
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.experiments.cells import NOT_USED, Cell, Cells, Comparison, Table, protocols_of, spread, text
-from pyro_vje.model.build import build_model
-from pyro_vje.model.likelihoods import FAMILIES, SETTINGS
+from pyro_vje.model.build import build_model, unused
 from pyro_vje.pages import pictures
 from pyro_vje.representation.evaluation import probe
 from pyro_vje.runs.folder import METRICS, default_device, load_run, load_split
@@ -26,13 +25,6 @@ NOT_AXES = ("dataset", "data_dir", "download", "devices")  # numbers on differen
 MEASURES = {"knn": ("k-NN", ".3f"), "linear": ("linear", ".3f"), "auroc": ("AUROC", ".3f")}  # heading, format
 MEASURES |= {"effective_rank": ("eff. rank", ".1f"), "posterior_snr": ("post. SNR", ".2f")}
 MEASURES |= {"loss": ("loss", ".2f"), "seconds": ("seconds", ".0f")}
-
-
-def unused(config: TrainConfig) -> set[str]:
-    """The settings that do nothing in a cell, by its likelihood; of a user's own family nothing is known."""
-    family = FAMILIES.get(config.likelihood)
-    names = set(SETTINGS).difference(family.uses) if family else set()
-    return names | ({"radius_scale"} if config.radius is None else set())
 
 
 def grid(base: TrainConfig, axes: Mapping[str, Sequence[Any]]) -> list[TrainConfig]:

@@ -184,6 +184,7 @@ def write_table(folder: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame
     write_atomic(folder / f"{name}.tex", "".join(f"% {x}\n" for x in notes) + latex.replace("±", r"$\pm$"))
     plain = table.map(lambda entry: entry.strip("*"))
     simple = str(plain.to_markdown(index=False, tablefmt="simple", disable_numparse=True))
+    notes = [note.replace(", best in bold", "") for note in notes]  # of which a terminal has none
     lines = [textwrap.fill(note, 110, subsequent_indent="    ") for note in notes]
     return "\n".join([*map(str.rstrip, simple.splitlines()), "", *lines])
 

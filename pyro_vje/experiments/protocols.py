@@ -162,6 +162,8 @@ def ood(
         sets = [inside if config.normal_class is None else inside.of_class(config.normal_class)]
         for kind, place in todo.values():
             sets.append(runs.load_split(run, "all" if kind == "folder" else "test", kind, place))
+            if sets[-1].fingerprint() == inside.fingerprint():
+                raise ValueError(f"{place or kind} are the run's own test images, which nothing tells from themselves")
         own, *theirs = all_scores(run, sets, likelihoods=likelihoods)
         cells.summarise(_tabulate)  # makes the folder
         for name, scores in zip(todo, theirs, strict=True):

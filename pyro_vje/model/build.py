@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_vje.config import TrainConfig
+from pyro_vje.config import TrainConfig, fields_of
 from pyro_vje.model.encoders import build_encoder, feature_dim
+from pyro_vje.model.likelihoods import FAMILIES, SETTINGS
 from pyro_vje.model.vje import VJE
 
 
@@ -42,3 +43,18 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
     }
     projector = "none" if config.projector == "auto" else config.projector
     return VJE(encoder, features, projector=projector, **settings)
+
+
+def unused(config: TrainConfig) -> set[str]:
+    """The settings that do nothing in a cell, by its likelihood; of a user's own family nothing is known."""
+    family = FAMILIES.get(config.likelihood)
+    names = set(SETTINGS).difference(family.uses) if family else set()
+    return names | ({"radius_scale"} if config.radius is None else set())
+
+
+def refuse_unused(config: TrainConfig) -> None:
+    """Raise ``ValueError`` if a setting was changed that does nothing for the likelihood, or beside another."""
+    for name in sorted(unused(config)):
+        if (value := getattr(config, name)) != fields_of(TrainConfig)[name].default:
+            rest = " without a radius" if name == "radius_scale" and config.radius is None else ""
+            raise ValueError(f"{name} {value} does nothing for the likelihood {config.likelihood}{rest}: leave it out")

@@ -204,7 +204,9 @@ class VJE(nn.Module):
         return self.project(self.encoder(images))
 
     def project(self, features: Tensor) -> Tensor:
-        """Embeddings ``(N, D)`` of encoder features ``(N, feature_dim)``."""
+        """Embeddings ``(N, D)`` of encoder features ``(N, feature_dim)``; ``ValueError`` for another width."""
+        if features.shape[-1] != self.feature_dim:
+            raise ValueError(f"the encoder gives {features.shape[-1]} features, but feature_dim is {self.feature_dim}")
         return at_least_float32(self.projector(features))
 
     def posterior(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,11 +83,13 @@ class EpochReport(lightning.pytorch.Callback):
         if not trainer.is_global_zero:
             return
         if (config.batch_size or 0) < FEW_IMAGES:
-            log.warning(
-                "%d images at a time are too few to learn from (batch norm has no more for its statistics): raise "
-                "batch_size to %d or more",
-                *(config.batch_size, FEW_IMAGES),
+            few = f"{config.batch_size} images at a time are too few to learn from"
+            how = (
+                "train on more"
+                if len(pl_module.train_set) < FEW_IMAGES
+                else f"raise batch_size to {FEW_IMAGES} or more"
             )
+            log.warning("%s (batch norm has no more for its statistics): %s", few, how)
         labels, classes = self.health_set.labels, self.health_set.classes or ()
         trained = {classes[label] for label in ([] if labels is None else labels.tolist()) if label >= 0}
         if config.normal_class is None and len(trained) > 1 and "normal" in trained:

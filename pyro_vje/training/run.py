@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from pyro_vje.data.datasets import say_fit
 from pyro_vje.data.splits import load_train_set
 from pyro_vje.launch import check_launch, is_first_process, launcher, machines
 from pyro_vje.model import ELBO, VJE, build_model, encode, encode_features, own_objective, whitened_dim
+from pyro_vje.model.build import refuse_unused
 from pyro_vje.runs import folder as layout
 from pyro_vje.runs.files import LOCK, is_begun, locked, write_json
 from pyro_vje.runs.folder import CHECKPOINTS, CONFIG, RunInfo, save_weights
@@ -91,6 +93,8 @@ def _train(config: TrainConfig, folder: Path, stack: ExitStack, *, resume: bool,
     if config.normal_class is not None:  # its index would be another class elsewhere
         config = dataclasses.replace(config, normal_class=train_set.class_name(config.normal_class))
     info = layout.describe_run(config, train_set)
+    if before is None:
+        refuse_unused(config)
     vje = build_model(config, info.view_size, weights=config.weights)
     if config.compile:
         vje.encoder.compile()
@@ -250,18 +254,24 @@ FREE = ("download", "workers", "residency", "devices", "data_dir", "epochs", "lo
 """Settings that may be others when a run goes on: they change no number (the data have a fingerprint) or extend it."""
 
 
+def refuse_changes(folder: Path, before: RunInfo, said: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` if a setting that is said, as in JSON, is another than the run's, and not in `FREE`."""
+    fixed = before.config.to_dict()
+    for name, value in said.items():
+        value = before.class_name(value) if name == "normal_class" else value
+        if name not in FREE and value != fixed[name]:
+            raise ValueError(
+                f"{folder} was trained with {name} {fixed[name]}, not {value}: leave it out to go on, or train anew "
+                "with --overwrite or another --out"
+            )
+
+
 def _to_resume(config: TrainConfig, before: RunInfo, folder: Path) -> TrainConfig:
     """The settings to go on with: those stored, with what may be new of ``config``; its defaults are not said."""
     default, given, fixed = TrainConfig().to_dict(), config.to_dict(), before.config.to_dict()
     given["normal_class"] = before.class_name(config.normal_class)
     said = {name: value for name, value in given.items() if value not in (default[name], fixed[name])}
-    changed = [name for name in said if name not in FREE]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{folder} was trained with {name} {fixed[name]}, not {given[name]}: leave it out to go on, or train anew "
-            "with --overwrite or another --out"
-        )
+    refuse_changes(folder, before, said)
     if said.get("epochs", fixed["epochs"]) < fixed["epochs"]:
         raise ValueError(
             f"{folder} is a run of {fixed['epochs']} epochs, not {given['epochs']}: it can only become longer"

@@ -115,7 +115,7 @@ def test_a_run_without_calibration_gives_no_p_values(trained_run, out, tmp_path)
     copy = shutil.copytree(trained_run, tmp_path / "copy")
     for write, message in (
         (lambda path: path.write_bytes(b"damaged"), r"calibration\.safetensors is no readable"),
-        (lambda path: save_file({"embeddings": torch.zeros(2, 5)}, path), "does not fit its configuration"),
+        (lambda path: save_file({"embeddings": torch.zeros(2, 5)}, path), "not written by pyro-vje"),
     ):
         write(copy / CALIBRATION)
         with pytest.raises(ValueError, match=message):

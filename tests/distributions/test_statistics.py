@@ -118,8 +118,10 @@ def test_divergences_by_integrals(dim):
 
 @pytest.mark.parametrize(
     ("dim", "one", "other", "angle"),
-    [(2, 20, 2, 0.3), (2, 2, 2, 3.0), (2, 7, 4, 1.5), (2, 1, 50, 2.5), (2, 0.3, 5, 2.0), (2, 20, 2, math.pi)]
-    + [(3, 1, 50, 1.5), (3, 2, 2, 3.0), (3, 0.5, 3, 2.0)],
+    [
+        *((2, 20, 2, 0.3), (2, 2, 2, 3.0), (2, 7, 4, 1.5), (2, 1, 50, 2.5), (2, 0.3, 5, 2.0), (2, 20, 2, math.pi)),
+        *((3, 1, 50, 1.5), (3, 2, 2, 3.0), (3, 0.5, 3, 2.0)),
+    ],
 )
 def test_divergence_of_power_sphericals_in_low_dimension(dim, one, other, angle):
     """The cross entropy is singular within the range; on the sphere its mean over a latitude has a closed form."""
