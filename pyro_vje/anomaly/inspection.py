@@ -83,7 +83,7 @@ def inspect(
     count, new_count = len(learned), len(shown)
     if not any(map(image_shape, shown)):
         raise ValueError(f"not one of {new_count} images in {new} can be read; the first is {shown[0]}")
-    if weights and not encoder:
+    if weights not in (None, "none") and not encoder:
         raise ValueError("weights are an encoder's: name it too (--encoder)")
     settings = dataclasses.replace(settings or ScoreConfig(), **{"report": True, **overrides})
     network, source, why = (encoder, weights or "none", "as you said") if encoder else choose_encoder()
@@ -107,7 +107,8 @@ def inspect(
         log.warning("%d good images are too few to decide at %g: p-values only", count, ALPHA)
     run = Path(out) / "model"
     if begun := (run / runs.CONFIG).is_file():
-        config = _check_learned(run, good, encoder=encoder, weights=weights, image_size=image_size, fit=fit)
+        own = weights if encoder else None
+        config = _check_learned(run, good, encoder=encoder, weights=own, image_size=image_size, fit=fit)
     try:
         if (run / runs.WEIGHTS).is_file():
             log.info("the model in %s is there already; remove it to learn anew", run)

@@ -296,7 +296,7 @@ def _decide(table: pd.DataFrame, settings: ScoreConfig) -> dict[str, Any] | None
 
 def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Numbers of images, also by their labels if there are any; metrics over those known to be normal or anomalies."""
-    scored, known = int(table.error.isna().sum()), table.is_anomaly.dropna()
+    scored, known = int(table.error.isna().sum()), table.is_anomaly[table.anomaly_score.notna()].dropna()
     counts: dict[str, Any] = {"scored": scored, "failed": len(table) - scored}
     if not len(known):
         return {**counts, "normal": None, "anomalies": None, "unlabelled": None}, None

@@ -56,6 +56,15 @@ def test_few_images_give_p_values_and_no_decision_and_the_model_is_learned_once(
     assert again.csv.read_bytes() != before
     with pytest.raises(ValueError, match=r"at alpha 0\.05: calibrate with 19 or more"):
         inspect(*photographs, **TINY, alpha=0.05)
+    for asked, message in (
+        ({"image_size": 24}, "image_size 16, not 24"),
+        ({"encoder": "resnet-small"}, "encoder tiny, not resnet-small"),
+        ({"fit": "pad"}, "fit crop, not pad"),
+    ):
+        with pytest.raises(ValueError, match=f"has learned with {message}: remove it"):
+            inspect(*photographs, **{**TINY, **asked})
+    with pytest.raises(ValueError, match="weights are an encoder's"):
+        inspect(*photographs, weights="default")
     next(photographs[0].rglob("*.png")).unlink()
     with pytest.raises(ValueError, match=r"model has learned from other images than those in .*good.*--out"):
         inspect(*photographs, **TINY)
@@ -81,6 +90,34 @@ def test_a_frozen_encoder_gives_p_values_from_all_images_and_decides(photographs
     flags = [row["decision"] == "anomaly" for row in read(result.csv)]
     assert flags == [float(row["p_value"]) <= 0.05 for row in read(result.csv)]
     assert result.flagged == sum(flags)
+
+
+def test_new_images_that_are_not_square_are_seen_whole_too(photographs, caplog):
+    _, new, out = photographs
+    for path in new.iterdir():
+        Image.open(path).resize((40, 16)).save(path)
+    inspect(*photographs, **TINY)
+    assert read_info(out / "model").fit == "pad"
+    with caplog.at_level("INFO", "pyro_vje"):
+        inspect(*photographs[:2], out.with_name("cut"), **TINY, fit="crop")
+    assert "not square (such as 40 x 16 pixels): the central square is kept, 60% is cut off" in caplog.text
+    note = new.parent / "notes.txt"
+    note.write_text("no image")
+    with pytest.raises(ValueError, match=r"not one of 1 images in .*notes\.txt can be read"):
+        inspect(photographs[0], note, out, **TINY)
+
+
+def test_stopped_it_says_that_the_same_call_goes_on(photographs, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vje.training.run._keep", stop)
+        with pytest.raises(KeyboardInterrupt, match="the same command goes on from it"):
+            inspect(*photographs, **TINY)
+    with pytest.raises(ValueError, match="has learned with image_size 16, not 24"):
+        inspect(*photographs, **{**TINY, "image_size": 24})
+    assert inspect(*photographs, **TINY).scored == 6
 
 
 def test_a_folder_within_the_other_is_an_error(photographs):

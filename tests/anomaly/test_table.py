@@ -122,6 +122,25 @@ def test_a_run_without_calibration_gives_no_p_values(trained_run, out, tmp_path)
             score(copy, out=out)
 
 
+def test_a_score_that_is_not_a_number_has_no_p_value_and_no_decision(trained_run, out, tmp_path, monkeypatch, caplog):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "def holes(parts):\n"
+        "    return torch.where(torch.arange(len(parts.kl)) % 4 == 1, torch.nan, parts.kl)\n"
+        "def wide(parts):\n"
+        "    return parts.encoded.loc\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    result = score(trained_run, out=out, score="mine:holes", alpha=0.7, trust_plugins=True)
+    rows = read(out)
+    assert {row["p_value"] == "" for row in rows if row["anomaly_score"] == ""} == {True}
+    assert {row["decision"] for row in rows if row["anomaly_score"] == ""} == {""}
+    assert result.flagged == sum(row["decision"] == "anomaly" for row in rows)
+    assert "images is not a number: they have no p-value" in caplog.text
+    with pytest.raises(ValueError, match=r"score 'mine:wide' must be a number an image, \(N,\), not of shape"):
+        score(trained_run, out=out, score="mine:wide", trust_plugins=True)
+
+
 def test_images_without_a_label_are_no_anomalies(trained_run, image_folder, tmp_path, out):
     """Five normal, five bad, six loose images: five anomalies, and metrics over ten."""
     folder = tmp_path / "mixed"

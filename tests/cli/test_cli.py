@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,6 +303,18 @@ def test_resuming_takes_the_stored_settings_and_those_given(trained_run, tiny_co
     assert (stored.encoder, stored.epochs, more.epochs) == ("tiny", tiny_config.epochs, 9)
     assert all(how == {"resume": True, "overwrite": False} for _, how in called)
     assert all(getattr(stored, n) == getattr(more, n) for n in fields_of(TrainConfig) if n != "epochs")
+
+
+def test_what_is_said_when_going_on_is_heeded_though_it_is_a_default(trained_run, tmp_path):
+    run_copy = shutil.copytree(trained_run, tmp_path / "copy")
+    told = run("train", "--resume", "--out", run_copy, "--hidden-dim", TrainConfig().hidden_dim)
+    assert (told.exit_code, "was trained with hidden_dim" in told.stderr) == (2, True)
+    assert run("train", "--resume", "--out", run_copy, "--views", 2, "--workers", 0).exit_code == 0
+
+
+def test_an_unknown_score_is_known_before_torch_is_loaded(trained_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyro_vje.anomaly.table", None)
+    assert "unknown score 'nosuch'" in run("score", "--ckpt", trained_run, "--score", "nosuch").stderr
 
 
 def test_only_the_first_of_several_processes_prints_the_folder(monkeypatch):

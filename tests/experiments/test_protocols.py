@@ -148,6 +148,12 @@ def test_inspection_images_are_one_class(base, image_folder, tmp_path):
         one_class(config, tmp_path / "out", classes=["crack"])
 
 
+def test_a_runs_own_test_images_are_no_other_data_set(trained_run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_vje.data.ImageSet.fingerprint", lambda images: "the same")
+    with pytest.raises(ValueError, match="are the run's own test images"):
+        ood(trained_run, {"spots": ("folder", str(image_folder / "test" / "spots"))}, tmp_path / "out")
+
+
 def test_ood_tells_a_data_set_from_others(trained_run, image_folder, tmp_path):
     places = {name: ("folder", str(image_folder / "test" / name)) for name in ("spots", "stripes")}
     first = ood(trained_run, {"spots": places["spots"]}, tmp_path / "out", likelihoods=["normal"])

@@ -5,6 +5,7 @@ import math
 import pyro
 import pytest
 import torch
+from tiny import tiny_encoder
 from torch import nn
 
 from pyro_vje import VJE, SymmetricELBO
@@ -35,6 +36,12 @@ def test_stem_fits_the_image_size(name, size, features, first_stride, pools):
 def test_resnet50_keeps_its_width():
     with torch.device("meta"):
         assert build_encoder("resnet50", 224)(torch.zeros(1, 3, 224, 224)).shape == (1, 2048)
+
+
+def test_another_width_of_features_than_was_said_is_named():
+    vje = VJE(tiny_encoder(16), 9)
+    with pytest.raises(ValueError, match="the encoder gives 8 features, but feature_dim is 9"):
+        vje.encode_views(torch.zeros(2, 2, 3, 16, 16))
 
 
 def test_encoder_of_a_wrong_shape_is_refused():

@@ -259,3 +259,20 @@ def test_default_batch_fits_few_images(tiny_config, tmp_path):
     folder = train(dataclasses.replace(tiny_config, batch_size=None, epochs=1), tmp_path / "run")
     assert read_info(folder).config.batch_size == 16
     assert train(TrainConfig(), folder, resume=True) == folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"likelihood": "normal", "df": 5.0}, "df 5.0 does nothing for the likelihood normal"),
+        ({"likelihood": "polar-student-t-exact", "radius": None}, "radius None does nothing for the likelihood polar"),
+        (
+            {"radius": None, "radius_scale": "shared"},
+            "does nothing for the likelihood polar-student-t without a radius",
+        ),
+    ],
+)
+def test_a_setting_that_its_likelihood_does_not_use_is_refused(tiny_config, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(tiny_config, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
