@@ -85,12 +85,13 @@ def parse_block(text, where):
             raise AssertionError(f"{where}: pyro-vje {' '.join(words)}: {error.format_message()}") from None
 
 
-def check_arguments(command, words):
+def check_arguments(command, words, parent=None):
     """Parse a command line without running it; files need not exist. Raises ``click.UsageError``."""
-    context = click.Context(command, info_name=command.name)
+    # Click keeps a command's help option as its first context named it: -h comes from the group's settings.
+    context = click.Context(command, parent=parent, info_name=command.name, **command.context_settings)
     if isinstance(command, click.Group) and words and not words[0].startswith("-"):
         _, chosen, rest = command.resolve_command(context, list(words))
-        return check_arguments(chosen, rest)
+        return check_arguments(chosen, rest, context)
     values, rest, _ = command.make_parser(context).parse_args(list(words))
     if rest:
         raise click.UsageError(f"unexpected arguments {rest}")

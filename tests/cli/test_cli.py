@@ -167,7 +167,8 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_codes_130_and_143(trained_run,
 
 def test_repeatable_flag_shows_and_takes_its_names():
     for command in ("train", "ablate"):
-        assert "[default: shared-variance]" in " ".join(run(command, "-h").stdout.split())
+        told = run(command, "-h")
+        assert "[default: shared-variance]" in " ".join(told.stdout.split()), told.output
     given = {
         (): (True,),
         ("--separate-variance",): (False,),
