@@ -64,8 +64,8 @@ fi
 # shellcheck disable=SC2086 # the settings are words
 {
     train="$DATA --encoder $ENCODER --batch-size $BATCH"
-    # What short runs gained by (learning.md), but for the crops: hundreds of epochs may want the small ones. MORE comes last.
-    vje="--projector linear --hidden-dim 2048 --rotations 0.4 --kl-weight 0.1 $MORE"
+    # What 25 epochs gained by (learning.md), but for the crops: hundreds of epochs may want the small ones. MORE comes last.
+    vje="--projector linear --hidden-dim 2048 --kl-weight 0.1 $MORE"
     simsiam="--projector mlp --hidden-dim 2048 --objective benchmarks.controls:simsiam"
     one_class="benchmark one-class $DATA --encoder $ENCODER --batch-size $BATCH --knn-every 0"
     # The search, in equal time: crops × batches, four views, and the package's defaults.
