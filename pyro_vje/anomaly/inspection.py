@@ -142,7 +142,7 @@ def _check_learned(run: Path, good: str | Path, **asked: Any) -> TrainConfig:
         known = (getattr(info.config, name), info.view_size if name == "image_size" else None)
         if value is not None and value not in known:
             raise ValueError(f"{run} has learned with {name} {known[0]}, not {value}: remove it, or name another --out")
-    return info.config
+    return dataclasses.replace(info.config, data_dir=str(good))
 
 
 def _seconds(config: TrainConfig, good: int, new: int) -> float:

@@ -46,7 +46,7 @@ def _model(config: TrainConfig, encoder: nn.Module, features: int) -> VJE:
 
 
 def unused(config: TrainConfig) -> set[str]:
-    """The settings that do nothing in a cell, by its likelihood; of a user's own family nothing is known."""
+    """The settings that do nothing in a run, by its likelihood; of a user's own family nothing is known."""
     family = FAMILIES.get(config.likelihood)
     names = set(SETTINGS).difference(family.uses) if family else set()
     return names | ({"radius_scale"} if config.radius is None else set())
