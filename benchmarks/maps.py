@@ -22,13 +22,13 @@ from benchmarks.__main__ import describe
 from benchmarks.harness import Settings, compare
 from pyro_vje import metrics
 from pyro_vje.anomaly import maps as own
+from pyro_vje.anomaly.places import KINDS, PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.config import TrainConfig
 from pyro_vje.data import load_dataset, load_train_set
 from pyro_vje.data.decode import decode_image
 from pyro_vje.metrics.localisation import PixelCounts
 from pyro_vje.model.build import build_head, build_model
 from pyro_vje.model.encoding import encode_features
-from pyro_vje.model.places import KINDS, PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.model.vje import VJE
 from pyro_vje.runs import folder as runs
 from pyro_vje.runs.files import write_json

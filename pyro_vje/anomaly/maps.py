@@ -2,7 +2,7 @@
 
 The head is that of images (whitening, posterior network, kernels at reference embeddings), trained on places of normal
 images; two views of a place are the place and a neighbour of it. Beside the encoder's pass, which gives the features of
-places as well, an image costs one matrix product (`pyro_vje.model.places.PlaceDensity`).
+places as well, an image costs one matrix product (`pyro_vje.anomaly.places.PlaceDensity`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pyro_vje.anomaly.places import PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.config import ScoreConfig, TrainConfig
 from pyro_vje.data import ImageSet, derive_seed
 from pyro_vje.data.decode import decode_image, image_shape, list_images, shown_box
@@ -27,7 +28,6 @@ from pyro_vje.data.splits import evenly_spread
 from pyro_vje.metrics.localisation import PixelCounts
 from pyro_vje.model.build import build_head
 from pyro_vje.model.encoding import Encoded, cpu_rows, encode_features, images_at_once, in_equal_parts
-from pyro_vje.model.places import PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.progress import Progress
 from pyro_vje.runs import folder as runs
 from pyro_vje.training.features import fit_head

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from pyro_vje.anomaly.maps import place_head
+from pyro_vje.anomaly.places import GROUP, KINDS, PlaceDensity, PlaceFeatures, share_scales
 from pyro_vje.distributions import pairwise_log_prob
 from pyro_vje.model import build_encoder
 from pyro_vje.model.build import build_head
-from pyro_vje.model.places import GROUP, KINDS, PlaceDensity, PlaceFeatures, share_scales
 
 
 @pytest.mark.parametrize(
