@@ -301,7 +301,11 @@ def _against_labels(table: pd.DataFrame) -> tuple[dict[str, Any], dict[str, Any]
     if not len(known):
         return {**counts, "normal": None, "anomalies": None, "unlabelled": None}, None
     anomalies = int(known.sum())
-    counts |= {"normal": len(known) - anomalies, "anomalies": anomalies, "unlabelled": scored - len(known)}
+    counts |= {
+        "normal": len(known) - anomalies,
+        "anomalies": anomalies,
+        "unlabelled": int(table.is_anomaly[table.error.isna()].isna().sum()),
+    }
     if known.nunique() == 1:
         return counts, None
     return counts, metrics.detection_metrics(table.anomaly_score[known.index].to_numpy(), known.to_numpy(bool))

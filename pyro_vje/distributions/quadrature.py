@@ -109,10 +109,13 @@ class PolarLaw(NamedTuple):
         middle = ((logit - mode) / width).asinh().clamp(-_LAST_NODE, _LAST_NODE)
         left, right = (middle + _LAST_NODE).clamp_min(tiny), (_LAST_NODE - middle).clamp_min(tiny)
         tau = torch.cat([left * share - _LAST_NODE, middle + right * share], -1)
-        log_weight = torch.cat([(left * weight).log(), (right * weight).log()], -1) + (width * tau.cosh()).log()
+        return self._at(mode, width, tau, torch.cat([left * weight, right * weight], -1))
+
+    def _at(self, mode: Tensor, width: Tensor, tau: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `nodes` gives, at logits mode + width * sinh(tau), for weights in tau."""
         logit = mode + width * tau.sinh()
         log_z = torch.nn.functional.logsigmoid(logit)
-        return self._masses(log_z, log_z - logit, log_weight)
+        return self._masses(log_z, log_z - logit, (weight * width * tau.cosh()).log())
 
     def _masses(self, log_z: Tensor, log_1mz: Tensor, log_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, half = log_z.exp(), 0.5 * (self.dim - 1)
@@ -131,10 +134,7 @@ class PolarLaw(NamedTuple):
         last = ((z.unsqueeze(-1).logit() - mode) / width).asinh().clamp(-_LAST_NODE, _LAST_NODE)
         half = 0.5 * (last + _LAST_NODE)
         tau = half * (x + 1) - _LAST_NODE
-        logit = mode + width * tau.sinh()
-        log_z = torch.nn.functional.logsigmoid(logit)
-        log_weight = (weight * half * width * tau.cosh()).log()
-        mass = self._masses(log_z, log_z - logit, log_weight)[2].logsumexp(-1)
+        mass = self._at(mode, width, tau, weight * half)[2].logsumexp(-1)
         return (mass - self.log_mass()).exp().clamp(0, 1)
 
 

@@ -159,10 +159,11 @@ def ood(
     todo = {name: place for name, place in outside.items() if name not in done}
     if todo:
         inside = runs.load_split(run, "test", download=config.download)
+        its_own = inside.fingerprint()
         sets = [inside if config.normal_class is None else inside.of_class(config.normal_class)]
         for kind, place in todo.values():
             sets.append(runs.load_split(run, "all" if kind == "folder" else "test", kind, place))
-            if sets[-1].fingerprint() == inside.fingerprint():
+            if sets[-1].fingerprint() == its_own:
                 raise ValueError(f"{place or kind} are the run's own test images, which nothing tells from themselves")
         own, *theirs = all_scores(run, sets, likelihoods=likelihoods)
         cells.summarise(_tabulate)  # makes the folder

@@ -137,6 +137,10 @@ def test_a_score_that_is_not_a_number_has_no_p_value_and_no_decision(trained_run
     assert {row["decision"] for row in rows if row["anomaly_score"] == ""} == {""}
     assert result.flagged == sum(row["decision"] == "anomaly" for row in rows)
     assert "images is not a number: they have no p-value" in caplog.text
+    assert (result.unlabelled, result.scored - result.normal - result.anomalies) == (
+        sum(row["label"] == "" for row in rows),
+        sum(row["anomaly_score"] == "" for row in rows),
+    )
     with pytest.raises(ValueError, match=r"score 'mine:wide' must be a number an image, \(N,\), not of shape"):
         score(trained_run, out=out, score="mine:wide", trust_plugins=True)
 
