@@ -35,6 +35,16 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise stop
 
 
+def _unraisable(lost: Any) -> None:
+    """A request to stop that Python drops, as it came in a destructor, is made again when that has ended."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), getattr(lost.exc_value, "signum", signal.SIGINT)))
+    again.daemon = True
+    again.start()
+
+
 class Commands(click.Group):
     """Turns errors into one line on stderr: what, where, what to do; ``--debug`` lets the traceback through."""
 
@@ -45,11 +55,12 @@ class Commands(click.Group):
         return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: D102
-        before = signal.getsignal(signal.SIGTERM)
+        before, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
         try:
             if threading.current_thread() is threading.main_thread():
                 ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
                 signal.signal(signal.SIGTERM, _terminate)
+                sys.unraisablehook = _unraisable
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
@@ -74,6 +85,7 @@ class Commands(click.Group):
             failure.exit_code = code  # type: ignore[misc]
             raise failure from error
         finally:
+            sys.unraisablehook = hook
             clear_line()
 
 

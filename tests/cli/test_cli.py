@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import click
@@ -163,6 +164,26 @@ def test_ctrl_c_and_sigterm_are_one_line_and_exit_codes_130_and_143(trained_run,
     monkeypatch.setattr("pyro_vje.training.run.load_train_set", interrupted)
     result = run("train", "--out", tmp_path / "run")
     assert (result.exit_code, result.output) == (130, "stopped: nothing was written, the same command begins anew\n")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_a_destructor_stops_too(trained_run, monkeypatch, signum, code):
+    """Python prints and drops what a destructor raises: Lightning's profiler has one."""
+
+    class Slow:
+        def __del__(self):
+            signal.raise_signal(signum)
+
+    def work(*_, **__):
+        Slow()
+        time.sleep(30)
+        raise AssertionError("it was not stopped")
+
+    monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", work)
+    before = sys.unraisablehook
+    result = run("eval", "--ckpt", trained_run)
+    assert (result.exit_code, result.output) == (code, "stopped\n")
+    assert sys.unraisablehook is before
 
 
 def test_repeatable_flag_shows_and_takes_its_names():
