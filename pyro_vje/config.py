@@ -229,11 +229,10 @@ class ScoreConfig:
     score: str | None = say(
         None,
         "A score by name (an unknown one lists them), or module:function. "
-        "[default: aggregate, or rotation-joint after --rotations; conditional without reference images or with pairs]",
+        "[default: aggregate, or rotation-joint after --rotations; conditional without reference images]",
     )
     score_likelihood: str | None = say(None, "Score with this likelihood family. [default: the trained one]")
     calibration: str | None = say(None, "p-values by this calibration of the run. [default: its own]")
-    num_pairs: int = say(0, "0: the image's own embedding, one pass. K: mean over K pairs, 2 K passes.", ge=0)
     num_particles: int = say(16, "Samples of the latent, which cost no pass; 0: a formula, no noise.", ge=0)
     seed: int = say(0, "Seed of every draw.", ge=0, le=2**31 - 1)
     alpha: float | None = say(None, "Call an image an anomaly if its p-value is at most this.", gt=0, lt=1)

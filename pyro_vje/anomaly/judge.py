@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_vje.anomaly.maps import Maps, load_maps, map_file, peaks_and_tails, picture_size
-from pyro_vje.anomaly.parts import LikelihoodParts, Scorer, augmented_pairs
+from pyro_vje.anomaly.parts import Scorer
 from pyro_vje.anomaly.scores import PLACES, Score, get_score
 from pyro_vje.config import ScoreConfig
 from pyro_vje.data import ImageSet
 from pyro_vje.metrics.detection import conformal_p_values
-from pyro_vje.model.encoding import Encoded, encode_batches, encode_features, images_at_once
+from pyro_vje.model.encoding import Encoded, encode_batches, encode_features
 from pyro_vje.model.vje import VJE
 from pyro_vje.runs import folder
 from pyro_vje.runs.folder import LoadedRun
@@ -35,9 +35,7 @@ PARTS = ("log_likelihood", "log_direction", "log_radius", "kl", "posterior_varia
 """Columns of what the likelihood says of an image, beside the score."""
 MAP_COLUMNS = ("map_peak", "map_p_value")
 """Columns of scoring with maps: the largest value of an image's, and the share of normal images with such a one."""
-HOW = (
-    "score", "score_likelihood", "calibration", "num_pairs", "num_particles", "seed", "maps",
-)  # fmt: skip
+HOW = ("score", "score_likelihood", "calibration", "num_particles", "seed", "maps")
 """Settings on which scores depend."""
 
 
@@ -60,8 +58,6 @@ class Judge:
     @property
     def passes(self) -> int:
         """How many passes of the encoder an image costs."""
-        if self.settings.num_pairs:
-            return 2 * self.settings.num_pairs
         return 4 if self.score.of == "rotations" else 1
 
     def rows(self, images: ImageSet, maps_folder: Path | None = None) -> Iterator[pd.DataFrame]:
@@ -70,36 +66,30 @@ class Judge:
         if self.maps is not None:
             for encoded, maps in self.maps.encode_batches(images, settings.batch_size):
                 peaks, tails = peaks_and_tails(maps).unbind(1)
-                table = self._table(encoded.indices, [encoded], tails)
+                table = self._table(encoded, tails)
                 table["map_peak"] = peaks.cpu().numpy()
                 table["map_p_value"] = conformal_p_values(peaks, self.maps.peaks)
                 for i, image in zip(table.index if maps_folder else (), maps, strict=False):
                     place = map_file(cast(Path, maps_folder), images.names[i])
                     self.maps.write(place, image, picture_size(images, i))
                 yield table
-        elif settings.num_pairs:
-            how = {"num_pairs": settings.num_pairs, "seed": settings.seed}
-            for indices, batch in images.batches(images_at_once(images, settings.batch_size, vje.device)):
-                yield self._table(indices, augmented_pairs(vje, info.views, batch.to(vje.device), **how))
         else:
             size, turns = settings.batch_size, self.score.of == "rotations"
             for encoded in encode_batches(vje, images, info.view, batch_size=size, turns=turns):
-                yield self._table(encoded.indices, [encoded])
+                yield self._table(encoded)
 
-    def _table(self, indices: Tensor, each: list[Encoded], places: Tensor | None = None) -> pd.DataFrame:
-        """Rows of N images by what the model says of them, once or of each pair, and by the scores of their maps."""
-        tables = [self._numbers(self.scorer.parts(encoded), places) for encoded in each]
-        table = (sum(tables[1:], tables[0]) / len(tables)).set_index(indices.numpy())
-        table.insert(1, "p_value", np.nan)
-        if self.calibration is not None:
-            table["p_value"] = self.calibration.p_values(table["anomaly_score"].to_numpy(), each[0].features)
-        return table
-
-    def _numbers(self, parts: LikelihoodParts, places: Tensor | None) -> pd.DataFrame:
+    def _table(self, encoded: Encoded, places: Tensor | None = None) -> pd.DataFrame:
+        """Rows of N images by what the model says of them, and by the scores of their maps."""
+        parts = self.scorer.parts(encoded)
         if places is not None:
             parts.places = places
+        scores = self.score(parts).double()
+        p_values = np.full(len(scores), np.nan)
+        if self.calibration is not None:
+            p_values = self.calibration.p_values(scores.cpu().numpy(), encoded.features)
         columns = {
-            "anomaly_score": self.score(parts).double(),
+            "anomaly_score": scores,
+            "p_value": torch.from_numpy(p_values),
             "log_likelihood": parts.log_likelihood,
             "log_direction": parts.log_direction,
             "log_radius": parts.log_radius,
@@ -109,7 +99,7 @@ class Judge:
         # A density over thousands of kernels is there if the score is made of it.
         is_known = "log_aggregate" in vars(parts)
         columns["log_aggregate"] = parts.log_aggregate if is_known else torch.full_like(parts.kl, torch.nan)
-        return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})
+        return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()}, encoded.indices.numpy())
 
 
 # What images are judged by --------------------------------------------------------------------------------------------
@@ -120,26 +110,20 @@ def prepare(run: LoadedRun, settings: ScoreConfig) -> Judge:
 
     Where they name no score, it is the best one by what was measured: `rotation-joint` of a run with rotations, but for
     maps, which show no turns; else `aggregate`; `conditional` where neither can be. The log says which. ``ValueError``:
-    there is no such score, it is none of pairs or of maps, or no such calibration.
+    there is no such score, it is none of maps, or no such calibration.
     """
     scorer, why = make_scorer(run, settings), "the default"
     best = name = "rotation-joint" if run.vje.rotations and not settings.maps else "aggregate"
-    if settings.num_pairs:
-        name, why = "conditional", f"as {best}, the default, is none of pairs"
-    elif scorer.reference is None:
+    if scorer.reference is None:
         why = f"as there are no reference images ({folder.REFERENCE}) for {best}, the default"
         name = "conditional"
     score = get_score(settings.score or name)
     if settings.score is None:
         log.info("score %s, %s", score.name, why)
-    if settings.num_pairs and score.needs_reference:
-        raise ValueError(f"{score.name!r} compares clean images with clean reference images: leave pairs out")
     if score is PLACES and not settings.maps:
         raise ValueError(f"the score {score.name!r} is of an image's map: add maps (--maps)")
     if score.of == "rotations" and settings.maps:
         raise ValueError(f"maps are made without the turns that {score.name!r} is of: leave one of them out")
-    if settings.num_pairs and settings.maps:
-        raise ValueError("maps are of clean images: leave pairs out (num_pairs)")
     maps = load_maps(run) if settings.maps else None
     judge = Judge(run, dataclasses.replace(settings, score=score.name), score, scorer, maps)
     return dataclasses.replace(judge, calibration=_calibration(judge))
@@ -168,15 +152,6 @@ def _calibration(judge: Judge) -> Calibration | None:
             f"the run has no calibration {name!r}: make it (pyro-vje calibrate --name), or choose one of "
             f"{', '.join(folder.calibrations(run)) or 'none'}"
         )
-    if judge.settings.num_pairs:
-        try:
-            why = "no p-values, as pairs are calibrated on the held-out images"
-            _, held_out = folder.training_images(run, why)
-        except ValueError as error:
-            log.warning("%s", error)
-            return None
-        scores = [table["anomaly_score"].to_numpy() for table in judge.rows(held_out)] if held_out else []
-        return Calibration([np.concatenate(scores)]) if scores else None
     if name is None and (folds := folder.load_folds(run)) is not None:
         return cross_calibration(score.name, *folds, scorer)
     return None if stored is None else Calibration([scorer.scores(score.name, stored).cpu().numpy()])

@@ -14,10 +14,9 @@ from torch.nn.functional import normalize
 
 from pyro_vje.anomaly import detectors
 from pyro_vje.anomaly.scores import get_score
-from pyro_vje.data import TwoViews
 from pyro_vje.distributions import DiagonalStudentT, PolarStudentT, pairwise_log_prob
 from pyro_vje.distributions.numerics import student_t_log_density
-from pyro_vje.model.encoding import Encoded, cpu_rows, in_equal_parts
+from pyro_vje.model.encoding import Encoded, in_equal_parts
 from pyro_vje.model.likelihoods import get_family
 from pyro_vje.model.vje import VJE
 
@@ -189,7 +188,7 @@ class LikelihoodParts:
     def log_rotation(self) -> Tensor:
         """Mean log-probability of the image's own turn, of four; ``ValueError`` if its turns were not encoded."""
         if self.encoded.log_rotation is None:
-            raise ValueError("a score by rotations needs a run with them (train --rotations 1); pairs have none")
+            raise ValueError("a score by rotations needs a run with them (train --rotations 1)")
         return self.encoded.log_rotation.double()
 
     @cached_property
@@ -249,25 +248,3 @@ def expected_log_prob(
         width = likelihood.radius_scale.double()
         radial = student_t_log_density(df, 1, (gap.square() + spread) / width.square()) - width.log()
     return torch.stack([direction + radial - (dim - 1) * r.log(), direction, radial], -1)
-
-
-@torch.no_grad()
-def augmented_pairs(vje: VJE, views: TwoViews, images: Tensor, *, num_pairs: int, seed: int) -> list[Encoded]:
-    """Targets and contexts of K augmented pairs of each image, both directions: 2 K passes of the encoder.
-
-    The K augmentations are drawn once and are the same for every image, as `latent_noise` is. ``images`` are uint8
-    ``(N, 3, H, W)``; of the 2 K results each has the embeddings of one view and the posterior given the other.
-    """
-    generator = torch.Generator(images.device).manual_seed(seed)
-    found = []
-    for _ in range(num_pairs):
-        state = generator.get_state()
-
-        def encode(part: Tensor, state: Tensor = state) -> list[Tensor]:
-            generator.set_state(state)  # the same augmentation for every part
-            pair = vje.encode_views(views(part, generator, same_for_all=True))
-            return [tensor[i] for i in (0, 1) for tensor in (pair.target, pair.loc, pair.scale)]
-
-        parts = in_equal_parts(encode, images, rows=cpu_rows(images.shape[-1]))
-        found += [Encoded(*parts[:3]), Encoded(*parts[3:])]
-    return found

@@ -94,8 +94,6 @@ def export(ckpt: str | Path, *, format: str = "onnx", **settings: Any) -> Export
         if find_spec(package) is None:
             raise ValueError(f"ONNX needs {package}: pip install 'pyro-vje[export]'")
     how, name = ScoreConfig(**settings), f"model{FORMATS[format]}"
-    if how.num_pairs:
-        raise ValueError(f"a file scores an image by itself: leave num_pairs out, not {how.num_pairs}")
     target = check_writable(how.out or (Path(ckpt) / name if Path(ckpt).is_dir() else Path(name)))
     run = load_run(ckpt, trust_plugins=how.trust_plugins)
     run.vje.encoder.to(memory_format=torch.contiguous_format)

@@ -32,7 +32,7 @@ View = Callable[[Tensor], Tensor]  # uint8 images to what the encoder takes: `py
 
 
 class Encoded(NamedTuple):
-    """What a model says of N images, all float32: embeddings, and the posterior given each (or another view of it)."""
+    """What a model says of N images, all float32: embeddings, and the posterior given each."""
 
     embeddings: Tensor  # (N, D), as are loc and scale
     loc: Tensor

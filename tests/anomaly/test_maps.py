@@ -128,7 +128,6 @@ def test_a_stopped_call_goes_on_to_the_same_files(mapped_run, photographs, tmp_p
             if len(calls) == 1:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(judge_module, "images_at_once", lambda *_: 8)
     monkeypatch.setattr(module, "images_at_once", lambda *_: 8)
     monkeypatch.setattr(judge_module.Judge, "rows", stopping)
     again = {"out": tmp_path / "again/scores.csv", **how}
@@ -163,8 +162,6 @@ def test_what_cannot_be_mapped(mapped_run, photographs, tmp_path):
         learn_maps(bare, places=["nowhere"])
     with pytest.raises(ValueError, match="'places' is of an image's map"):
         score(mapped_run, **{**how, "maps": False}, score="places")
-    with pytest.raises(ValueError, match="leave pairs out"):
-        score(mapped_run, **how, num_pairs=1)
     with pytest.raises(ValueError, match="masks are compared with maps"):
         ScoreConfig(masks=photographs)
     with pytest.raises(ValueError, match="a weights file alone"):

@@ -72,13 +72,12 @@ def test_csv_of_the_runs_own_test_split(trained_run, out):
 
 def test_the_default_score_is_aggregate_where_it_can_be_and_the_log_says_why(trained_run, out, caplog):
     caplog.set_level("INFO", "pyro_vje")
-    for ckpt, num_pairs, chosen, why in (
-        (trained_run, 0, "aggregate", "the default"),
-        (trained_run, 1, "conditional", "as aggregate, the default, is none of pairs"),
-        (trained_run / "weights.safetensors", 0, "conditional", "as there are no reference images"),
+    for ckpt, chosen, why in (
+        (trained_run, "aggregate", "the default"),
+        (trained_run / "weights.safetensors", "conditional", "as there are no reference images"),
     ):
         caplog.clear()
-        result = score(ckpt, out=out, num_pairs=num_pairs)
+        result = score(ckpt, out=out)
         assert result.settings.score == json.loads(result.summary.read_text())["score"]["score"] == chosen
         assert f"score {chosen}, {why}" in caplog.text
         if chosen == "conditional":
@@ -263,7 +262,6 @@ def test_bad_arguments(trained_run, tmp_path, out):
         ({"data": tmp_path / "nowhere"}, FileNotFoundError, "nowhere"),
         ({"data": empty}, ValueError, "empty"),
         ({"out": tmp_path}, IsADirectoryError, "it is a folder"),
-        ({"score": "aggregate", "num_pairs": 2}, ValueError, "leave pairs out"),
         ({"score_likelihood": "magic"}, ValueError, "unknown likelihood family 'magic'"),
         ({"score": "direction", "score_likelihood": "normal"}, ValueError, "'direction' does not exist for"),
         ({"ckpt": weights, "alpha": 0.5}, ValueError, "no p-values, so no decisions"),
@@ -299,20 +297,6 @@ def test_another_family_for_scoring(trained_run, out):
     assert abs((-numbers(rows) - (density - 4)).mean()) < 1.5
 
 
-def test_pairs_are_a_mean_over_augmentations_common_to_all_images(trained_run, image_folder, out):
-    result = score(trained_run, out=out, num_pairs=2)
-    assert result.passes == 4
-    whole = {row["path"]: row for row in read(out)}
-    # calibrated on the held-out images, encoded in the same way
-    assert {row["p_value"] for row in whole.values()} <= {"0.333333", "0.666667", "1.000000"}
-    # an image's score depends neither on the others nor on the batch
-    score(trained_run, data=image_folder / "test" / "spots", out=out, num_pairs=2, batch_size=4)
-    for row in read(out):
-        assert numbers([row]) == pytest.approx(numbers([whole[row["path"]]]), abs=2e-4)
-    assert score(trained_run, out=out, num_pairs=1).passes == 2
-    assert min(abs(numbers([row]) - numbers([whole[row["path"]]])) for row in read(out)) > 1e-3
-
-
 def test_decisions(calibrated_run, out):
     result = score(calibrated_run, out=out, alpha=0.1)
     rows = read(out)
@@ -341,12 +325,9 @@ def test_report_is_one_page(trained_run, out):
     assert strangest["path"].rpartition("/")[2] in page
 
 
-@pytest.mark.parametrize("num_pairs", [0, 1])
-def test_scores_are_the_same_bytes_whatever_the_batch(wide_run, image_folder, out, monkeypatch, num_pairs):
-    for module in ("model.encoding", "anomaly.parts"):  # the set would else be a single pass
-        monkeypatch.setattr(f"pyro_vje.{module}.cpu_rows", lambda side: 32)
-    kind = "conditional" if num_pairs else "aggregate"
-    settings = ScoreConfig(data=image_folder, score=kind, num_pairs=num_pairs, num_particles=2)
+def test_scores_are_the_same_bytes_whatever_the_batch(wide_run, image_folder, out, monkeypatch):
+    monkeypatch.setattr(encoding, "cpu_rows", lambda side: 32)  # the set would else be a single pass
+    settings = ScoreConfig(data=image_folder, score="aggregate", num_particles=2)
     tables = set()
     for batch_size in (1, 7, 256):
         score(wide_run, settings, out=out, batch_size=batch_size)

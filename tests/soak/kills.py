@@ -350,7 +350,7 @@ def run(quick: bool, seed: int) -> dict[str, Any]:
     make_images(images, steps)
     figures: dict[str, Any] = {}
     score = ["score", "--ckpt", str(work / "train" / "whole"), "--trust-plugins", "--data", str(images)]
-    score += ["--batch-size", "1", "--num-pairs", "1"]
+    score += ["--batch-size", "1"]
     settings = [f"--{name}={value}" for name, value in {**SETTINGS, "data-dir": images, "epochs": 2}.items()]
     grid = ["ablate", *settings, "--likelihood", "normal", "--likelihood", "laplace"]
     protocol = ["benchmark", "one-class", *settings, "--normal-class", "normal", "--normal-class", "other"]

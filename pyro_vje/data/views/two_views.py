@@ -127,19 +127,18 @@ class TwoViews(CleanView):
         *,
         rank: int = 0,
         world_size: int = 1,
-        same_for_all: bool = False,
         num_views: int = 2,
     ) -> Tensor:
         """Draw V = ``num_views`` views of each of the uint8 images (B, 3, H, W): float32 (V, B, 3, S, S), normalised.
 
         The views are a function of the state of the ``generator``, on the images' device. Of several processes with
         equally seeded generators, the ``rank``-th of ``world_size`` draws for its part of one global batch what one
-        process would draw. ``same_for_all`` draws once, so that an image's views do not depend on the batch it is in.
+        process would draw.
         """
         check_images(images)
         batch, _, *sides = images.shape
-        shape = (world_size, 1 if same_for_all else batch, num_views, _DRAWS)
-        draws = torch.rand(shape, generator=generator, device=images.device)[rank].expand(batch, -1, -1)
+        shape = (world_size, batch, num_views, _DRAWS)
+        draws = torch.rand(shape, generator=generator, device=images.device)[rank]
         drawn = draw_parameters(draws.transpose(0, 1), (sides[0], sides[1]), self.recipe)
         out = torch.empty((num_views, batch, 3, self.image_size, self.image_size), device=images.device)
         with torch.autocast(images.device.type, enabled=False):  # grid_sample and conv2d would lose precision
