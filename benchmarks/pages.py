@@ -130,6 +130,15 @@ def scores(name: str, where: str = "", classes: str = "yes") -> str:
 
 
 @table
+def lengths(*names: str, where: str) -> str:
+    """AUROC of scores by epochs, of the classes that were trained for each number of them, and their mean."""
+    cells = [cell for name in names for cell in result(name)["cells"]]
+    rows = pd.DataFrame([{**row, "epochs": cell["config"]["epochs"]} for cell in cells for row in cell["scores"]])
+    found = rows.query(where).pivot_table("auroc", ["score", "on", "epochs"], "normal").dropna(axis=1)
+    return markdown(found.assign(mean=found.mean(axis=1)).map("{:.3f}".format).reset_index().astype(str))
+
+
+@table
 def overview(*names: str, where: str = "") -> str:
     """Mean AUROC of each score in several protocols, and the mean of these, the best in bold."""
     found = {}
