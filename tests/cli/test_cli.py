@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from pyro_vje import ScoreConfig, TrainConfig
 from pyro_vje.cli import main
 from pyro_vje.config import ABLATION_AXES, fields_of
+from pyro_vje.runs.stopping import restored_handlers
 
 SMALL = "--encoder tiny --embedding-dim 8 --hidden-dim 16 --batch-size 16 --precision 32 --image-size 16"
 
@@ -181,7 +182,9 @@ def test_a_signal_in_a_destructor_stops_too(trained_run, monkeypatch, signum, co
 
     monkeypatch.setattr("pyro_vje.representation.evaluation.evaluate", work)
     before = sys.unraisablehook
-    result = run("eval", "--ckpt", trained_run)
+    with restored_handlers():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        result = run("eval", "--ckpt", trained_run)
     assert (result.exit_code, result.output) == (code, "stopped\n")
     assert sys.unraisablehook is before
 
